@@ -1,0 +1,6 @@
+"""Puts the checkout on sys.path, so that the tests also run uninstalled."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -1,0 +1,23 @@
+"""Shared fixtures: a fresh, replayable seed for every test."""
+
+import os
+import secrets
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed(request):
+    """A fresh seed per test; printed on failure, replayed with CFCAM_TEST_SEED=<seed>."""
+    value = int(os.environ.get("CFCAM_TEST_SEED", secrets.randbelow(2**31)))
+    torch.manual_seed(value)
+    print(f"seed: CFCAM_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed):
+    """NumPy generator on the test's seed."""
+    return np.random.default_rng(seed)

@@ -1,6 +1,5 @@
 """The configuration of CF-CAM: every number of the procedure, in one frozen dataclass."""
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -14,6 +13,9 @@ EPS_FLOOR = 1e-5
 
 SMALLEST_MIN_SAMPLES = 2
 """Smallest DBSCAN min_samples, the point itself included."""
+
+FLAT_RANGE = 1e-6
+"""A map is flat when max - min <= FLAT_RANGE * max: stretching it would show rounding, not attention."""
 
 MAX_SIGMA_CELLS = 1024.0
 """Largest sigma: a filter far wider than any grid only wastes memory."""
@@ -93,14 +95,3 @@ class CFCAMConfig:
     def min_samples(self, n_clustered):
         """DBSCAN's min_samples for ``n_clustered`` channels, the point itself included."""
         return max(SMALLEST_MIN_SAMPLES, int(self.min_samples_fraction * n_clustered))
-
-
-def gaussian_taps(sigma_cells):
-    """Taps of the truncated Gaussian: a list of 2 * radius + 1 floats that sum to 1.
-
-    The radius, int(4 * sigma + 0.5) cells, is that of ``scipy.ndimage.gaussian_filter``.
-    """
-    radius = int(4.0 * sigma_cells + 0.5)
-    taps = [math.exp(-0.5 * (offset / sigma_cells) ** 2) for offset in range(-radius, radius + 1)]
-    total = sum(taps)
-    return [tap / total for tap in taps]

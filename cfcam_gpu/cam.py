@@ -1,0 +1,107 @@
+"""`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
+
+import torch
+
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.capture import HeadCapture
+
+
+class CFCAM:
+    """CF-CAM of a model's layers: one forward pass, a backward through the head only, and the pipeline.
+
+    Args:
+        model: a ``torch.nn.Module``. It runs in the mode it is in: call ``model.eval()`` first. Nothing about it is
+            changed: no hook stays, no ``.grad`` is filled.
+        target_layers: list of the model's modules to explain; each gives (B, C, h, w). Of a layer that runs more
+            than once in a forward pass, the last run counts.
+        reshape_transform: turns a layer's output into (B, C, h, w), for transformers.
+        config, backend, clustering, check_finite: as for `cf_cam`.
+
+    Attributes:
+        outputs: the model's raw outputs of the latest call, detached; None before the first.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model.
+
+    >>> with CFCAM(model, target_layers=[model.layer4[-1]]) as cam:
+    ...     maps = cam.maps(images, targets=[285, 282])  # images (2, 3, 224, 224)
+    >>> maps.shape
+    torch.Size([2, 224, 224])
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layers,
+        reshape_transform=None,
+        *,
+        config=None,
+        backend="auto",
+        clustering="auto",
+        check_finite=None,
+    ):
+        self.config = pipeline.check_config(config)
+        pipeline.choose(backend, clustering)
+        self.outputs = None
+        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        self._capture = HeadCapture(model, target_layers, reshape_transform)
+
+    def maps(self, input_tensor, targets=None):
+        """The maps of a batch, on the model's device, without a host copy.
+
+        Args:
+            input_tensor: (B, ..., H, W), floating point.
+            targets: None (the top class of each image), a list of class indices, a LongTensor (B,), or one callable
+                per image that gets the image's output and returns a scalar.
+
+        Returns:
+            (B, H, W) float32 in [0, 1] (float64 for a float64 model), scaled as ``config.normalize`` says. Several
+            layers: the mean of their maps, scaled again.
+
+        Raises:
+            ValueError: a wrong number of targets, a class out of range, a layer that did not run or has no grid, NaN.
+            TypeError: the input or a target is of the wrong kind.
+        """
+        layers = [
+            pipeline.cf_cam(*layer, input_tensor.shape[-2:], self.config, **self._choices).maps
+            for layer in self._run(input_tensor, targets)
+        ]
+        if len(layers) == 1:
+            return layers[0]
+        return torch_backend.normalize(torch.stack(layers).mean(0), self.config)
+
+    def __call__(self, input_tensor, targets=None):
+        """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W).
+
+        Args, Raises: as for `maps`. Each layer's map is scaled to (x - min) / (1e-7 + max) on its grid, resized and
+        averaged, and the average scaled again, so that the numbers can be compared with that library's.
+
+        Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
+        """
+        layers = []
+        for activations, gradients in self._run(input_tensor, targets):
+            weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            grid = torch_backend.class_grid(activations, weights)
+            layers.append(torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]))
+        return scale_as_grad_cam(torch.stack(layers).mean(0)).float().cpu().numpy()
+
+    def _run(self, input_tensor, targets):
+        capture = self._capture(input_tensor, targets)
+        self.outputs = capture.outputs
+        return list(zip(capture.activations, capture.gradients))
+
+    def release(self):
+        """Let go of the model; a second call does nothing."""
+        self._capture.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+
+def scale_as_grad_cam(images):
+    """pytorch-grad-cam's scaling of maps (B, H, W): (x - min) / (1e-7 + max) of each."""
+    shifted = images - images.amin((1, 2), True)
+    return shifted / (1e-7 + shifted.amax((1, 2), True))

@@ -1,0 +1,144 @@
+"""Stage 2 on the CPU, one image at a time: exact, and several times faster there than the batched form.
+
+On a CPU the host is the device, so shapes may depend on data. That pays three times: only the pairs of the
+channels that are really clustered are looked at, each once; NumPy's partition selects the order statistic
+in one pass; and components are contracted, so that a round after the first works on a small graph.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from cfcam_gpu.config import EPS_FLOOR
+from cfcam_gpu.labels import NOISE
+from cfcam_gpu.ranks import radius_ranks
+
+FLOAT32_LENGTH = 4096
+"""Longest descriptor whose float32 distances stay within 1e-6 of exact; longer ones are summed in float64."""
+
+
+def cluster_image(rows, config, engine):
+    """Labels and eps of one image's descriptors.
+
+    Args:
+        rows: (R, D) CPU tensor, float32 or float64.
+        config: `CFCAMConfig`.
+        engine: "batched" for `dbscan`, "sklearn" for scikit-learn's on the same distances and eps.
+
+    Returns:
+        labels int (R,) as a NumPy array, and eps as a float.
+    """
+    run = {"batched": dbscan, "sklearn": dbscan_sklearn}[engine]
+    n = len(rows)
+    if n < 2:
+        return np.full(n, NOISE, np.int32), EPS_FLOOR
+    distances = pairwise_distances(rows)
+    eps = neighbourhood_radius(distances, n, config)
+    return run(distances, n, eps, config.min_samples(n)), float(eps)
+
+
+def pairwise_distances(rows):
+    """Euclidean distances of the pairs i < j in row order: (P,) NumPy array, by direct differences.
+
+    Equal rows are at exactly 0, which |x|^2 + |y|^2 - 2xy does not give; it is also no faster, because it
+    cannot skip half of the pairs.
+    """
+    if rows.shape[1] > FLOAT32_LENGTH:
+        return torch.pdist(rows.double()).to(rows.dtype).numpy()
+    return torch.pdist(rows).numpy()
+
+
+def neighbourhood_radius(distances, n, config):
+    """eps, a scalar of the distances' dtype: the percentile of all ordered off-diagonal distances, at least
+    EPS_FLOOR."""
+    low, high, fraction = radius_ranks(n, config.eps_percentile)
+    # One rank at a time: a partition at two ranks leaves NumPy's vectorised path and takes seven times as long.
+    part = np.partition(distances, low)
+    below = float(part[low])
+    above = below if low == high else float(part[high:].min())
+    return _round_down(max(below + (above - below) * fraction, EPS_FLOOR), distances.dtype)
+
+
+def _round_down(value, dtype):
+    """The largest number of ``dtype`` not above ``value``: an eps rounded up could reach one pair further."""
+    rounded = dtype.type(value)
+    return np.nextafter(rounded, dtype.type(0)) if float(rounded) > value else rounded
+
+
+def dbscan(distances, n, eps, min_samples):
+    """DBSCAN's labels int32 (n,) for condensed distances, numbered and resolved as scikit-learn does."""
+    near = np.empty(len(distances) + 1, bool)
+    np.less_equal(distances, eps, out=near[:-1])
+    near[-1] = True  # every point is its own neighbour
+    adjacency = torch.from_numpy(near).index_select(0, _square_index(n)).view(n, n)
+
+    is_core = adjacency.sum(1, dtype=torch.int32) >= min_samples
+    reaches = adjacency.logical_and_(is_core).numpy()  # which cores each point is near to
+    core = np.flatnonzero(is_core.numpy())
+    labels = np.full(n, NOISE, np.int32)
+    if not len(core):
+        return labels
+
+    nearest = reaches.argmax(1)  # the first core each point is near to, where there is one
+    cluster = _components(nearest, reaches, core)
+    if cluster[core].any():
+        # More than one cluster: a border point joins the lowest-numbered among its core neighbours'. With the
+        # cores sorted by cluster, that is again the first True of its row.
+        core = core[np.argsort(cluster[core], kind="stable")]
+        other = np.flatnonzero(~is_core.numpy())
+        nearest[other] = core[reaches[other][:, core].argmax(1)]
+    is_reached = reaches[np.arange(n), nearest]
+    labels[is_reached] = cluster[nearest[is_reached]]
+    return labels
+
+
+def dbscan_sklearn(distances, n, eps, min_samples):
+    """scikit-learn's own DBSCAN on the same condensed distances."""
+    from cfcam_gpu import reference
+
+    square = np.zeros((n, n))
+    row, column = np.triu_indices(n, 1)
+    square[row, column] = square[column, row] = distances
+    return reference.dbscan(square, float(eps), min_samples)
+
+
+@lru_cache(maxsize=4)
+def _square_index(n):
+    """Where each entry of the (n, n) matrix lies in a condensed vector with one diagonal entry appended."""
+    n_pairs = n * (n - 1) // 2
+    index = torch.empty(n, n, dtype=torch.int32)
+    row, column = torch.triu_indices(n, n, 1, dtype=torch.int32)
+    pair = torch.arange(n_pairs, dtype=torch.int32)
+    index[row, column] = pair
+    index[column, row] = pair
+    index.fill_diagonal_(n_pairs)
+    return index.view(-1)
+
+
+def _components(smallest, adjacency, nodes):
+    """Connected components of the ``nodes``, numbered by smallest member: int (n,), valid at the nodes.
+
+    Args:
+        smallest: int (n,), the smallest neighbour of each node, itself included.
+        adjacency: bool (n, n), symmetric and True on the diagonal of the nodes; False in the columns of the rest.
+        nodes: int (m,), ascending.
+
+    Each node points at its smallest neighbour; pointer jumping finds the roots, which are the smallest of their
+    trees; the trees are contracted to the nodes of the next round. Two rounds at least halve the nodes, so there
+    are at most 2 * log2(n) + 1.
+    """
+    parent = np.arange(len(smallest))
+    parent[nodes] = smallest[nodes]
+    while not np.array_equal(parent, grandparent := parent[parent]):
+        parent = grandparent
+    roots, tree = np.unique(parent[nodes], return_inverse=True)
+    if 1 < len(roots) < len(nodes):
+        by_tree = np.argsort(tree, kind="stable")
+        starts = np.searchsorted(tree[by_tree], np.arange(len(roots)))
+        rows = np.logical_or.reduceat(adjacency[nodes[by_tree]], starts, axis=0)
+        contracted = np.logical_or.reduceat(rows[:, nodes[by_tree]], starts, axis=1)
+        tree = _components(contracted.argmax(1), contracted, np.arange(len(roots)))[tree]
+    component = np.zeros(len(smallest), np.intp)
+    component[nodes] = tree
+    return component

@@ -1,0 +1,220 @@
+"""The public functions on activations and gradients: checks, choice of backend and engine, and the result."""
+
+import importlib.util
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+
+from cfcam_gpu import torch_backend
+from cfcam_gpu.arrays import as_tensor
+from cfcam_gpu.config import CFCAMConfig
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+ENGINES = ("auto", "cuml", "batched", "sklearn")
+
+
+class CFCAMResult(NamedTuple):
+    """What `cf_cam` returns; arrays of the kind and on the device of its input."""
+
+    maps: Any
+    """(B, H, W) in [0, 1]; float32, or float64 for float64 input and the reference backend."""
+    labels: Any
+    """(B, C) int32: -2 dominant, -1 noise, k >= 0 cluster k."""
+    weights: Any
+    """(B, C), dtype of the maps."""
+    eps: Any
+    """(B,), dtype of the maps: the clustering radius of each image."""
+
+
+def cf_cam(
+    activations, gradients, output_size=None, config=None, backend="auto", clustering="auto", check_finite=None
+):
+    """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
+
+    Args:
+        activations, gradients: (B, C, h, w), floating point, on one device; torch tensors or anything else with
+            DLPack (NumPy, CuPy, JAX). Any strides. |values| below 1e18: squares are taken in float32.
+        output_size: (H, W) of the maps; default: the grid's own.
+        config: `CFCAMConfig`; default: ``CFCAMConfig()``.
+        backend: "auto", "triton" (CUDA or ROCm devices), "torch" (any device) or "reference" (NumPy, SciPy and
+            scikit-learn in float64, on the host).
+        clustering: "auto", "batched" (on the device), "cuml" or "sklearn" (on the host). Same labels.
+        check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
+            wait for the device.
+
+    Returns:
+        `CFCAMResult` (maps, labels, weights, eps). Every image of the batch is its own problem.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the arrays are not floating point.
+        ValueError: shapes that do not match, an empty batch, an unknown or impossible choice, NaN or infinity.
+        ImportError: the reference or scikit-learn is asked for and not installed.
+        NotImplementedError: the backend or engine is not in this release.
+
+    Source: arXiv 2504.00060. Departures: the Gaussian's sigma and boundary (`CFCAMConfig`), signed weights and
+    min-max scaling by default; ``CFCAMConfig.paper()`` has the published choices.
+
+    >>> result = cf_cam(torch.rand(2, 64, 7, 7), torch.randn(2, 64, 7, 7), output_size=(224, 224))
+    >>> result.maps.shape, result.labels.shape
+    (torch.Size([2, 224, 224]), torch.Size([2, 64]))
+    """
+    config = check_config(config)
+    activations, restore = as_tensor("activations", activations)
+    gradients, _ = as_tensor("gradients", gradients)
+    check_activations(activations)
+    if gradients.shape != activations.shape:
+        raise ValueError(f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}")
+    _check_floating("gradients", gradients)
+    if gradients.device != activations.device:
+        raise ValueError(f"gradients must be on the activations' device {activations.device}, got {gradients.device}")
+    output_size = _check_output_size(output_size, activations)
+    backend, engine = choose(backend, clustering, activations.device)
+    check_values({"activations": activations, "gradients": gradients}, check_finite)
+
+    run = _reference_cf_cam if backend == "reference" else torch_backend.cf_cam
+    with torch.no_grad():
+        result = run(activations, gradients, output_size, config, engine)
+    return CFCAMResult(*map(restore, result))
+
+
+def cluster_channels(activations, config=None, backend="auto", clustering="auto", check_finite=None):
+    """Stages 1 and 2 alone: which channels are dominant, noise, or in which cluster.
+
+    Args, Raises: as for `cf_cam`.
+
+    Returns:
+        labels (B, C) int32 (-2 dominant, -1 noise, k >= 0 cluster k, numbered as scikit-learn does) and eps (B,).
+
+    >>> labels, eps = cluster_channels(torch.rand(2, 64, 7, 7))
+    >>> labels.shape, eps.shape
+    (torch.Size([2, 64]), torch.Size([2]))
+    """
+    config = check_config(config)
+    activations, restore = as_tensor("activations", activations)
+    check_activations(activations)
+    backend, engine = choose(backend, clustering, activations.device)
+    check_values({"activations": activations}, check_finite)
+
+    run = _reference_cluster_channels if backend == "reference" else torch_backend.cluster_channels
+    with torch.no_grad():
+        labels, eps = run(activations, config, engine)
+    return restore(labels), restore(eps)
+
+
+# Backends and engines.
+
+
+def unavailable(backend, device=None):
+    """Why ``backend`` cannot run (on ``device``, if one is given); None when it can."""
+    if backend == "triton":
+        return "the Triton kernels are not in this release"
+    if backend == "reference":
+        return _missing_packages("scipy", "sklearn")
+    return None
+
+
+def clustering_unavailable(engine):
+    """Why the clustering engine cannot run; None when it can."""
+    if engine == "cuml":
+        return "the cuML engine is not in this release"
+    if engine == "sklearn":
+        return _missing_packages("scipy", "sklearn")
+    return None
+
+
+def choose(backend, clustering, device=None):
+    """The backend and engine to run, "auto" resolved; raises when what was asked for cannot run."""
+    for name, value, choices in (("backend", backend, BACKENDS), ("clustering", clustering, ENGINES)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    for choice, reason in (
+        (f"backend={backend!r}", unavailable(backend, device)),
+        (f"clustering={clustering!r}", clustering_unavailable(clustering)),
+    ):
+        if reason:
+            error = ImportError if "not installed" in reason else NotImplementedError
+            raise error(f"{choice} cannot run: {reason}")
+    backend = "torch" if backend == "auto" else backend
+    if backend == "reference":
+        if clustering == "batched":
+            raise ValueError('backend="reference" clusters with scikit-learn: clustering must be "auto" or "sklearn"')
+        return backend, "sklearn"
+    return backend, "batched" if clustering == "auto" else clustering
+
+
+def _missing_packages(*modules):
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        return f'{" and ".join(missing)} not installed; pip install "cfcam_gpu[reference]"'
+    return None
+
+
+def _reference_cf_cam(activations, gradients, output_size, config, engine):
+    from cfcam_gpu import reference
+
+    result = reference.cf_cam(_float64(activations), _float64(gradients), output_size, config)
+    return tuple(torch.from_numpy(array).to(activations.device) for array in result)
+
+
+def _reference_cluster_channels(activations, config, engine):
+    from cfcam_gpu import reference
+
+    images = [reference.cluster_channels(image, config) for image in _float64(activations)]
+    labels = torch.stack([torch.from_numpy(labels) for labels, _ in images])
+    eps = torch.tensor([eps for _, eps in images], dtype=torch.float64)
+    return labels.to(activations.device), eps.to(activations.device)
+
+
+def _float64(tensor):
+    return tensor.detach().double().cpu().numpy()
+
+
+# Checks of the arguments, at the public edge and before anything is done.
+
+
+def check_config(config):
+    """``config``, or the default for None."""
+    if config is None:
+        return CFCAMConfig()
+    if not isinstance(config, CFCAMConfig):
+        raise TypeError(f"config must be a CFCAMConfig, got {type(config).__name__}")
+    return config
+
+
+def check_activations(activations):
+    """Refuse what is not a non-empty floating-point (B, C, h, w)."""
+    if activations.ndim != 4:
+        raise ValueError(f"activations must have shape (B, C, h, w), got {tuple(activations.shape)}")
+    if 0 in activations.shape:
+        raise ValueError(f"activations (B, C, h, w) must not be empty, got {tuple(activations.shape)}")
+    _check_floating("activations", activations)
+
+
+def check_values(named_tensors, check_finite):
+    """Refuse NaN and infinity where ``check_finite`` says so; None: on the CPU only."""
+    for name, tensor in named_tensors.items():
+        check = tensor.device.type == "cpu" if check_finite is None else check_finite
+        if check and not tensor.isfinite().all():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values of {tensor.numel()}")
+
+
+def _check_floating(name, tensor):
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def _check_output_size(output_size, activations):
+    if output_size is None:
+        return tuple(activations.shape[2:])
+    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
+        raise TypeError(f"output_size must be a pair (H, W), got {output_size!r}")
+    for side in output_size:
+        if isinstance(side, bool) or not isinstance(side, Integral):
+            raise TypeError(f"output_size must be a pair of integers, got {output_size!r}")
+        if side < 1:
+            raise ValueError(f"output_size must be at least (1, 1), got {tuple(output_size)}")
+    return tuple(int(side) for side in output_size)

@@ -1,0 +1,162 @@
+"""CF-CAM in plain NumPy, SciPy and scikit-learn, in float64: the specification in code.
+
+Every function handles one image, loops over channels and clusters, and has the name of its counterpart in
+`torch_backend`. Slow by design; it judges the fast paths. Needs the ``reference`` extra.
+
+Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652 (cfcam.py).
+"""
+
+import numpy as np
+
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.labels import DOMINANT, NOISE
+
+
+def cf_cam(activations, gradients, output_size, config):
+    """All five stages for a batch.
+
+    Args:
+        activations, gradients: array_like (B, C, h, w).
+        output_size: (H, W).
+        config: `CFCAMConfig`.
+
+    Returns:
+        maps float64 (B, H, W), labels int32 (B, C), weights float64 (B, C), eps float64 (B,).
+    """
+    activations = np.asarray(activations, np.float64)
+    gradients = np.asarray(gradients, np.float64)
+    results = []
+    for image_activations, image_gradients in zip(activations, gradients):
+        labels, eps = cluster_channels(image_activations, config)
+        filtered = filter_gradients(image_gradients, labels, config)
+        weights = channel_weights(filtered, labels, config)
+        results.append((class_map(image_activations, weights, output_size, config), labels, weights, eps))
+    return tuple(np.stack(column) for column in zip(*results))
+
+
+# Stages 1 and 2: importance and clustering.
+
+
+def cluster_channels(activations, config):
+    """Labels int32 (C,) and eps of one image's activations (C, h, w)."""
+    norms = channel_norms(activations)
+    dominant = dominant_channels(norms, config)
+    clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
+
+    labels = np.full(len(norms), NOISE, np.int32)
+    labels[dominant] = DOMINANT
+    distances = pairwise_distances(descriptors(activations, norms, config)[clustered])
+    eps = neighbourhood_radius(distances, config)
+    labels[clustered] = dbscan(distances, eps, config.min_samples(clustered.sum()))
+    return labels, eps
+
+
+def channel_norms(activations):
+    """L2 norm of each channel over the grid: (C,)."""
+    return np.sqrt((activations**2).sum((1, 2)))
+
+
+def dominant_channels(norms, config):
+    """The channels whose norm reaches the percentile: bool (C,)."""
+    if config.dominant_percentile == 100:
+        return np.zeros(len(norms), bool)
+    dominant = norms >= np.percentile(norms, config.dominant_percentile)
+    # A channel of zeros has no shape: with unit descriptors it takes no part at all.
+    return dominant if config.descriptor == "raw" else dominant & (norms > 0)
+
+
+def descriptors(activations, norms, config):
+    """What is clustered, one row per channel: (C, h * w)."""
+    rows = activations.reshape(len(activations), -1)
+    if config.descriptor == "raw":
+        return rows
+    return rows / np.where(norms > 0, norms, 1)[:, None]
+
+
+def pairwise_distances(rows):
+    """Euclidean distances (R, R) by direct differences, so that equal rows are at exactly 0."""
+    from scipy.spatial.distance import cdist
+
+    return cdist(rows, rows)
+
+
+def neighbourhood_radius(distances, config):
+    """eps: the percentile of all ordered off-diagonal distances, at least EPS_FLOOR."""
+    n = len(distances)
+    if n < 2:
+        return EPS_FLOOR
+    off_diagonal = distances[~np.eye(n, dtype=bool)]
+    return max(np.percentile(off_diagonal, config.eps_percentile), EPS_FLOOR)
+
+
+def dbscan(distances, eps, min_samples):
+    """scikit-learn's labels for a distance matrix: int (R,), -1 is noise."""
+    from sklearn.cluster import DBSCAN
+
+    if len(distances) < 2:
+        return np.full(len(distances), NOISE)
+    return DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(distances).labels_
+
+
+# Stages 3 and 4: filtered gradients and weights.
+
+
+def filter_gradients(gradients, labels, config):
+    """The gradient each channel is weighted by: (C, h, w).
+
+    A dominant channel keeps its own; the members of a cluster share their filtered mean; noise has none.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    filtered = np.zeros_like(gradients)
+    filtered[labels == DOMINANT] = gradients[labels == DOMINANT]
+    for cluster in range(labels.max(initial=NOISE) + 1):
+        mean = gradients[labels == cluster].mean(0)
+        filtered[labels == cluster] = gaussian_filter(mean, config.sigma, mode=config.boundary, truncate=4.0)
+    return filtered
+
+
+def channel_weights(filtered, labels, config):
+    """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (C,)."""
+    weights = filtered.mean((1, 2))
+    kept = labels != NOISE
+    if config.weighting == "softmax" and kept.any():
+        weights = np.where(kept, np.exp(weights - weights[kept].max()), 0)
+        weights /= weights.sum()
+    return weights
+
+
+# Stage 5: the map.
+
+
+def class_map(activations, weights, output_size, config):
+    """The normalised map of one image: (H, W) in [0, 1]."""
+    grid = np.maximum(np.tensordot(weights, activations, 1), 0)
+    return normalize(resize(grid, output_size), config)
+
+
+def resize(grid, output_size):
+    """Bilinear resize (half-pixel centres, align_corners=False, no antialias) to (H, W)."""
+    rows, columns = (_interpolation(old, new) for old, new in zip(grid.shape, output_size))
+    return rows @ grid @ columns.T
+
+
+def _interpolation(old, new):
+    """The (new, old) matrix of linear interpolation along one axis."""
+    position = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
+    left = np.minimum(position.astype(int), old - 1)
+    right = np.minimum(left + 1, old - 1)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new), left), 1 - (position - left))
+    np.add.at(matrix, (np.arange(new), right), position - left)
+    return matrix
+
+
+def normalize(image, config):
+    """Scale a non-negative map to [0, 1]; zeros where it has no positive value."""
+    low, high = image.min(), image.max()
+    if high <= 0:
+        return np.zeros_like(image)
+    if high - low <= FLAT_RANGE * high:
+        return np.full_like(image, float(config.normalize == "max"))
+    return image / high if config.normalize == "max" else (image - low) / (high - low)

@@ -1,0 +1,197 @@
+"""CF-CAM in vectorised PyTorch, on any device: the five stages for a whole batch.
+
+On a CPU the clustering runs image by image (`cluster_host`), elsewhere batched and without a host
+synchronisation (`cluster_batched`); the rest is the same code. Arithmetic is in float32 for float16, bfloat16
+and float32 inputs, in float64 for float64. Function names are those of `reference`.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from cfcam_gpu import cluster_batched, cluster_host
+from cfcam_gpu.config import FLAT_RANGE
+from cfcam_gpu.gaussian import filter_matrix, pooling_weights
+from cfcam_gpu.labels import DOMINANT, NOISE
+from cfcam_gpu.ranks import dominant_rank
+
+CHUNK_BYTES = 512 * 2**20
+"""Extra memory the batched clustering may take at once; larger batches go in chunks."""
+
+
+def cf_cam(activations, gradients, output_size, config, engine="batched"):
+    """All five stages for a batch.
+
+    Args:
+        activations, gradients: (B, C, h, w) on one device.
+        output_size: (H, W).
+        config: `CFCAMConfig`.
+        engine: "batched" or "sklearn" (host).
+
+    Returns:
+        maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
+    """
+    activations, gradients = as_computed(activations), as_computed(gradients)
+    labels, eps = cluster_channels(activations, config, engine)
+    weights = channel_weights(gradients, labels, config)
+    return class_map(activations, weights, output_size, config), labels, weights, eps
+
+
+def as_computed(tensor):
+    """Contiguous and in the dtype of the arithmetic, so that results do not depend on the memory format."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(dtype).contiguous()
+
+
+# Stages 1 and 2: importance and clustering.
+
+
+def cluster_channels(activations, config, engine="batched"):
+    """Labels int32 (B, C) and eps (B,) of activations (B, C, h, w)."""
+    activations = as_computed(activations)
+    norms = channel_norms(activations)
+    dominant = dominant_channels(norms, config)
+    clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
+    rows = descriptors(activations, norms, config)
+    labels = torch.where(dominant, DOMINANT, NOISE).int()
+    cluster = _cluster_on_host if rows.device.type == "cpu" or engine == "sklearn" else _cluster_on_device
+    return cluster(rows, clustered, labels, config, engine)
+
+
+def channel_norms(activations):
+    """L2 norm of each channel over the grid: (B, C)."""
+    return torch.linalg.vector_norm(activations.flatten(2), dim=2)
+
+
+def dominant_channels(norms, config):
+    """The channels whose norm reaches the percentile of their image: bool (B, C)."""
+    if config.dominant_percentile == 100:
+        return torch.zeros_like(norms, dtype=torch.bool)
+    rank = dominant_rank(norms.shape[1], config.dominant_percentile)
+    dominant = norms >= norms.sort(dim=1).values[:, rank, None]
+    return dominant if config.descriptor == "raw" else dominant & (norms > 0)
+
+
+def descriptors(activations, norms, config):
+    """What is clustered, one row per channel: (B, C, h * w)."""
+    rows = activations.flatten(2)
+    if config.descriptor == "raw":
+        return rows
+    return rows / torch.where(norms > 0, norms, 1)[:, :, None]
+
+
+def _cluster_on_host(rows, clustered, labels, config, engine):
+    device = rows.device
+    rows, clustered, labels = rows.cpu(), clustered.cpu(), labels.cpu()
+    eps = rows.new_empty(len(rows))
+    for image, (image_rows, members) in enumerate(zip(rows, clustered)):
+        members = members.nonzero()[:, 0]
+        found, eps[image] = cluster_host.cluster_image(image_rows[members], config, engine)
+        labels[image, members] = torch.from_numpy(found).int()
+    return labels.to(device), eps.to(device)
+
+
+def _cluster_on_device(rows, clustered, labels, config, engine):
+    # One row at least, if only padding: reductions need something to reduce.
+    largest = rows.shape[1]
+    if config.dominant_percentile < 100:
+        largest = max(dominant_rank(largest, config.dominant_percentile), 1)
+    chunk = max(1, CHUNK_BYTES // cluster_batched.bytes_per_image(largest, rows.element_size()))
+    results = [
+        _cluster_chunk(rows[start : start + chunk], clustered[start : start + chunk], largest, config)
+        for start in range(0, len(rows), chunk)
+    ]
+    found, eps = (torch.cat(column) for column in zip(*results))
+    return torch.where(clustered, found, labels), eps
+
+
+def _cluster_chunk(rows, clustered, largest, config):
+    # The clustered channels first, in their order: a stable sort instead of a data-dependent selection.
+    order = (~clustered).to(torch.uint8).argsort(dim=1, stable=True)[:, :largest]
+    gathered = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
+    found, eps = cluster_batched.cluster_rows(gathered, clustered.sum(1), config)
+    labels = found.new_full(clustered.shape, NOISE)
+    return labels.scatter_(1, order, found), eps
+
+
+# Stages 3 and 4: filtered gradients and weights.
+
+
+def filter_gradients(gradients, labels, config):
+    """The gradient each channel is weighted by: (B, C, h, w).
+
+    A dominant channel keeps its own; the members of a cluster share their filtered mean; noise has none.
+    `channel_weights` does not need it: the spatial mean of a filtered grid is one dot product.
+    """
+    gradients = as_computed(gradients)
+    mean = _cluster_mean(gradients.flatten(2), labels).view_as(gradients)
+    rows, columns = (
+        _constant(filter_matrix, (size, config.sigma, config.boundary), mean.device, mean.dtype)
+        for size in gradients.shape[2:]
+    )
+    filtered = rows @ mean @ columns.T
+    dominant, noise = (labels[:, :, None, None] == label for label in (DOMINANT, NOISE))
+    return torch.where(dominant, gradients, torch.where(noise, 0, filtered))
+
+
+def channel_weights(gradients, labels, config):
+    """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (B, C)."""
+    gradients = as_computed(gradients)
+    flat = gradients.flatten(2)
+    arguments = (*gradients.shape[2:], config.sigma, config.boundary)
+    pooling = _constant(pooling_weights, arguments, flat.device, flat.dtype)
+    of_cluster = _cluster_mean((flat * pooling.flatten()).sum(2, keepdim=True), labels)[:, :, 0]
+    weights = torch.where(labels == DOMINANT, flat.mean(2), of_cluster)
+    kept = labels != NOISE
+    if config.weighting == "softmax":
+        # An image without a kept channel gives a softmax of nothing (NaN), which the line below drops.
+        weights = weights.masked_fill(~kept, -torch.inf).softmax(1)
+    return torch.where(kept, weights, 0)
+
+
+def _cluster_mean(values, labels):
+    """Each clustered channel's mean over its cluster, of values (B, C, N); undefined for the others."""
+    # Clusters take the slots from 0; noise and dominant channels share the last one.
+    n_channels = labels.shape[1]
+    slot = torch.where(labels >= 0, labels, n_channels).long()
+    count = values.new_zeros(len(values), n_channels + 1).scatter_add_(1, slot, torch.ones_like(values[:, :, 0]))
+    slots = slot[:, :, None].expand_as(values)
+    total = values.new_zeros(len(values), n_channels + 1, values.shape[2]).scatter_add_(1, slots, values)
+    return total.gather(1, slots) / count.gather(1, slot)[:, :, None]
+
+
+@lru_cache(maxsize=64)
+def _constant(function, args, device, dtype):
+    """``function(*args)`` as a tensor; cached, because a copy from the host would make the host wait."""
+    return torch.tensor(function(*args), dtype=dtype, device=device)
+
+
+# Stage 5: the map.
+
+
+def class_map(activations, weights, output_size, config):
+    """The normalised maps of a batch: (B, H, W) in [0, 1]."""
+    return normalize(resize(class_grid(activations, weights), output_size), config)
+
+
+def class_grid(activations, weights):
+    """ReLU of the weighted sum over channels, on the layer's own grid: (B, h, w)."""
+    activations = as_computed(activations)
+    grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2)).relu_()
+    return grid.view(len(grid), *activations.shape[2:])
+
+
+def resize(grid, output_size):
+    """Bilinear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
+    return F.interpolate(grid[:, None], tuple(output_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def normalize(images, config):
+    """Scale non-negative maps (B, H, W) to [0, 1] each; zeros where one has no positive value."""
+    low, high = images.amin((1, 2), True), images.amax((1, 2), True)
+    flat = high - low <= FLAT_RANGE * high
+    base, span = (0, high) if config.normalize == "max" else (low, high - low)
+    scaled = (images - base) / torch.where(flat, 1, span)
+    of_flat = (high > 0).to(images.dtype) if config.normalize == "max" else torch.zeros_like(high)
+    return torch.where(flat, of_flat, scaled)

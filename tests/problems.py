@@ -1,0 +1,47 @@
+"""Random clustering problems and activations, the awkward ones included."""
+
+import numpy as np
+import torch
+
+from cfcam_gpu.config import CFCAMConfig
+
+
+def clustering_rows(rng, n, kind):
+    """Descriptors float32 (n, D) of one kind; see `CLUSTERING_KINDS`."""
+    length = int(rng.integers(1, 50))
+    if kind == "gaussian":
+        rows = rng.normal(size=(n, length))
+    elif kind == "blobs":  # several clusters, so that numbering and borders matter
+        centres = rng.normal(size=(int(rng.integers(2, 9)), 2)) * 6
+        rows = centres[rng.integers(len(centres), size=n)] + rng.normal(size=(n, 2)) * rng.uniform(0.1, 1.5)
+    elif kind == "lattice":  # few distinct distances: many pairs lie exactly at eps
+        rows = rng.integers(0, 5, size=(n, int(rng.integers(1, 4))))
+    elif kind == "line":  # long chains of neighbours: the slowest case for label propagation
+        rows = rng.permutation(n)[:, None] * rng.choice([0.5, 1.0])
+    elif kind == "duplicates":
+        rows = rng.normal(size=(max(n // 4, 1), length))[rng.integers(max(n // 4, 1), size=n)]
+    elif kind == "zeros":  # half-dead ReLU channels
+        rows = np.maximum(rng.normal(size=(n, length)), 0) * (rng.random((n, 1)) < rng.uniform(0.1, 0.9))
+    elif kind == "scattered":  # distances grow without bound: nearly all noise
+        rows = np.cumsum(np.exp(np.linspace(0, 12, n)))[:, None] * np.ones(2)
+    else:
+        raise ValueError(kind)
+    return np.ascontiguousarray(rows, np.float32)
+
+
+CLUSTERING_KINDS = ("gaussian", "blobs", "lattice", "line", "duplicates", "zeros", "scattered")
+
+
+def random_config(rng, **choices):
+    """A configuration of the clustering stage over the ranges that give noise, one and many clusters."""
+    return CFCAMConfig(
+        eps_percentile=float(rng.choice([0, 1, 2, 5, 10, 25, 25, 25, 50, 100, rng.uniform(0, 100)])),
+        min_samples_fraction=float(rng.choice([0.0, 0.01, 0.05, 0.05, 0.2, 1.0])),
+        **choices,
+    )
+
+
+def activations_like(shape, dead=0.4, dtype=torch.float32):
+    """Post-ReLU activations (B, C, h, w) with channel scales spread out and a share of dead channels."""
+    scale = torch.rand(*shape[:2], 1, 1) * (torch.rand(*shape[:2], 1, 1) > dead)
+    return (torch.randn(shape).relu() * scale).to(dtype)

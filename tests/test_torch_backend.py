@@ -1,0 +1,187 @@
+"""The torch backend against the float64 reference and against SciPy, over presets, boundaries, dtypes and layouts."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_close
+from problems import activations_like
+from scipy.ndimage import gaussian_filter
+
+from cfcam_gpu import CFCAMConfig, cf_cam, reference, torch_backend
+from cfcam_gpu.config import BOUNDARIES
+from cfcam_gpu.gaussian import filter_matrix, pooling_weights
+
+PRESETS = {"default": CFCAMConfig(), "paper": CFCAMConfig.paper()}
+
+
+def compare_with_reference(activations, gradients, config, output_size=(33, 47)):
+    """Weights and maps of both backends; labels may differ only at the edge, and then there is nothing to compare."""
+    result = cf_cam(activations, gradients, output_size, config)
+    expected = cf_cam(activations, gradients, output_size, config, backend="reference")
+    assert expected.maps.dtype == torch.float64
+    same = (result.labels == expected.labels).all(1)
+    assert same.float().mean() > 0.5, "labels may differ in rare images only"
+    for image in same.nonzero()[:, 0]:
+        assert_close(result.weights[image], expected.weights[image], activations.dtype)
+        assert_close(result.maps[image], expected.maps[image], activations.dtype)
+    return result
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("descriptor", ["raw", "unit"])
+# A ResNet's last grid at a prime number of channels, a grid smaller than the filter, a single row, a large grid.
+@pytest.mark.parametrize("shape", [(3, 127, 7, 7), (2, 64, 2, 3), (2, 33, 1, 8), (2, 40, 28, 14)])
+def test_equals_the_reference(preset, boundary, descriptor, shape, seed):
+    for sigma in (0.4, 1.0, 3.5):
+        config = CFCAMConfig(
+            boundary=boundary,
+            descriptor=descriptor,
+            sigma=sigma,
+            weighting=PRESETS[preset].weighting,
+            normalize=PRESETS[preset].normalize,
+        )
+        result = compare_with_reference(activations_like(shape), torch.randn(shape), config)
+        assert result.maps.shape == (shape[0], 33, 47)
+        assert 0 <= result.maps.min() and result.maps.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dtypes(dtype, preset, seed):
+    shape = (3, 128, 7, 7)
+    # Gradients of a trained network are about 1e-3 and smaller: subnormal in float16 where they are pooled.
+    gradients = (torch.randn(shape) * 1e-3).to(dtype)
+    result = compare_with_reference(activations_like(shape, dtype=dtype), gradients, PRESETS[preset])
+    assert result.maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_image_is_its_own_problem(preset, seed):
+    activations, gradients = activations_like((5, 96, 7, 7)), torch.randn(5, 96, 7, 7)
+    activations[2] = 0
+    batch = cf_cam(activations, gradients, (32, 32), PRESETS[preset])
+    for image in range(5):
+        alone = cf_cam(activations[image : image + 1], gradients[image : image + 1], (32, 32), PRESETS[preset])
+        for of_batch, of_one in zip(batch, alone):
+            assert torch.equal(of_batch[image], of_one[0])
+
+
+def test_memory_format_does_not_matter(seed):
+    activations, gradients = activations_like((2, 96, 7, 6)), torch.randn(2, 96, 7, 6)
+    expected = cf_cam(activations, gradients, (32, 32))
+    channels_last = torch.channels_last
+    sliced = torch.full((4, 96, 7, 9), torch.nan)
+    sliced[::2, :, :, 1:7] = activations
+    for result in (
+        cf_cam(activations.to(memory_format=channels_last), gradients.to(memory_format=channels_last), (32, 32)),
+        cf_cam(sliced[::2, :, :, 1:7], gradients, (32, 32)),
+    ):
+        for actual, wanted in zip(result, expected):
+            assert torch.equal(actual, wanted)
+    expanded = torch.randn(2, 96, 1, 1)  # the gradient of an average pool, stride 0 over the grid
+    for actual, wanted in zip(
+        cf_cam(activations, expanded.expand(2, 96, 7, 6)), cf_cam(activations, expanded.repeat(1, 1, 7, 6))
+    ):
+        assert torch.equal(actual, wanted)
+
+
+def test_chunks_of_the_batched_path_do_not_matter(seed, monkeypatch):
+    activations = activations_like((5, 40, 5, 5))
+    rows, config = activations.flatten(2), CFCAMConfig()
+    clustered = ~torch_backend.dominant_channels(torch_backend.channel_norms(activations), config)
+    labels = torch.where(clustered, -1, -2).int()
+    whole = torch_backend._cluster_on_device(rows, clustered, labels, config, "batched")
+    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1)  # one image at a time
+    one_by_one = torch_backend._cluster_on_device(rows, clustered, labels, config, "batched")
+    assert torch.equal(whole[0], one_by_one[0]) and torch.equal(whole[1], one_by_one[1])
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("shape", [(7, 7), (1, 5), (13, 2)])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.7, 8.0])  # radius 1 to 32: far wider than the grid too
+def test_filter_equals_scipy(boundary, shape, sigma, rng):
+    grid = rng.normal(size=shape)
+    expected = gaussian_filter(grid, sigma, mode=boundary, truncate=4.0)
+    rows, columns = (filter_matrix(size, sigma, boundary) for size in shape)
+    assert_close(rows @ grid @ columns.T, expected, torch.float64)
+    # The mean of the filtered grid is one dot product.
+    pooled = (grid * pooling_weights(*shape, sigma, boundary)).sum()
+    assert pooled == pytest.approx(expected.mean(), abs=1e-13)
+
+
+def test_reflect_changes_no_pooled_weight():
+    np.testing.assert_allclose(pooling_weights(7, 5, 1.3, "reflect"), 1 / 35)
+
+
+def test_filtered_gradients_equal_the_reference(seed):
+    activations, gradients = activations_like((3, 80, 7, 5)), torch.randn(3, 80, 7, 5)
+    for boundary in BOUNDARIES:
+        config = CFCAMConfig(boundary=boundary, sigma=1.5)
+        labels = cf_cam(activations, gradients, config=config).labels
+        assert {-2, -1, 0} <= set(labels.flatten().tolist())
+        expected = [
+            reference.filter_gradients(of_image, of_labels, config)
+            for of_image, of_labels in zip(gradients.double().numpy(), labels.numpy())
+        ]
+        filtered = torch_backend.filter_gradients(gradients, labels, config)
+        assert_close(filtered, np.stack(expected))
+        # Pooling the filtered gradients gives the weights that are computed without filtering.
+        assert_close(torch_backend.channel_weights(gradients, labels, config), filtered.mean((2, 3)))
+
+
+@pytest.mark.parametrize("old, new", [((7, 7), (224, 224)), ((5, 8), (5, 8)), ((14, 9), (6, 31)), ((1, 3), (7, 2))])
+def test_reference_resize_equals_torch(old, new, rng):
+    grid = rng.normal(size=old)
+    expected = F.interpolate(torch.from_numpy(grid)[None, None], new, mode="bilinear", align_corners=False)[0, 0]
+    assert_close(reference.resize(grid, new), expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_flat_and_empty_maps(dtype, backend):
+    ones, zeros = torch.ones(1, 3, 3, 3, dtype=dtype), torch.zeros(1, 3, 3, 3, dtype=dtype)
+    for normalize, value in (("max", 1.0), ("minmax", 0.0)):
+        config = CFCAMConfig(normalize=normalize)
+        for scale in (1e-4, 0.3, 7.0):  # 0.3: interpolating a constant does not give it back exactly
+            flat = cf_cam(ones * scale, ones * scale, (50, 31), config, backend)
+            assert (flat.maps == value).all()
+        for activations, gradients in ((zeros, ones), (ones, zeros), (ones, -ones), (zeros, zeros)):
+            assert (cf_cam(activations, gradients, (50, 31), config, backend).maps == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_kept_channel_gives_zeros(backend, preset, rng):
+    config = CFCAMConfig(
+        dominant_percentile=100.0,
+        eps_percentile=0.0,
+        min_samples_fraction=1.0,
+        weighting=PRESETS[preset].weighting,
+    )
+    activations = torch.from_numpy(rng.normal(size=(2, 20, 4, 4))).float()
+    result = cf_cam(activations, torch.ones(2, 20, 4, 4), (8, 8), config, backend)
+    assert (result.labels == -1).all()
+    assert (result.weights == 0).all() and (result.maps == 0).all()
+
+
+def test_min_and_max_of_the_two_scalings(seed):
+    activations, gradients = activations_like((4, 64, 7, 7)), torch.randn(4, 64, 7, 7).abs()
+    gradients[3] = -gradients[3]  # a map of zeros
+    for normalize, backend in itertools.product(("minmax", "max"), ("torch", "reference")):
+        maps = cf_cam(activations, gradients, (20, 20), CFCAMConfig(normalize=normalize), backend).maps
+        assert maps.amax((1, 2)).tolist() == [1, 1, 1, 0]
+        lowest = maps.amin((1, 2))
+        assert (lowest == 0).all() if normalize == "minmax" else (lowest[:3] > 0).any()
+
+
+def test_published_weights_hardly_depend_on_the_gradient(seed):
+    """What the specification says of the published softmax, so that nobody is surprised by it."""
+    activations = activations_like((1, 256, 7, 7))
+    maps = [
+        cf_cam(activations, torch.randn(1, 256, 7, 7) * 1e-3, (56, 56), CFCAMConfig.paper()).maps for _ in range(2)
+    ]
+    assert (maps[0] - maps[1]).abs().max() < 0.01

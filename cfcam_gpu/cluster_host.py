@@ -24,12 +24,12 @@ def cluster_image(rows, config, engine):
     Args:
         rows: (R, D) CPU tensor, float32 or float64.
         config: `CFCAMConfig`.
-        engine: "batched" for `dbscan`, "sklearn" for scikit-learn's on the same distances and eps.
+        engine: "host" for `dbscan`, "sklearn" for scikit-learn's on the same distances and eps.
 
     Returns:
         labels int (R,) as a NumPy array, and eps as a float.
     """
-    run = {"batched": dbscan, "sklearn": dbscan_sklearn}[engine]
+    run = {"host": dbscan, "sklearn": dbscan_sklearn}[engine]
     n = len(rows)
     if n < 2:
         return np.full(n, NOISE, np.int32), EPS_FLOOR

@@ -39,7 +39,8 @@ def cf_cam(
         config: `CFCAMConfig`; default: ``CFCAMConfig()``.
         backend: "auto", "triton" (CUDA or ROCm devices), "torch" (any device) or "reference" (NumPy, SciPy and
             scikit-learn in float64, on the host).
-        clustering: "auto", "batched" (on the device), "cuml" or "sklearn" (on the host). Same labels.
+        clustering: "batched" (ours, on the device and without a host synchronisation), "cuml", "sklearn" (on the
+            host), or "auto": ours, on a CPU in the form that is fastest there. All give the same labels.
         check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
             wait for the device.
 
@@ -142,7 +143,9 @@ def choose(backend, clustering, device=None):
         if clustering == "batched":
             raise ValueError('backend="reference" clusters with scikit-learn: clustering must be "auto" or "sklearn"')
         return backend, "sklearn"
-    return backend, "batched" if clustering == "auto" else clustering
+    if clustering == "auto":
+        clustering = "host" if device is not None and device.type == "cpu" else "batched"
+    return backend, clustering
 
 
 def _missing_packages(*modules):

@@ -1,7 +1,7 @@
 """CF-CAM in vectorised PyTorch, on any device: the five stages for a whole batch.
 
-On a CPU the clustering runs image by image (`cluster_host`), elsewhere batched and without a host
-synchronisation (`cluster_batched`); the rest is the same code. Arithmetic is in float32 for float16, bfloat16
+The clustering runs batched and without a host synchronisation (`cluster_batched`), or on the host image by image
+(`cluster_host`), which is faster where the host is the device; the rest is the same code. Arithmetic is in float32 for float16, bfloat16
 and float32 inputs, in float64 for float64. Function names are those of `reference`.
 """
 
@@ -20,14 +20,14 @@ CHUNK_BYTES = 512 * 2**20
 """Extra memory the batched clustering may take at once; larger batches go in chunks."""
 
 
-def cf_cam(activations, gradients, output_size, config, engine="batched"):
+def cf_cam(activations, gradients, output_size, config, engine):
     """All five stages for a batch.
 
     Args:
         activations, gradients: (B, C, h, w) on one device.
         output_size: (H, W).
         config: `CFCAMConfig`.
-        engine: "batched" or "sklearn" (host).
+        engine: "batched" (any device), "host" or "sklearn" (both on the host).
 
     Returns:
         maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
@@ -47,7 +47,7 @@ def as_computed(tensor):
 # Stages 1 and 2: importance and clustering.
 
 
-def cluster_channels(activations, config, engine="batched"):
+def cluster_channels(activations, config, engine):
     """Labels int32 (B, C) and eps (B,) of activations (B, C, h, w)."""
     activations = as_computed(activations)
     norms = channel_norms(activations)
@@ -55,8 +55,9 @@ def cluster_channels(activations, config, engine="batched"):
     clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
     rows = descriptors(activations, norms, config)
     labels = torch.where(dominant, DOMINANT, NOISE).int()
-    cluster = _cluster_on_host if rows.device.type == "cpu" or engine == "sklearn" else _cluster_on_device
-    return cluster(rows, clustered, labels, config, engine)
+    if engine == "batched":
+        return _cluster_batched(rows, clustered, labels, config)
+    return _cluster_on_host(rows, clustered, labels, config, engine)
 
 
 def channel_norms(activations):
@@ -92,7 +93,7 @@ def _cluster_on_host(rows, clustered, labels, config, engine):
     return labels.to(device), eps.to(device)
 
 
-def _cluster_on_device(rows, clustered, labels, config, engine):
+def _cluster_batched(rows, clustered, labels, config):
     # One row at least, if only padding: reductions need something to reduce.
     largest = rows.shape[1]
     if config.dominant_percentile < 100:

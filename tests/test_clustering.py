@@ -9,7 +9,7 @@ from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random
 from scipy.spatial.distance import cdist, squareform
 from sklearn.cluster import DBSCAN
 
-from cfcam_gpu import CFCAMConfig, cluster_batched, cluster_channels, cluster_host, reference, torch_backend
+from cfcam_gpu import CFCAMConfig, cluster_batched, cluster_channels, cluster_host, reference
 from cfcam_gpu.config import EPS_FLOOR
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample"
@@ -22,7 +22,7 @@ def sklearn_labels(distances, eps, min_samples):
 def host(rows, config):
     """Labels, eps and the distances that the CPU path itself saw."""
     rows = torch.from_numpy(rows)
-    labels, eps = cluster_host.cluster_image(rows, config, "batched")
+    labels, eps = cluster_host.cluster_image(rows, config, "host")
     return labels, eps, squareform(cluster_host.pairwise_distances(rows).astype(np.float64))
 
 
@@ -77,7 +77,7 @@ def test_eps_is_numpys_percentile_of_the_same_distances(path, rng):
 
 @pytest.mark.parametrize("n", [0, 1])  # nothing to measure a distance to
 def test_fewer_than_two_channels_are_noise(n):
-    labels, eps = cluster_host.cluster_image(torch.ones(n, 4), CFCAMConfig(), "batched")
+    labels, eps = cluster_host.cluster_image(torch.ones(n, 4), CFCAMConfig(), "host")
     assert list(labels) == [-1] * n and eps == EPS_FLOOR
     labels, eps = cluster_batched.cluster_rows(torch.ones(1, 3, 4), torch.tensor([n]), CFCAMConfig())
     assert labels.tolist() == [[-1] * 3] and eps == pytest.approx(EPS_FLOOR)
@@ -115,22 +115,12 @@ def test_both_paths_and_scikit_learn_agree_on_batches(shape, descriptor, rng, se
         assert labels.dtype == torch.int32 and labels.shape == shape[:2] and eps.shape == shape[:1]
         by_sklearn, _ = cluster_channels(activations, config, clustering="sklearn")
         assert torch.equal(by_sklearn, labels)
-        on_device, eps_on_device = cluster_on_device(activations, config)
+        on_device, eps_on_device = cluster_channels(activations, config, clustering="batched")
         # The two paths sum squares in another order: compared where no pair is at the edge.
         for image in range(shape[0]):
             if not pairs_at_the_edge(activations[image], config):
                 assert torch.equal(on_device[image], labels[image])
         torch.testing.assert_close(eps_on_device, eps, rtol=1e-6, atol=0)
-
-
-def cluster_on_device(activations, config):
-    """What `torch_backend.cluster_channels` does on an accelerator, here on the CPU."""
-    norms = torch_backend.channel_norms(activations)
-    dominant = torch_backend.dominant_channels(norms, config)
-    clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
-    rows = torch_backend.descriptors(activations, norms, config)
-    labels = torch.where(dominant, -2, -1).int()
-    return torch_backend._cluster_on_device(rows, clustered, labels, config, "batched")
 
 
 def pairs_at_the_edge(activations, config):

@@ -10,7 +10,7 @@ from compare import assert_close
 from problems import activations_like
 from scipy.ndimage import gaussian_filter
 
-from cfcam_gpu import CFCAMConfig, cf_cam, reference, torch_backend
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
 from cfcam_gpu.config import BOUNDARIES
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 
@@ -91,12 +91,9 @@ def test_memory_format_does_not_matter(seed):
 
 def test_chunks_of_the_batched_path_do_not_matter(seed, monkeypatch):
     activations = activations_like((5, 40, 5, 5))
-    rows, config = activations.flatten(2), CFCAMConfig()
-    clustered = ~torch_backend.dominant_channels(torch_backend.channel_norms(activations), config)
-    labels = torch.where(clustered, -1, -2).int()
-    whole = torch_backend._cluster_on_device(rows, clustered, labels, config, "batched")
+    whole = cluster_channels(activations, clustering="batched")
     monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1)  # one image at a time
-    one_by_one = torch_backend._cluster_on_device(rows, clustered, labels, config, "batched")
+    one_by_one = cluster_channels(activations, clustering="batched")
     assert torch.equal(whole[0], one_by_one[0]) and torch.equal(whole[1], one_by_one[1])
 
 

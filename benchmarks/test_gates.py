@@ -1,0 +1,91 @@
+"""Speed gates for a CPU: ratios measured in one run, with the variants interleaved.
+
+    python -m pytest benchmarks/test_gates.py
+
+What the clocks contain: for the end-to-end gates, ``cam.maps`` (forward, head backward, pipeline, maps at the input's
+size) over the model's plain forward under ``torch.no_grad``; for the pipeline gates, from activations and gradients to
+maps. Warm-up is outside. Two threads.
+"""
+
+import statistics
+import time
+
+import naive
+import pytest
+import torch
+import torchvision
+
+from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam
+
+END_TO_END = 1.4
+"""Largest end-to-end time as a multiple of the plain forward pass."""
+
+NAIVE_SPEEDUP = 40
+"""Smallest speed-up of the pipeline over the authors' approach."""
+
+PIPELINE_MS = 40
+"""Largest time of the pipeline per image at C = 2048, 7 x 7."""
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def interleaved(benchmark, function, baseline, rounds):
+    """Median seconds of ``function`` and of ``baseline``, which runs once before each round of it."""
+    baseline_seconds = []
+
+    def before_each_round():
+        start = time.perf_counter()
+        baseline()
+        baseline_seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(function, setup=before_each_round, rounds=rounds, warmup_rounds=2)
+    median, of_baseline = benchmark.stats.stats.median, statistics.median(baseline_seconds[2:])
+    benchmark.extra_info.update(baseline_median_ms=1e3 * of_baseline, ratio=median / of_baseline)
+    print(f"\n{1e3 * median:.1f} ms against {1e3 * of_baseline:.1f} ms: ratio {median / of_baseline:.3f}")
+    return median, of_baseline
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_end_to_end(benchmark, batch):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None).eval()
+    images = torch.randn(batch, 3, 224, 224)
+    cam = CFCAM(model, [model.layer4[-1]])
+
+    def forward():
+        with torch.no_grad():
+            model(images)
+
+    maps, plain = interleaved(benchmark, lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 8)
+    assert maps <= END_TO_END * plain
+
+
+@pytest.fixture
+def last_layer():
+    """Activations and gradients (1, 2048, 7, 7) like a ResNet-50's last layer: ReLU, channel scales spread out."""
+    torch.manual_seed(0)
+    activations = torch.randn(1, 2048, 7, 7).relu() * torch.rand(1, 2048, 1, 1)
+    return activations, torch.randn(1, 2048, 7, 7) * 1e-3
+
+
+def test_pipeline_against_the_authors_approach(benchmark, last_layer):
+    activations, gradients = last_layer
+    config = CFCAMConfig.paper()
+    expected = naive.class_map(activations[0], gradients[0], (224, 224))
+    maps = cf_cam(activations, gradients, (224, 224), config).maps
+    torch.testing.assert_close(maps[0], expected, rtol=0, atol=1e-4)  # no agreement, no number
+
+    ours, theirs = interleaved(
+        benchmark,
+        lambda: cf_cam(activations, gradients, (224, 224), config),
+        lambda: naive.class_map(activations[0], gradients[0], (224, 224)),
+        rounds=5,
+    )
+    assert NAIVE_SPEEDUP * ours <= theirs
+    assert 1e3 * ours <= PIPELINE_MS

@@ -1,0 +1,417 @@
+"""Activations and gradients of target layers: one forward pass, and a backward through the head only.
+
+A class activation map needs d score / d A for the output A of a target layer, and nothing upstream of it.
+So the trunk (everything before the first target layer) runs with autograd off and stores nothing; a forward
+hook on the target layer starts the graph at A, and ``torch.autograd.grad`` runs back to A and stops. The
+gradients are those of a full backward bit for bit, for frozen models and under ``torch.no_grad`` too.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_map_only
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """What one pass gives: the model's outputs, and per target layer its activations and gradients.
+
+    Attributes:
+        outputs: what the model returned, in the same structure, every tensor detached.
+        activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype.
+        gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
+            images' scores, so image i's gradient is that of its own score where images do not interact.
+            May be an expanded view (stride 0), as autograd hands it out.
+    """
+
+    outputs: Any
+    activations: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor, ...]
+
+
+class HeadCapture:
+    """Captures the activations and gradients of ``target_layers`` in one pass through ``model``.
+
+    Nothing stays on the model: hooks live for the length of a call, and grad mode, training flags,
+    ``requires_grad`` and every ``.grad`` are as before, also after a call that raised. The model runs in the
+    mode it is in (``model.eval()`` is the caller's to call, here as anywhere: in train mode dropout is random and
+    batch norm updates its statistics), in plain eager code even where it is compiled, and on its own tensors
+    in their own dtype; a caller's autocast applies.
+
+    A layer that runs several times counts with its last call. The number of calls is remembered, so that from the
+    second pass on the trunk reaches up to that call; should a pass make fewer calls, it is repeated. A pass is also
+    repeated, once in the object's life, when the model itself switches autograd off around a target layer.
+
+    Args:
+        model: a ``torch.nn.Module``. Compiled models, DataParallel and DistributedDataParallel are looked through.
+        target_layers: list of modules of ``model``, each of which returns a floating-point tensor, or a tuple or
+            list that starts with one.
+        reshape_transform: callable applied to a layer's activations and gradients alike, which returns them as
+            (B, C, h, w); for transformers. Default: none, the layer must return (B, C, h, w).
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module`` or is scripted or traced; ``target_layers`` is no list of modules;
+            ``reshape_transform`` is not callable.
+        ValueError: ``target_layers`` is empty, or a layer is no part of ``model``.
+
+    Source: the definition of Grad-CAM's gradients (Selvaraju et al., ICCV 2017, equation 1); constructor as in
+    jacobgil/pytorch-grad-cam, which runs the backward through the whole network instead.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> captured = HeadCapture(model, [model[0]])(torch.rand(2, 3, 8, 8), targets=[7, 1])
+    >>> captured.outputs.shape, captured.gradients[0].shape
+    (torch.Size([2, 8]), torch.Size([2, 8, 6, 6]))
+    """
+
+    def __init__(self, model, target_layers, reshape_transform=None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
+        self.model = _unwrap(model)
+        if not isinstance(target_layers, (list, tuple)):
+            raise TypeError(
+                f"target_layers must be a list of modules, got {_type(target_layers)}; for one layer write [layer]"
+            )
+        if not target_layers:
+            raise ValueError("target_layers must name at least one layer, got an empty list")
+        for index, layer in enumerate(target_layers):
+            if not isinstance(layer, nn.Module):
+                raise TypeError(f"target_layers[{index}] must be a torch.nn.Module, got {_type(layer)}")
+        if not (reshape_transform is None or callable(reshape_transform)):
+            raise TypeError(f"reshape_transform must be None or callable, got {_type(reshape_transform)}")
+        self.target_layers = tuple(_unwrap(layer) for layer in target_layers)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.target_layers)):
+            raise TypeError("model and target_layers must be eager modules, got scripted or traced ones: they run no hooks")
+        self.reshape_transform = reshape_transform
+        self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
+        self._last_call = {}  # layer -> number of its calls in the previous pass
+        self._grad_from_start = False
+        self._calls = Counter()
+        self._taps = {}
+        self._rooted = []
+        self._handles = []
+
+    def __call__(self, input_tensor, targets=None):
+        """Run the model once and return a :class:`Capture`.
+
+        Args:
+            input_tensor: (B, ...) floating-point tensor, B >= 1; moved to the model's device, its dtype is kept.
+            targets: None for each image's top class; or one target per image: class indices in [0, n_classes) as a
+                list, tuple or array of ints or as an integer tensor (B,) on any device; or callables, each of which
+                gets its image's output and returns a one-element tensor (pytorch-grad-cam's target classes work
+                as they are). Indices and None need a (B, n_classes) output. From an output that is not one tensor,
+                image i's is the same structure with every tensor of B rows indexed at [i] and all else as it is; but a
+                list of length B holds one element per image, as detection models return it. Indices on an
+                accelerator are not range-checked, which would make the host wait for the device.
+
+        Raises:
+            TypeError: ``input_tensor`` is no floating-point tensor; ``targets`` are not of the kinds above; a layer's
+                output is not of the kinds above; indices or None while the output is not one tensor.
+            ValueError: the batch is empty; a wrong number of targets; a class index out of range; a callable's result
+                without exactly one element; a layer did not run, has activations that are not (B, C, h, w) or
+                have a single grid cell, or does not influence the score; a score that no gradient flows back from.
+            RuntimeError: from autograd, where the head cannot be differentiated (reentrant checkpointing).
+        """
+        batch = _check_input(input_tensor)
+        with _eager_without_grad():
+            targets = _check_targets(targets, batch)
+            try:
+                # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
+                for layer in self._names:
+                    self._handles.append(layer.register_forward_hook(self._tap))
+                outputs = self._forward(input_tensor)
+                taps = [self._taps[layer] for layer in self.target_layers]
+                activations = tuple(
+                    self._to_grid(layer, tap.activations, batch) for layer, tap in zip(self.target_layers, taps)
+                )
+                with torch.enable_grad():
+                    scores = _scores(outputs, targets, batch)
+                gradients = self._differentiate(scores, [tap.edge for tap in taps])
+                if self.reshape_transform is not None:
+                    gradients = tuple(self.reshape_transform(gradient) for gradient in gradients)
+                outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+                return Capture(outputs, activations, gradients)
+            finally:
+                self.release()
+
+    def release(self):
+        """Take every hook off the model. Calls do so themselves; safe to call at any time and more than once."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._rooted:
+            self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
+        self._taps = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+    def _forward(self, input_tensor):
+        """The model's raw outputs, from a pass in which every target layer was tapped at its last call."""
+        device = _device(self.model, input_tensor)
+        while True:
+            self._calls, self._taps = Counter(), {}
+            with torch.set_grad_enabled(self._grad_from_start):
+                # A private copy: the model may change its input in place, and it may be needed again.
+                outputs = self.model(input_tensor.detach().to(device, copy=True))
+                # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
+                # like, encloses the layer and has just restored what it found; it must find autograd on.
+                switched_off = not torch.is_grad_enabled()
+            for layer, name in self._names.items():
+                if not self._calls[layer]:
+                    raise ValueError(
+                        f"target layer {name!r} did not run in the forward pass (or ran where no hook sees it: its"
+                        " forward() called directly, or scripted code)"
+                    )
+            if len(self._taps) < len(self._names):
+                self._last_call = {}  # fewer calls than last time: tap every call
+            elif switched_off and not self._grad_from_start:
+                self._grad_from_start = True
+            else:
+                self._last_call = dict(self._calls)  # a copy: recomputation in the backward counts on
+                return outputs
+
+    def _tap(self, layer, inputs, output):
+        """Forward hook: start the graph at the layer's output, unless it is in it, and keep a private copy."""
+        self._calls[layer] += 1
+        if self._calls[layer] < self._last_call.get(layer, 1):
+            return None
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
+            raise TypeError(
+                f"target layer {self._names[layer]!r} must return a floating-point tensor, or a tuple or list that"
+                f" starts with one, got {_describe(output)}"
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
+            tensor = first.clone() if first._is_view() or first.is_inference() else first
+            if not tensor.requires_grad:
+                tensor = _Root.apply(torch.zeros((), requires_grad=True), tensor)
+                self._rooted.append(tensor)
+            self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
+        torch.set_grad_enabled(True)
+        if tensor is first:
+            return None
+        if first is output:
+            return tensor
+        rest = (tensor, *output[1:])
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+    def _to_grid(self, layer, activations, batch):
+        """``activations`` as (B, C, h, w), or an error that names the layer."""
+        name, hint = f"target layer {self._names[layer]!r}", "; pass a reshape_transform that makes it so"
+        if self.reshape_transform is not None:
+            activations = self.reshape_transform(activations)
+            name, hint = f"reshape_transform of {name}", ""
+            if not isinstance(activations, torch.Tensor):
+                raise TypeError(f"{name} must return a tensor, got {_type(activations)}")
+        shape = tuple(activations.shape)
+        if len(shape) != 4:
+            raise ValueError(f"{name} must return (B, C, h, w), got {shape}{hint}")
+        if shape[0] != batch:
+            raise ValueError(f"{name} must return one row per image, ({batch}, C, h, w), got {shape}{hint}")
+        if shape[2] * shape[3] <= 1:
+            raise ValueError(f"{name} must return more than one grid cell, got {shape}, which has no spatial grid")
+        return activations
+
+    def _differentiate(self, scores, edges):
+        scores = [score for score in scores if score.requires_grad]
+        if not scores:
+            raise ValueError(
+                "the score must be differentiable, got one that no gradient flows back from (argmax, detach, integer"
+                " outputs, or torch.no_grad or reentrant checkpointing in the model?)"
+            )
+        gradients = torch.autograd.grad(scores, edges, allow_unused=True)
+        for layer, gradient in zip(self.target_layers, gradients):
+            if gradient is None:
+                raise ValueError(
+                    f"the score does not depend on target layer {self._names[layer]!r}: expected a layer on the way to"
+                    " the score, outside blocks that stop gradients (detach, torch.no_grad, reentrant checkpointing)"
+                )
+        return gradients
+
+
+def find_module_name(model, module):
+    """Qualified name of ``module`` in ``model``, such as "layer4.1.conv2"; the class name for the model itself.
+
+    Args:
+        model: ``torch.nn.Module``; compiled models and (Distributed)DataParallel are looked through.
+        module: ``torch.nn.Module``, compared by identity.
+
+    Raises:
+        ValueError: ``module`` is no part of ``model``.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh()))
+    >>> find_module_name(model, model[1][0])
+    '1.0'
+    """
+    model, module = _unwrap(model), _unwrap(module)
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return ".".join(part for part in name.split(".") if part != "_orig_mod") or _type(model)
+    raise ValueError(f"target layer must be one of the modules of {_type(model)}, got a {_type(module)} that is not")
+
+
+class _Tap(NamedTuple):
+    activations: torch.Tensor
+    edge: GradientEdge  # not the tensor: a later in-place operation moves the tensor on, the edge stays
+
+
+class _Root(torch.autograd.Function):
+    """Makes ``tensor`` itself the start of a graph, which then is no leaf and may be changed in place.
+
+    The model goes on with the tensor it made, under every name it has for it: handing it a copy instead would lose
+    the gradient through the input of an in-place layer. No backward is needed: the gradient is read at the output.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, tensor):
+        ctx.mark_dirty(tensor)
+        return tensor
+
+
+@contextmanager
+def _eager_without_grad():
+    """Autograd off, and every code path taken as if it were on and uncompiled; all as before afterwards."""
+    mha = torch.backends.mha
+    with ExitStack() as stack:
+        # A trunk run without autograd leaves weights without a graph in autocast's cache; torch 2.6 would hand those to
+        # the caller's next training step.
+        stack.callback(torch.clear_autocast_cache)
+        # Without autograd nn.TransformerEncoder takes a fused path, which rounds differently and skips hooks.
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:
+            # Code compiled before the hooks came would pass them by; code compiled now would keep them.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _scores(outputs, targets, batch):
+    """The scores to differentiate, 0-dimensional tensors whose sum is the score of the batch."""
+    if isinstance(targets, tuple):
+        return [_one_score(index, target, _image_output(outputs, index, batch)) for index, target in enumerate(targets)]
+    if not isinstance(outputs, torch.Tensor):
+        raise TypeError(
+            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and None"
+            f" need a ({batch}, n_classes) tensor"
+        )
+    if outputs.dim() != 2 or len(outputs) != batch:
+        raise ValueError(
+            f"targets must be one callable per image for a model that returns shape {tuple(outputs.shape)}: class"
+            f" indices and None need ({batch}, n_classes)"
+        )
+    if targets is None:
+        classes = outputs.detach().argmax(dim=1)
+    else:
+        classes = _classes_on(outputs.device, targets, n_classes=outputs.size(1))
+    return [outputs.gather(1, classes[:, None]).sum()]
+
+
+def _classes_on(device, classes, n_classes):
+    if device.type == "cpu":
+        classes = classes.cpu()
+    if classes.device.type == "cpu":
+        outside = classes[(classes < 0) | (classes >= n_classes)]
+        if outside.numel():
+            raise ValueError(f"targets must be class indices in [0, {n_classes}), got {outside[0].item()}")
+        if device.type == "cuda":
+            classes = classes.pin_memory()  # a copy from pageable memory makes the host wait
+    return classes.to(device, non_blocking=True)
+
+
+def _image_output(outputs, index, batch):
+    """Image ``index``'s part of the model's outputs."""
+    if isinstance(outputs, list) and len(outputs) == batch:
+        return outputs[index]
+    return tree_map_only(torch.Tensor, lambda t: t[index] if t.dim() and len(t) == batch else t, outputs)
+
+
+def _one_score(index, target, output):
+    score = target(output)
+    if not isinstance(score, torch.Tensor):
+        raise TypeError(f"targets[{index}] must return a one-element tensor, got {_type(score)}")
+    if score.numel() != 1:
+        raise ValueError(f"targets[{index}] must return a one-element tensor, got shape {tuple(score.shape)}")
+    return score.reshape(())
+
+
+def _check_input(input_tensor):
+    """The batch size of a valid input."""
+    if not isinstance(input_tensor, torch.Tensor):
+        raise TypeError(f"input_tensor must be a torch.Tensor, got {_type(input_tensor)}")
+    if not input_tensor.is_floating_point():
+        raise TypeError(f"input_tensor must be floating point, got {input_tensor.dtype}")
+    if input_tensor.dim() == 0 or len(input_tensor) == 0:
+        raise ValueError(f"input_tensor must have shape (B, ...) with B >= 1, got {tuple(input_tensor.shape)}")
+    return len(input_tensor)
+
+
+def _check_targets(targets, batch):
+    """None, an int64 tensor (B,) of class indices on whatever device, or a tuple of B callables."""
+    if targets is None:
+        return None
+    if isinstance(targets, torch.Tensor):
+        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+            raise TypeError(f"targets must be an integer tensor, got {targets.dtype}")
+        if tuple(targets.shape) != (batch,):
+            raise ValueError(f"targets must have shape ({batch},), got {tuple(targets.shape)}")
+        return targets.to(torch.int64, copy=True)  # a copy: autograd refuses a tensor made in inference mode
+    if not isinstance(targets, (list, tuple, np.ndarray)):
+        hint = "; for one image write [target]" if isinstance(targets, (Integral, Callable)) else ""
+        raise TypeError(
+            "targets must be None, a list of class indices or of callables, or an integer tensor, got"
+            f" {_type(targets)}{hint}"
+        )
+    targets = tuple(targets)
+    if len(targets) != batch:
+        raise ValueError(f"targets must hold one target per image: expected {batch}, got {len(targets)}")
+    if all(callable(target) for target in targets):
+        return targets
+    for index, target in enumerate(targets):
+        if isinstance(target, bool) or not isinstance(target, Integral):
+            raise TypeError(f"targets must be all class indices or all callables, got {_type(target)} at [{index}]")
+    return torch.tensor([int(target) for target in targets])
+
+
+def _device(model, input_tensor):
+    """Where the model's first parameter or buffer is; a model without any runs where its input is."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), input_tensor.device)
+
+
+def _unwrap(module):
+    """The module that the user wrote, inside torch.compile's and (Distributed)DataParallel's wrappers."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def _type(value):
+    return type(value).__name__
+
+
+def _describe(output):
+    """Type and content of a layer's output, as far as an error needs it."""
+    if isinstance(output, torch.Tensor):
+        return f"a tensor of {output.dtype}"
+    if isinstance(output, (tuple, list)) and output:
+        return f"a {_type(output)} that starts with {_describe(output[0])}"
+    return _type(output)

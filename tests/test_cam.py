@@ -1,0 +1,219 @@
+"""`CFCAM` end to end: against pytorch-grad-cam, over layouts and layers, and what it leaves behind."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from compare import assert_close
+from torch import nn
+
+from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, torch_backend
+from cfcam_gpu.cam import scale_as_grad_cam
+from cfcam_gpu.capture import HeadCapture
+
+
+@pytest.fixture
+def resnet18(seed):
+    return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def images(seed):
+    return torch.rand(3, 3, 96, 64)
+
+
+def test_maps(resnet18, images):
+    with CFCAM(resnet18, target_layers=[resnet18.layer4[-1]]) as cam:
+        assert cam.outputs is None
+        maps = cam.maps(images, targets=[3, 7, 11])
+        assert maps.shape == (3, 96, 64) and maps.dtype == torch.float32
+        assert 0 <= maps.min() and maps.max() <= 1 and not maps.requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(cam.outputs, resnet18(images))
+        captured = HeadCapture(resnet18, [resnet18.layer4[-1]])(images, [3, 7, 11])
+        expected = cf_cam(captured.activations[0], captured.gradients[0], (96, 64), backend="reference").maps
+        assert_close(maps, expected)
+        top = cam.maps(images)
+        assert torch.equal(top, cam.maps(images, targets=cam.outputs.argmax(1)))
+
+
+def test_configuration_reaches_the_pipeline(resnet18, images):
+    layers = [resnet18.layer4[-1]]
+    captured = HeadCapture(resnet18, layers)(images)
+    for config in (CFCAMConfig.paper(), CFCAMConfig(descriptor="unit", sigma=2.0)):
+        expected = cf_cam(captured.activations[0], captured.gradients[0], (96, 64), config).maps
+        assert torch.equal(CFCAM(resnet18, layers, config=config).maps(images), expected)
+        for options in ({"backend": "reference"}, {"clustering": "sklearn"}):
+            maps = CFCAM(resnet18, layers, config=config, **options).maps(images)
+            assert_close(maps, expected)
+
+
+def test_a_batch_is_its_images(resnet18, images):
+    cam = CFCAM(resnet18, [resnet18.layer3[-1]])
+    batch = cam.maps(images, targets=[1, 2, 3])
+    for index in range(3):
+        # The network itself rounds differently at another batch size.
+        assert_close(cam.maps(images[index : index + 1], targets=[index + 1])[0], batch[index])
+
+
+def test_channels_last_equals_contiguous(resnet18, images):
+    expected = CFCAM(resnet18, [resnet18.layer4[-1]]).maps(images)
+    resnet18.to(memory_format=torch.channels_last)
+    maps = CFCAM(resnet18, [resnet18.layer4[-1]]).maps(images.to(memory_format=torch.channels_last))
+    assert_close(maps, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(resnet18, images, dtype):
+    resnet18.to(dtype)
+    maps = CFCAM(resnet18, [resnet18.layer4[-1]]).maps(images.to(dtype))
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all() and maps.max() == 1
+
+
+class Head(nn.Sequential):
+    """A convolution, a ReLU after the target layer, and a classifier."""
+
+    def __init__(self, inplace):
+        super().__init__(
+            nn.Conv2d(3, 24, 3, stride=4), nn.ReLU(inplace), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)
+        )
+
+
+def test_in_place_relu_after_the_layer(images):
+    models = Head(False).eval(), Head(True).eval()
+    models[1].load_state_dict(models[0].state_dict())
+    out_of_place, in_place = (CFCAM(model, [model[0]]).maps(images, [0, 1, 2]) for model in models)
+    assert out_of_place.max() > 0
+    assert torch.equal(out_of_place, in_place)
+
+
+def test_several_layers_are_averaged(resnet18, images):
+    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
+    both = CFCAM(resnet18, layers).maps(images, [1, 2, 3])
+    single = [CFCAM(resnet18, [layer]).maps(images, [1, 2, 3]) for layer in layers]
+    expected = torch_backend.normalize((single[0] + single[1]) / 2, CFCAMConfig())
+    assert_close(both, expected)
+
+
+def grad_cam_with_our_capture(model, layers, images, targets):
+    """Grad-CAM by its definition, on this package's capture and with the scaling of `CFCAM.__call__`."""
+    captured = HeadCapture(model, layers)(images, targets)
+    scaled = []
+    for activations, gradients in zip(captured.activations, captured.gradients):
+        grid = torch_backend.class_grid(activations, gradients.mean((2, 3)))
+        scaled.append(torch_backend.resize(scale_as_grad_cam(grid), images.shape[-2:]))
+    return scale_as_grad_cam(torch.stack(scaled).mean(0)).numpy()
+
+
+@pytest.mark.parametrize("names", [["layer4"], ["layer2", "layer3", "layer4"]])
+def test_grad_cam_equals_pytorch_grad_cam(resnet18, images, names):
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: test)")
+    layers = [getattr(resnet18, name)[-1] for name in names]
+    for targets in (None, [3, 500, 999]):
+        theirs = targets and [grad_cam.utils.model_targets.ClassifierOutputTarget(target) for target in targets]
+        expected = grad_cam.GradCAM(model=resnet18, target_layers=layers)(images, theirs)
+        maps = grad_cam_with_our_capture(resnet18, layers, images, targets)
+        assert np.abs(maps - expected).max() < 1e-5
+        assert np.abs(maps[::-1] - expected).max() > 0.1, "a shuffled answer must not pass"
+
+
+def test_call_is_cf_cam_inside_pytorch_grad_cam(resnet18, images):
+    """`CFCAM.__call__` equals pytorch-grad-cam's own pipeline fed with CF-CAM's weights."""
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: test)")
+
+    class Theirs(grad_cam.base_cam.BaseCAM):
+        def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
+            return cf_cam(torch.from_numpy(activations), torch.from_numpy(grads)).weights.numpy()
+
+    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
+    targets = [grad_cam.utils.model_targets.ClassifierOutputTarget(target) for target in (1, 2, 3)]
+    expected = Theirs(resnet18, layers)(images, targets)
+    heatmaps = CFCAM(resnet18, layers)(images, targets)
+    assert isinstance(heatmaps, np.ndarray) and heatmaps.dtype == np.float32
+    assert heatmaps.shape == (3, 96, 64) and heatmaps.flags.c_contiguous
+    assert np.abs(heatmaps - expected).max() < 1e-5
+
+
+def state(model):
+    return [
+        (name, module.training, dict(module._forward_hooks), dict(module._backward_hooks))
+        for name, module in model.named_modules()
+    ] + [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"targets": [1, 2]}, ValueError, "expected 3, got 2"),
+        ({"targets": [1, 2, 1000]}, ValueError, r"class indices in \[0, 1000\), got 1000"),
+        ({"targets": [lambda output: output] * 3}, ValueError, r"one-element tensor, got shape \(1000,\)"),
+        ({"input_tensor": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}, TypeError, "floating point, got torch.uint8"),
+        ({"input_tensor": torch.zeros(0, 3, 64, 64)}, ValueError, r"B >= 1, got \(0, 3, 64, 64\)"),
+        ({"input_tensor": torch.full((1, 3, 64, 64), torch.nan)}, ValueError, "activations must be finite"),
+        ({"input_tensor": np.zeros((1, 3, 64, 64))}, TypeError, "input_tensor must be a torch.Tensor, got ndarray"),
+    ],
+)
+def test_nothing_is_left_behind(resnet18, images, arguments, error, message):
+    resnet18.bn1.train()
+    resnet18.conv1.weight.requires_grad_(False)
+    resnet18.fc.weight.grad = torch.ones_like(resnet18.fc.weight)
+    before = state(resnet18)
+    cam = CFCAM(resnet18, [resnet18.layer4[-1]])
+    cam.maps(images)
+    cam(images)
+    assert state(resnet18) == before
+    with pytest.raises(error, match=message):
+        cam.maps(**{"input_tensor": images, **arguments})
+    assert state(resnet18) == before
+    assert (resnet18.fc.weight.grad == 1).all()
+    assert cam.maps(images).isfinite().all(), "usable after an error"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"target_layers": [nn.Conv2d(1, 1, 1)]}, ValueError, "one of the modules of ResNet, got a Conv2d that is not"),
+        ({"target_layers": []}, ValueError, "at least one layer"),
+        ({"config": "paper"}, TypeError, "config must be a CFCAMConfig"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"clustering": "cuml"}, NotImplementedError, "cuML engine is not in this release"),
+    ],
+)
+def test_bad_constructions(resnet18, arguments, error, message):
+    with pytest.raises(error, match=message):
+        CFCAM(resnet18, **{"target_layers": [resnet18.layer4], **arguments})
+
+
+def test_layers_without_a_grid(resnet18, images):
+    for layer, message in (
+        (resnet18.avgpool, r"more than one grid cell, got \(3, 512, 1, 1\)"),
+        (resnet18.fc, r"must return \(B, C, h, w\), got \(3, 1000\); pass a reshape_transform"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CFCAM(resnet18, [layer]).maps(images)
+
+
+def test_transformer_tokens(images):
+    timm = pytest.importorskip("timm", reason="timm is not installed (extra: test)")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64).eval()
+
+    def to_grid(tokens):
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+
+    with CFCAM(model, [model.blocks[-1].norm1], reshape_transform=to_grid) as cam:
+        maps = cam.maps(images[:, :, :64])
+    assert maps.shape == (3, 64, 64) and maps.isfinite().all()
+
+
+def test_callable_targets_on_dictionaries(images):
+    class Dictionary(Head):
+        def forward(self, x):
+            return {"logits": super().forward(x), "scale": 2.0}
+
+    model = Dictionary(False).eval()
+    cam = CFCAM(model, [model[0]])
+    maps = cam.maps(images, targets=[lambda output: output["logits"][2]] * 3)
+    assert maps.shape == (3, 96, 64) and cam.outputs["logits"].shape == (3, 5)
+    with pytest.raises(TypeError, match="one callable per image for a model that returns dict"):
+        cam.maps(images, targets=[2, 2, 2])

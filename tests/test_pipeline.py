@@ -1,0 +1,144 @@
+"""The public functions: what they refuse and in which words, what they choose, and arrays of other libraries."""
+
+import numpy as np
+import pytest
+import torch
+from problems import activations_like
+
+import cfcam_gpu
+from cfcam_gpu import CFCAMConfig, CFCAMResult, cf_cam, cluster_channels, pipeline
+
+A = torch.rand(2, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((A, A[:, :4]), ValueError, r"gradients must match activations \(2, 8, 3, 3\), got \(2, 4, 3, 3\)"),
+        ((A[0], A[0]), ValueError, r"activations must have shape \(B, C, h, w\), got \(8, 3, 3\)"),
+        ((A[:0], A[:0]), ValueError, r"activations \(B, C, h, w\) must not be empty, got \(0, 8, 3, 3\)"),
+        ((A[:, :, :0], A[:, :, :0]), ValueError, "must not be empty"),
+        ((A.int(), A), TypeError, "activations must be floating point, got torch.int32"),
+        ((A, A.bool()), TypeError, "gradients must be floating point, got torch.bool"),
+        ((A.tolist(), A), TypeError, "activations must be a torch.Tensor or an array with DLPack, got list"),
+        ((A, None), TypeError, "gradients must be a torch.Tensor .* got NoneType"),
+        ((A, A, 224), TypeError, r"output_size must be a pair \(H, W\), got 224"),
+        ((A, A, (224.0, 224)), TypeError, r"output_size must be a pair of integers, got \(224.0, 224\)"),
+        ((A, A, (224, 0)), ValueError, r"output_size must be at least \(1, 1\), got \(224, 0\)"),
+        ((A, A, None, "paper"), TypeError, "config must be a CFCAMConfig, got str"),
+        ((A, A, None, None, "cuda"), ValueError, r"backend must be one of \('auto', .* got 'cuda'"),
+        ((A, A, None, None, None), TypeError, "backend must be a string, got NoneType"),
+        ((A, A, None, None, "auto", "kmeans"), ValueError, r"clustering must be one of .* got 'kmeans'"),
+        ((A, A, None, None, "reference", "batched"), ValueError, "clusters with scikit-learn"),
+        ((A, A, None, None, "triton"), NotImplementedError, "backend='triton' cannot run: the Triton kernels"),
+        ((A, A, None, None, "auto", "cuml"), NotImplementedError, "clustering='cuml' cannot run: the cuML engine"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        cf_cam(*arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["activations", "gradients"])
+def test_not_finite(bad, name):
+    arguments = {"activations": A.clone(), "gradients": A.clone()}
+    arguments[name][1, 2, 0, 0] = bad
+    with pytest.raises(ValueError, match=f"{name} must be finite, got 1 NaN or infinite values of 144"):
+        cf_cam(**arguments)
+    cf_cam(**arguments, check_finite=False)
+    if name == "activations":
+        with pytest.raises(ValueError, match="activations must be finite"):
+            cluster_channels(arguments[name])
+
+
+@pytest.mark.parametrize("activations, message", [(A[0], "shape"), (A[:, :0], "empty")])
+def test_cluster_channels_checks_too(activations, message):
+    with pytest.raises(ValueError, match=message):
+        cluster_channels(activations)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"dominant_percentile": 101}, ValueError, r"dominant_percentile must be in \[0, 100\], got 101"),
+        ({"eps_percentile": -1}, ValueError, r"eps_percentile must be in \[0, 100\], got -1"),
+        ({"min_samples_fraction": float("nan")}, ValueError, r"min_samples_fraction must be in \[0, 1\], got nan"),
+        ({"sigma": 0}, ValueError, "sigma must be above 0, got 0"),
+        ({"sigma": "1"}, TypeError, "sigma must be a real number, got str"),
+        ({"sigma": True}, TypeError, "sigma must be a real number, got bool"),
+        ({"boundary": "wrap"}, ValueError, r"boundary must be one of \('constant', 'reflect', 'nearest'\), got 'wrap'"),
+        ({"descriptor": None}, TypeError, "descriptor must be a string, got NoneType"),
+        ({"weighting": "sum"}, ValueError, "weighting must be one of"),
+        ({"normalize": "l2"}, ValueError, "normalize must be one of"),
+    ],
+)
+def test_bad_configurations(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CFCAMConfig(**arguments)
+
+
+def test_configuration():
+    assert CFCAMConfig.paper() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
+    assert CFCAMConfig() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax")
+    with pytest.raises(AttributeError):
+        CFCAMConfig().sigma = 2.0
+    assert [CFCAMConfig().min_samples(n) for n in (0, 39, 60, 1536)] == [2, 2, 3, 76]
+
+
+def test_auto_is_the_torch_backend_on_a_cpu(seed):
+    activations, gradients = activations_like((1, 40, 5, 5)), torch.randn(1, 40, 5, 5)
+    assert pipeline.choose("auto", "auto", torch.device("cpu")) == ("torch", "host")
+    assert pipeline.choose("auto", "batched", torch.device("cpu")) == ("torch", "batched")
+    assert pipeline.choose("auto", "auto", torch.device("mps")) == ("torch", "batched")
+    for auto, named in zip(cf_cam(activations, gradients), cf_cam(activations, gradients, backend="torch")):
+        assert torch.equal(auto, named)
+
+
+def test_the_reference_names_its_extra(monkeypatch):
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
+    for arguments in ({"backend": "reference"}, {"clustering": "sklearn"}):
+        with pytest.raises(ImportError, match=r'sklearn not installed; pip install "cfcam_gpu\[reference\]"'):
+            cf_cam(A, A, **arguments)
+
+
+def test_default_output_size_is_the_grid():
+    assert cf_cam(A, A).maps.shape == (2, 3, 3)
+
+
+def test_inputs_are_left_alone(seed):
+    activations, gradients = activations_like((2, 30, 4, 4)), torch.randn(2, 30, 4, 4)
+    activations.requires_grad_()
+    before = activations.detach().clone(), gradients.clone()
+    result = cf_cam(activations, gradients, (8, 8))
+    assert torch.equal(activations, before[0]) and torch.equal(gradients, before[1])
+    assert not any(tensor.requires_grad for tensor in result)
+
+
+def test_numpy_in_numpy_out(rng):
+    activations, gradients = rng.random((2, 30, 4, 4), np.float32), rng.random((2, 30, 4, 4), np.float32)
+    activations.flags.writeable = False
+    result = cf_cam(activations, gradients, (8, 8))
+    assert isinstance(result, CFCAMResult) and all(isinstance(array, np.ndarray) for array in result)
+    expected = cf_cam(torch.tensor(activations), torch.tensor(gradients), (8, 8))
+    for array, tensor in zip(result, expected):
+        np.testing.assert_array_equal(array, tensor.numpy())
+    labels, eps = cluster_channels(activations)
+    assert isinstance(labels, np.ndarray) and isinstance(eps, np.ndarray)
+
+
+def test_accelerate_says_that_it_is_not_here_yet():
+    with pytest.raises(NotImplementedError, match="accelerate"):
+        cfcam_gpu.accelerate(object())
+
+
+def test_the_public_names():
+    assert sorted(cfcam_gpu.__all__) == [
+        "CFCAM",
+        "CFCAMConfig",
+        "CFCAMResult",
+        "accelerate",
+        "cf_cam",
+        "cluster_channels",
+    ]
+    assert all(hasattr(cfcam_gpu, name) for name in cfcam_gpu.__all__)

@@ -3,7 +3,8 @@
 A class activation map needs d score / d A for the output A of a target layer, and nothing upstream of it.
 So the trunk (everything before the first target layer) runs with autograd off and stores nothing; a forward
 hook on the target layer starts the graph at A, and ``torch.autograd.grad`` runs back to A and stops. The
-gradients are those of a full backward bit for bit, for frozen models and under ``torch.no_grad`` too.
+gradients are those of a full backward, bit for bit where the kernels are deterministic, and frozen models and
+callers under ``torch.no_grad`` or ``torch.inference_mode`` get them too.
 """
 
 import sys
@@ -27,7 +28,8 @@ class Capture:
     """What one pass gives: the model's outputs, and per target layer its activations and gradients.
 
     Attributes:
-        outputs: what the model returned, in the same structure, every tensor detached.
+        outputs: what the model returned, in the same structure (dicts, lists, tuples and what else is registered
+            with ``torch.utils._pytree``), every tensor detached; objects of other classes as they are.
         activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype.
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
@@ -90,7 +92,9 @@ class HeadCapture:
             raise TypeError(f"reshape_transform must be None or callable, got {_type(reshape_transform)}")
         self.target_layers = tuple(_unwrap(layer) for layer in target_layers)
         if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.target_layers)):
-            raise TypeError("model and target_layers must be eager modules, got scripted or traced ones: they run no hooks")
+            raise TypeError(
+                "model and target_layers must be eager modules, got scripted or traced, which run no hooks"
+            )
         self.reshape_transform = reshape_transform
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         self._last_call = {}  # layer -> number of its calls in the previous pass
@@ -109,8 +113,8 @@ class HeadCapture:
                 list, tuple or array of ints or as an integer tensor (B,) on any device; or callables, each of which
                 gets its image's output and returns a one-element tensor (pytorch-grad-cam's target classes work
                 as they are). Indices and None need a (B, n_classes) output. From an output that is not one tensor,
-                image i's is the same structure with every tensor of B rows indexed at [i] and all else as it is; but a
-                list of length B holds one element per image, as detection models return it. Indices on an
+                image i's is the same structure with every tensor of B rows indexed at [i] and all else as it is;
+                but a list of length B holds one element per image, as detection models return it. Indices on an
                 accelerator are not range-checked, which would make the host wait for the device.
 
         Raises:
@@ -162,9 +166,10 @@ class HeadCapture:
         device = _device(self.model, input_tensor)
         while True:
             self._calls, self._taps = Counter(), {}
+            # A private copy: the model may change its input in place, and it may be needed again.
+            private = input_tensor.to(device, copy=True)
             with torch.set_grad_enabled(self._grad_from_start):
-                # A private copy: the model may change its input in place, and it may be needed again.
-                outputs = self.model(input_tensor.detach().to(device, copy=True))
+                outputs = self.model(private)
                 # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
                 # like, encloses the layer and has just restored what it found; it must find autograd on.
                 switched_off = not torch.is_grad_enabled()
@@ -236,8 +241,8 @@ class HeadCapture:
         for layer, gradient in zip(self.target_layers, gradients):
             if gradient is None:
                 raise ValueError(
-                    f"the score does not depend on target layer {self._names[layer]!r}: expected a layer on the way to"
-                    " the score, outside blocks that stop gradients (detach, torch.no_grad, reentrant checkpointing)"
+                    f"the score does not depend on target layer {self._names[layer]!r}: expected a layer on the way"
+                    " to the score, outside what stops gradients (detach, torch.no_grad, reentrant checkpointing)"
                 )
         return gradients
 
@@ -286,10 +291,10 @@ def _eager_without_grad():
     """Autograd off, and every code path taken as if it were on and uncompiled; all as before afterwards."""
     mha = torch.backends.mha
     with ExitStack() as stack:
-        # A trunk run without autograd leaves weights without a graph in autocast's cache; torch 2.6 would hand those to
-        # the caller's next training step.
+        # A trunk run without autograd leaves weights without a graph in autocast's cache; torch 2.6 would hand them
+        # to the caller's next training step.
         stack.callback(torch.clear_autocast_cache)
-        # Without autograd nn.TransformerEncoder takes a fused path, which rounds differently and skips hooks.
+        # Without autograd nn.TransformerEncoder takes a fused path, which rounds differently.
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:
@@ -303,11 +308,11 @@ def _eager_without_grad():
 def _scores(outputs, targets, batch):
     """The scores to differentiate, 0-dimensional tensors whose sum is the score of the batch."""
     if isinstance(targets, tuple):
-        return [_one_score(index, target, _image_output(outputs, index, batch)) for index, target in enumerate(targets)]
+        return [_one_score(i, target, _image_output(outputs, i, batch)) for i, target in enumerate(targets)]
     if not isinstance(outputs, torch.Tensor):
         raise TypeError(
-            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and None"
-            f" need a ({batch}, n_classes) tensor"
+            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and"
+            f" None need a ({batch}, n_classes) tensor"
         )
     if outputs.dim() != 2 or len(outputs) != batch:
         raise ValueError(

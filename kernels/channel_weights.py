@@ -1,0 +1,65 @@
+"""Cluster means of the pooled gradients, and the weights of the channels.
+
+    w_c = plain_c (dominant),   mean of filtered_m over the members m of c's cluster,   0 (noise)
+
+and with "softmax" a softmax over the kept channels. One program an image; the sums run over a block of channels in a
+fixed order, so that the weights are the same in every run.
+
+Floor: 3 * C reads and C writes; C operations a cluster.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cfcam_gpu.kernels.launch import next_power_of_2
+
+
+@triton.jit
+def channel_weights_kernel(
+    labels_ptr,
+    plain_ptr,
+    filtered_ptr,
+    weights_ptr,
+    n_channels,
+    SOFTMAX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < n_channels
+    offset = tl.program_id(0).to(tl.int64) * n_channels + channel
+    label = tl.load(labels_ptr + offset, mask=inside, other=-1)
+    filtered = tl.load(filtered_ptr + offset, mask=inside, other=0.0)
+    weights = tl.where(label == -2, tl.load(plain_ptr + offset, mask=inside, other=0.0), 0.0)
+    last = tl.max(label, axis=0)
+    cluster = last * 0
+    while cluster <= last:
+        member = label == cluster
+        mean = tl.sum(tl.where(member, filtered, 0.0), axis=0) / tl.sum(member.to(tl.float32), axis=0)
+        weights = tl.where(member, mean, weights)
+        cluster += 1
+    if SOFTMAX:
+        kept = label != -1
+        largest = tl.max(tl.where(kept, weights, -float("inf")), axis=0)
+        weights = tl.where(kept, tl.exp(weights - largest), 0.0)
+        # Without a kept channel the sum is 0, and 0 / 1 is the right weight.
+        total = tl.sum(weights, axis=0)
+        weights = weights / tl.where(total > 0, total, 1.0)
+    tl.store(weights_ptr + offset, weights, mask=inside)
+
+
+def channel_weights(labels, plain, filtered, softmax):
+    """Weights float32 (B, C) from labels int32 (B, C) and the pooled gradients plain and filtered, float32 (B, C)."""
+    batch, n_channels = labels.shape
+    weights = torch.empty(batch, n_channels, dtype=torch.float32, device=labels.device)
+    channel_weights_kernel[(batch,)](
+        labels,
+        plain,
+        filtered,
+        weights,
+        n_channels,
+        SOFTMAX=softmax,
+        BLOCK_C=next_power_of_2(n_channels),
+        num_warps=8,
+    )
+    return weights

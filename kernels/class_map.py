@@ -1,0 +1,159 @@
+"""The map: ReLU of the weighted sum over channels, bilinear resize, normalisation.
+
+    M_p = max(0, sum_c w_c A_cp)
+
+The sum reads the transposed activations, in which the channels of a cell are neighbours: each cell is one program's
+sum in a fixed order. The second kernel looks at every output pixel twice, once for the extremes and once to write,
+because the largest value of a resized map need not lie on the grid; the grid is small and stays in the cache.
+
+Floor: C * h * w float32 reads and H * W writes; 2 * C * h * w + 2 * 8 * H * W operations.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
+
+PARTS = 8
+"""Programs an image's pixels are shared between, each of which looks for the extremes of all."""
+
+
+@triton.jit
+def weighted_sum_kernel(
+    transposed_ptr, weights_ptr, grid_ptr, n_channels, n_cells, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    blocks_per_image = tl.cdiv(n_cells, BLOCK_P)
+    image = (tl.program_id(0) // blocks_per_image).to(tl.int64)
+    cell = (tl.program_id(0) % blocks_per_image) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_cells = cell < n_cells
+    total = tl.zeros([BLOCK_P], tl.float32)
+    start = 0
+    while start < n_channels:
+        channel = start + tl.arange(0, BLOCK_C)
+        inside = channel < n_channels
+        weights = tl.load(weights_ptr + image * n_channels + channel, mask=inside, other=0.0)
+        offset = (image * n_cells + cell.to(tl.int64))[:, None] * n_channels + channel[None, :]
+        a = tl.load(transposed_ptr + offset, mask=in_cells[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(a * weights[None, :], axis=1)
+        start += BLOCK_C
+    tl.store(grid_ptr + image * n_cells + cell, tl.maximum(total, 0.0), mask=in_cells)
+
+
+@triton.jit
+def resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x):
+    """The bilinear values at ``pixel``, half-pixel centres (align_corners=False), as torch computes them."""
+    y = tl.maximum(((pixel // out_width).to(tl.float32) + 0.5) * scale_y - 0.5, 0.0)
+    x = tl.maximum(((pixel % out_width).to(tl.float32) + 0.5) * scale_x - 0.5, 0.0)
+    top = tl.minimum(y.to(tl.int32), height - 1)
+    left = tl.minimum(x.to(tl.int32), width - 1)
+    down = tl.minimum(top + 1, height - 1)
+    right = tl.minimum(left + 1, width - 1)
+    y -= top.to(tl.float32)
+    x -= left.to(tl.float32)
+    upper = tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) * (1 - x)
+    upper += tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) * x
+    lower = tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) * (1 - x)
+    lower += tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) * x
+    return upper * (1 - y) + lower * y
+
+
+@triton.jit
+def resize_normalize_kernel(
+    grid_ptr,
+    maps_ptr,
+    height,
+    width,
+    out_width,
+    n_pixels,
+    scale_y,
+    scale_x,
+    flat_range,
+    MINMAX: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    grid_ptr += image * height * width
+    maps_ptr += image * n_pixels
+
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    highest = tl.zeros([BLOCK], tl.float32)
+    start = 0
+    while start < n_pixels:
+        pixel = start + tl.arange(0, BLOCK)
+        inside = pixel < n_pixels
+        value = resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x)
+        lowest = tl.minimum(lowest, tl.where(inside, value, float("inf")))
+        highest = tl.maximum(highest, value)
+        start += BLOCK
+    low = tl.min(lowest, axis=0)
+    high = tl.max(highest, axis=0)
+
+    flat = high - low <= flat_range * high
+    span = high
+    base = high * 0
+    of_flat = tl.where(high > 0, 1.0, 0.0)
+    if MINMAX:
+        span = high - low
+        base = low
+        of_flat = high * 0
+    span = tl.where(flat, 1.0, span)
+    start = part * BLOCK
+    while start < n_pixels:
+        pixel = start + tl.arange(0, BLOCK)
+        inside = pixel < n_pixels
+        value = resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x)
+        tl.store(maps_ptr + pixel, tl.where(flat, of_flat, (value - base) / span), mask=inside)
+        start += BLOCK * PARTS
+
+
+def weighted_sum(transposed, weights, height, width):
+    """ReLU of the weighted sum over channels: float32 (B, h, w) from transposed (B, h * w, C) and weights (B, C)."""
+    batch, n_cells, n_channels = transposed.shape
+    grid = torch.empty(batch, height, width, dtype=torch.float32, device=transposed.device)
+    block_p = 4
+    weighted_sum_kernel[(batch * cdiv(n_cells, block_p),)](
+        transposed,
+        weights,
+        grid,
+        n_channels,
+        n_cells,
+        BLOCK_P=block_p,
+        BLOCK_C=min(next_power_of_2(n_channels), 512),
+        num_warps=4,
+    )
+    return grid
+
+
+def resize_normalize(grid, output_size, flat_range, minmax):
+    """Maps float32 (B, H, W) in [0, 1] from the non-negative grid float32 (B, h, w).
+
+    Args:
+        output_size: (H, W).
+        flat_range: a map is flat when max - min <= flat_range * max.
+        minmax: subtract the minimum first.
+    """
+    batch, height, width = grid.shape
+    out_height, out_width = output_size
+    maps = torch.empty(batch, out_height, out_width, dtype=torch.float32, device=grid.device)
+    n_pixels = out_height * out_width
+    block = min(next_power_of_2(n_pixels), 1024)
+    parts = min(PARTS, cdiv(n_pixels, block))
+    resize_normalize_kernel[(batch * parts,)](
+        grid,
+        maps,
+        height,
+        width,
+        out_width,
+        n_pixels,
+        height / out_height,
+        width / out_width,
+        flat_range,
+        MINMAX=minmax,
+        PARTS=parts,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return maps

@@ -1,0 +1,126 @@
+"""The exact order statistic of the pair distances, by a radix select over their bits.
+
+Non-negative float32 numbers order like their bits: 31 bits in digits of 11, 10 and 10. `pairwise_distances` counts
+the first digit as it makes the distances; each launch here finds the digit of the wanted rank in the histogram
+before it and counts the next digit of the distances that share the prefix. The last digit is found by `adjacency`.
+Integer counters only, so that the order of execution changes nothing.
+
+Floor of a launch: one read of the stored distances, R^2 / 2 float32.
+"""
+
+import triton
+import triton.language as tl
+
+from cfcam_gpu.kernels.launch import cdiv
+
+DIGIT_BINS = (2048, 1024, 1024)
+"""Bins of the three digits, most significant first."""
+
+DIGIT_OFFSETS = (0, 2048, 3072)
+"""Where each digit's histogram starts in an image's counters."""
+
+HISTOGRAM_BINS = 4096
+"""Counters of an image."""
+
+TILES_PER_PROGRAM = 4
+
+
+@triton.jit
+def find_bin(histogram_ptr, rank, BINS: tl.constexpr):
+    """The bin that holds the value of the 0-based ``rank``, and the rank within it."""
+    count = tl.load(histogram_ptr + tl.arange(0, BINS))
+    up_to = tl.cumsum(count, axis=0)
+    found = tl.sum((up_to <= rank).to(tl.int32), axis=0)
+    before = tl.max(tl.where(up_to <= rank, up_to, 0), axis=0)
+    return found, rank - before
+
+
+@triton.jit
+def tile_of(tile):
+    """Row and column of the ``tile``-th upper tile, numbered column by column: (0,0) (0,1) (1,1) (0,2) ..."""
+    # Exact: 8 * tile + 1 stays below 2^24, and a rounding of the root is corrected.
+    column = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    column = tl.where(column * (column + 1) // 2 > tile, column - 1, column)
+    column = tl.where((column + 1) * (column + 2) // 2 <= tile, column + 1, column)
+    return tile - column * (column + 1) // 2, column
+
+
+@triton.jit
+def order_statistic_kernel(
+    distances_ptr,
+    n_rows_ptr,
+    low_rank_ptr,
+    histogram_ptr,
+    prefix_ptr,
+    remaining_ptr,
+    n_tiles,
+    PASS: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr,
+    HISTOGRAM_SIZE: tl.constexpr,
+):
+    programs_per_image = tl.cdiv(n_tiles, TILES_PER_PROGRAM)
+    image = (tl.program_id(0) // programs_per_image).to(tl.int64)
+    program = tl.program_id(0) % programs_per_image
+    n_rows = tl.load(n_rows_ptr + image)
+    columns = tl.cdiv(n_rows, TILE)
+    n_tiles_used = columns * (columns + 1) // 2
+    histogram_ptr += image * HISTOGRAM_SIZE
+    if (program * TILES_PER_PROGRAM < n_tiles_used) & (n_rows > 1):
+        if PASS == 1:
+            prefix, remaining = find_bin(histogram_ptr, tl.load(low_rank_ptr + n_rows), 2048)
+        else:
+            digit, remaining = find_bin(histogram_ptr + 2048, tl.load(remaining_ptr + image * 2), 1024)
+            prefix = tl.load(prefix_ptr + image * 2) * 1024 + digit
+        if program == 0:
+            tl.store(prefix_ptr + image * 2 + (PASS - 1), prefix)
+            tl.store(remaining_ptr + image * 2 + (PASS - 1), remaining)
+
+        SHIFT: tl.constexpr = 20 - 10 * PASS
+        index = tl.arange(0, TILE)
+        counts = tl.zeros([1024], tl.int32)
+        for step in tl.static_range(TILES_PER_PROGRAM):
+            tile = program * TILES_PER_PROGRAM + step
+            tile_row, tile_column = tile_of(tile)
+            row = tile_row * TILE + index
+            column = tile_column * TILE + index
+            pair = (row[:, None] < column[None, :]) & (column[None, :] < n_rows) & (tile < n_tiles_used)
+            offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
+            bits = tl.load(distances_ptr + offset, mask=pair, other=0.0).to(tl.int32, bitcast=True)
+            wanted = pair & ((bits >> (SHIFT + 10)) == prefix)
+            digit = (bits >> SHIFT) & 1023
+            # Without a mask argument in every release: what is not wanted is counted in bin 0 and taken off again.
+            n_unwanted = tl.sum(tl.sum((~wanted).to(tl.int32), axis=1), axis=0)
+            counts += tl.histogram(tl.reshape(tl.where(wanted, digit, 0), [TILE * TILE]), 1024)
+            counts -= tl.where(tl.arange(0, 1024) == 0, n_unwanted, 0)
+        bins = tl.arange(0, 1024)
+        OFFSET: tl.constexpr = 1024 + 1024 * PASS
+        tl.atomic_add(histogram_ptr + OFFSET + bins, counts, mask=counts != 0, sem="relaxed")
+
+
+def refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, tile):
+    """Count digit 1 or 2 of the distances that share the prefix found so far.
+
+    Args:
+        distances: float32 (B, n_tiles, tile, tile), the upper tiles of each image.
+        n_rows: int32 (B,).
+        low_rank: int32 (max_rows + 1,), the wanted 0-based rank for every number of rows.
+        histogram: int32 (B, HISTOGRAM_BINS), updated.
+        prefix, remaining: int32 (B, 2), the bits found and the rank within them after each digit, written.
+        digit: 1 or 2.
+    """
+    batch, n_tiles = distances.shape[:2]
+    order_statistic_kernel[(batch * cdiv(n_tiles, TILES_PER_PROGRAM),)](
+        distances,
+        n_rows,
+        low_rank,
+        histogram,
+        prefix,
+        remaining,
+        n_tiles,
+        PASS=digit,
+        TILE=tile,
+        TILES_PER_PROGRAM=TILES_PER_PROGRAM,
+        HISTOGRAM_SIZE=HISTOGRAM_BINS,
+        num_warps=8,
+    )

@@ -1,0 +1,121 @@
+"""Euclidean distances of the clustered channels, the upper triangle in tiles, with the first digit's histogram.
+
+    d_ij = sqrt(sum_p (x_ip - x_jp)^2)
+
+by direct differences, so that equal channels are at exactly 0 and d_ij = d_ji; |x|^2 + |y|^2 - 2xy promises neither. Each
+pair is computed once. The distances stay in memory for the passes that follow: R^2 / 2 float32 written and read three
+times cost about as much as computing them twice.
+
+Floor: R^2 / 2 * h * w differences and multiply-adds, R^2 / 2 float32 writes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from cfcam_gpu.kernels.launch import cdiv
+from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, tile_of
+
+TILE = 64
+"""Side of a tile of distances."""
+
+
+@triton.jit
+def pairwise_distances_kernel(
+    transposed_ptr,
+    squared_norm_ptr,
+    member_ptr,
+    n_rows_ptr,
+    distances_ptr,
+    histogram_ptr,
+    n_channels,
+    n_cells,
+    max_rows,
+    n_tiles,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    CELLS: tl.constexpr,
+    HISTOGRAM_SIZE: tl.constexpr,
+):
+    image = (tl.program_id(0) // n_tiles).to(tl.int64)
+    tile = tl.program_id(0) % n_tiles
+    n_rows = tl.load(n_rows_ptr + image)
+    tile_row, tile_column = tile_of(tile)
+    # Tiles are numbered column by column: those of an image with fewer rows come first.
+    if tile_column * TILE < n_rows:
+        row = tile_row * TILE + tl.arange(0, TILE)
+        column = tile_column * TILE + tl.arange(0, TILE)
+        in_rows = row < n_rows
+        in_columns = column < n_rows
+        row_channel = tl.load(member_ptr + image * max_rows + row, mask=in_rows, other=0)
+        column_channel = tl.load(member_ptr + image * max_rows + column, mask=in_columns, other=0)
+        row_scale = tl.full([TILE], 1.0, tl.float32)
+        column_scale = tl.full([TILE], 1.0, tl.float32)
+        if UNIT:
+            row_norm = tl.load(squared_norm_ptr + image * n_channels + row_channel, mask=in_rows, other=1.0)
+            column_norm = tl.load(squared_norm_ptr + image * n_channels + column_channel, mask=in_columns, other=1.0)
+            row_scale = 1.0 / tl.sqrt_rn(row_norm)
+            column_scale = 1.0 / tl.sqrt_rn(column_norm)
+
+        base = transposed_ptr + image * n_cells * n_channels
+        squared = tl.zeros([TILE, TILE], tl.float32)
+        start = 0
+        while start < n_cells:
+            # Summed in short runs first: the error of one long float32 sum would grow with the grid.
+            partial = tl.zeros([TILE, TILE], tl.float32)
+            for step in tl.static_range(CELLS):
+                inside = start + step < n_cells
+                cell = base + (start + step).to(tl.int64) * n_channels
+                x = tl.load(cell + row_channel, mask=in_rows & inside, other=0.0) * row_scale
+                y = tl.load(cell + column_channel, mask=in_columns & inside, other=0.0) * column_scale
+                difference = x[:, None] - y[None, :]
+                partial += difference * difference
+            squared += partial
+            start += CELLS
+        distances = tl.sqrt_rn(squared)
+        index = tl.arange(0, TILE)
+        offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
+        tl.store(distances_ptr + offset, distances)
+
+        pair = (row[:, None] < column[None, :]) & in_columns[None, :]
+        digit = distances.to(tl.int32, bitcast=True) >> 20
+        n_others = tl.sum(tl.sum((~pair).to(tl.int32), axis=1), axis=0)
+        bins = tl.arange(0, 2048)
+        counts = tl.histogram(tl.reshape(tl.where(pair, digit, 0), [TILE * TILE]), 2048)
+        counts -= tl.where(bins == 0, n_others, 0)
+        tl.atomic_add(histogram_ptr + image * HISTOGRAM_SIZE + bins, counts, mask=counts != 0, sem="relaxed")
+
+
+def pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit):
+    """Distances float32 (B, n_tiles, TILE, TILE) of the upper tiles, numbered column by column.
+
+    Args:
+        transposed: float32 (B, h * w, C).
+        squared_norm: float32 (B, C).
+        member: int32 (B, max_rows), the clustered channels; n_rows int32 (B,), how many there are.
+        histogram: int32 (B, HISTOGRAM_BINS), zeros; its first digit is counted.
+        unit: scale every channel to unit length first.
+    """
+    batch, n_cells, n_channels = transposed.shape
+    max_rows = member.shape[1]
+    columns = cdiv(max_rows, TILE)
+    n_tiles = columns * (columns + 1) // 2
+    distances = torch.empty(batch, n_tiles, TILE, TILE, dtype=torch.float32, device=transposed.device)
+    pairwise_distances_kernel[(batch * n_tiles,)](
+        transposed,
+        squared_norm,
+        member,
+        n_rows,
+        distances,
+        histogram,
+        n_channels,
+        n_cells,
+        max_rows,
+        n_tiles,
+        UNIT=unit,
+        TILE=TILE,
+        CELLS=7,  # divides 7 x 7 and 14 x 14
+        HISTOGRAM_SIZE=HISTOGRAM_BINS,
+        num_warps=4,
+    )
+    return distances

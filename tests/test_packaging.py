@@ -1,5 +1,6 @@
 """The three ways to the package: wheel, checkout on the path, editable; and what setup.py declares."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -27,10 +28,9 @@ def wheel(tmp_path_factory):
     """The unpacked wheel, built from a copy so that nothing is left in the checkout."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel needs pip and setuptools")
-    import setuptools
-
-    if int(setuptools.__version__.partition(".")[0]) < 71 and importlib.util.find_spec("wheel") is None:
-        pytest.skip(f"setuptools {setuptools.__version__} builds wheels only with the package wheel")
+    version = importlib.metadata.version("setuptools")
+    if int(version.partition(".")[0]) < 71 and importlib.util.find_spec("wheel") is None:
+        pytest.skip(f"setuptools {version} builds wheels only with the package wheel")
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("cfcam_gpu", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -45,8 +45,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_kernels_inside_the_package(wheel):
     inside = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*.py")}
     for folder, prefix in (("cfcam_gpu", "cfcam_gpu"), ("kernels", "cfcam_gpu/kernels")):
-        for path in (ROOT / folder).glob("*.py"):
-            assert f"{prefix}/{path.name}" in inside
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in inside
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
 
 

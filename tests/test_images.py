@@ -1,0 +1,223 @@
+"""Loading of every kind of image file, overlays, captions and atomic writes."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+from matplotlib import colormaps
+
+from cfcam_gpu import images
+
+
+@pytest.fixture
+def noise(rng):
+    """A random RGB photograph, wider than high."""
+    return Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("extension", ["png", "bmp", "tif", "webp"])
+def test_lossless_formats_come_back_exactly(noise, tmp_path, extension):
+    path = tmp_path / f"noise.{extension}"
+    noise.save(path, lossless=True)
+    assert images.load_image(path).mode == "RGB"
+    assert (pixels(images.load_image(str(path))) == pixels(noise)).all()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.array([[0, 257, 32896, 65535]], np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),  # outside 16 bits: its own range
+        (np.array([[0, 0.2, 1.0]], np.float32), [0, 51, 255]),
+        (np.array([[1000, 3000, 5000]], np.float32), [0, 128, 255]),
+        (np.array([[7, 7]], np.float32), [0, 0]),  # constant: no range to stretch
+    ],
+)
+def test_wide_greyscale_is_scaled_and_not_clipped(tmp_path, values, expected):
+    path = tmp_path / "wide.tif"
+    Image.fromarray(values).save(path)
+    assert pixels(images.load_image(path)).tolist() == [[[value] * 3 for value in expected]]
+
+
+def test_sixteen_bit_png(tmp_path):
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.array([[0, 25700, 65535]], np.uint16)).save(path)
+    assert pixels(images.load_image(path))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_cmyk(tmp_path):
+    path = tmp_path / "print.tif"
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(path)
+    assert pixels(images.load_image(path))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_bilevel(tmp_path):
+    path = tmp_path / "fax.png"
+    Image.fromarray(np.array([[True, False]])).save(path)
+    assert pixels(images.load_image(path)).tolist() == [[[255] * 3, [0] * 3]]
+
+
+@pytest.mark.parametrize("mode, color", [("RGBA", (255, 0, 0, 128)), ("LA", (0, 128))])
+def test_transparency_is_laid_over_white(tmp_path, mode, color):
+    path = tmp_path / "glass.png"
+    Image.new(mode, (2, 2), color).save(path)
+    expected = [255, 127, 127] if mode == "RGBA" else [127] * 3
+    assert pixels(images.load_image(path))[0, 0].tolist() == expected
+
+
+def test_transparent_palette_entry_is_white(tmp_path):
+    path = tmp_path / "palette.png"
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putpixel((1, 0), 1)
+    image.save(path, transparency=0)
+    assert pixels(images.load_image(path)).tolist() == [[[255] * 3, [0, 0, 200]]]
+
+
+@pytest.mark.parametrize("extension", ["gif", "webp", "png"])
+def test_an_animation_gives_its_first_frame(tmp_path, extension):
+    path = tmp_path / f"film.{extension}"
+    frames = [Image.new("RGB", (4, 4), color) for color in ("black", "white", "red")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    assert Image.open(path).n_frames == 3
+    assert (pixels(images.load_image(path)) == 0).all()
+
+
+def test_exif_rotation_is_applied(noise, tmp_path):
+    path = tmp_path / "phone.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: turn a quarter clockwise to view
+    noise.save(path, exif=exif)
+    assert (pixels(images.load_image(path)) == np.rot90(pixels(noise), -1)).all()
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
+        images.load_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "tif", "webp"])
+def test_a_truncated_file(noise, tmp_path, extension):
+    whole, cut = tmp_path / f"whole.{extension}", tmp_path / f"cut.{extension}"
+    noise.resize((200, 200)).save(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"cut.{extension}: "):
+        images.load_image(cut)
+
+
+def test_files_that_are_no_images(tmp_path, monkeypatch):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image, whatever its name says")
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for name, reason in {
+        ".": "expected an image file, got a folder",
+        "empty.png": "the file is empty",
+        "text.png": "not an image in a known format",
+        "huge.png": "too many pixels: .*1600 pixels",
+    }.items():
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: {reason}"):
+            images.load_image(tmp_path / name)
+
+
+def test_a_float_image_with_nan(tmp_path):
+    Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="must be finite"):
+        images.load_image(tmp_path / "nan.tif")
+
+
+def test_overlay_keeps_the_cold_and_colours_the_hot(noise):
+    heat = np.zeros((4, 6), np.float32)
+    heat[0, 0] = 1
+    result = pixels(images.overlay(noise, heat, "viridis", alpha=1.0))
+    assert result.shape == pixels(noise).shape
+    assert (result[0, 0] == np.rint(255 * np.array(colormaps["viridis"](1.0)[:3]))).all()
+    assert (result[10:, 15:] == pixels(noise)[10:, 15:]).all()
+    half = pixels(images.overlay(noise, torch.from_numpy(heat).double(), "viridis", alpha=0.5))
+    assert np.abs(half[0, 0] - (result[0, 0] + pixels(noise)[0, 0]) / 2).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"heatmap": np.full((2, 2), np.nan)}, ValueError, r"heatmap must be in \[0, 1\], got values from nan"),
+        ({"heatmap": np.full((2, 2), 1.5)}, ValueError, r"heatmap must be in \[0, 1\], got values from 1.5 to 1.5"),
+        ({"heatmap": np.zeros((1, 2, 2))}, ValueError, r"heatmap must have shape \(h, w\), got \(1, 2, 2\)"),
+        ({"heatmap": np.zeros((0, 2))}, ValueError, r"heatmap must have shape \(h, w\), got \(0, 2\)"),
+        ({"heatmap": "hot"}, TypeError, "heatmap must be an array of real numbers, got str"),
+        ({"alpha": 2}, ValueError, r"alpha must be in \[0, 1\], got 2"),
+        ({"colormap": "viridish"}, ValueError, "colormap must be one of matplotlib's, .* did you mean viridis"),
+    ],
+)
+def test_overlay_refuses(noise, change, error, message):
+    with pytest.raises(error, match=message):
+        images.overlay(**{"image": noise, "heatmap": np.zeros((2, 2)), **change})
+
+
+def test_panels_keep_their_pixels_and_captions_stay_in_their_columns(noise):
+    panels = [noise.resize((120, 100)), noise.resize((240, 200))]
+    row = images.side_by_side(panels, ["cat 0.38", "an endlessly long name of a class that nobody can read 0.25"])
+    margin = round(images.MARGIN * 100)
+    assert row.width == 2 * 120 + 3 * margin
+    assert (pixels(row)[margin : margin + 100, margin : margin + 120] == pixels(panels[0])).all()
+    ink = (pixels(row)[margin + 100 :].min((0, 2)) < 128).nonzero()[0]
+    assert ((margin <= ink) & (ink < row.width - margin)).all()
+    assert ((ink < margin + 120) | (ink >= 2 * margin + 120)).all()
+    assert (ink < margin + 120).any() and (ink >= 2 * margin + 120).any()
+
+
+def test_a_long_caption_keeps_its_score():
+    text, font = images._fitted("an endlessly long name of a class that nobody can read 0.25", 150, 20)
+    assert text.endswith("\u2026 0.25") and text.startswith("an endless")
+    assert font.getlength(text) <= 150 and font.size >= 20 * images.SMALLEST_CAPTION - 1
+    text, font = images._fitted("W" * 99, 60, 20)
+    assert text.endswith("W\u2026") and font.getlength(text) <= 60
+    assert images._fitted("cat 0.38", 150, 20)[0] == "cat 0.38"
+
+
+def test_captions_and_panels_must_match(noise):
+    with pytest.raises(ValueError, match="one caption per panel, got 1 panels and 2 captions"):
+        images.side_by_side([noise], ["a", "b"])
+    with pytest.raises(ValueError, match="got 0 panels"):
+        images.side_by_side([], [])
+
+
+def test_a_failed_write_leaves_what_was_there(noise, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    images.save_image(noise, path)
+
+    def fail_half_way(self, file, **options):
+        file.write(b"half a picture")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Image.Image, "save", fail_half_way)
+    with pytest.raises(OSError, match="disk is full"):
+        images.save_image(noise.rotate(90), path)
+    assert (pixels(images.load_image(path)) == pixels(noise)).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_an_extension_without_a_format(noise, tmp_path):
+    with pytest.raises(ValueError, match="expected an extension of an image format, got '.txt'"):
+        images.save_image(noise, tmp_path / "picture.txt")
+
+
+@pytest.mark.parametrize(
+    "package, call",
+    [
+        ("PIL.Image", lambda: images.load_image("cat.jpg")),
+        ("matplotlib", lambda: images.overlay(Image.new("RGB", (2, 2)), np.zeros((2, 2)))),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, call):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=r'is not installed; .* pip install "cfcam_gpu\[demo\]"'):
+        call()

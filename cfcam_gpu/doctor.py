@@ -96,10 +96,10 @@ def probe():
     rows.append(_triton_row())
     for backend in pipeline.BACKENDS[1:]:
         reason = pipeline.unavailable(backend)
-        rows.append((f"backend {backend}", reason is None, "", reason or ""))
+        rows.append((f"backend {backend}", reason is None, "", str(reason or "")))
     for engine in pipeline.ENGINES[1:]:
         reason = pipeline.clustering_unavailable(engine)
-        rows.append((f"clustering {engine}", reason is None, "", reason or ""))
+        rows.append((f"clustering {engine}", reason is None, "", str(reason or "")))
     print(json.dumps(rows))
 
 

@@ -4,7 +4,6 @@ Filtering a grid g is ``K_y @ g @ K_x.T`` with one matrix per axis. Its mean nee
 mean(K g) = <g, s_y s_x^T> / (h * w) with s = K^T 1, the column sums (`pooling_weights`).
 """
 
-import math
 from functools import lru_cache
 
 import numpy as np

@@ -5,9 +5,10 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Preprocess:
     """
 
     size: tuple
-    resize: Optional[tuple] = None
+    resize: tuple | None = None
     squash: bool = False
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
@@ -101,7 +102,7 @@ class LoadedModel:
     model: nn.Module
     preprocess: Callable
     seen: Callable
-    class_names: Optional[list] = None
+    class_names: list | None = None
 
     def class_name(self, index, n_classes):
         """Name of class ``index`` among ``n_classes``; "class 7" when it has none."""
@@ -340,7 +341,7 @@ class TargetLayer(NamedTuple):
 
     name: str
     module: nn.Module
-    reshape_transform: Optional[Callable]
+    reshape_transform: Callable | None
     shape: tuple
     n_classes: int
 

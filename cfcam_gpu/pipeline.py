@@ -1,6 +1,8 @@
 """The public functions on activations and gradients: checks, choice of backend and engine, and the result."""
 
+import importlib
 import importlib.util
+import os
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -37,8 +39,9 @@ def cf_cam(
             DLPack (NumPy, CuPy, JAX). Any strides. |values| below 1e18: squares are taken in float32.
         output_size: (H, W) of the maps; default: the grid's own.
         config: `CFCAMConfig`; default: ``CFCAMConfig()``.
-        backend: "auto", "triton" (CUDA or ROCm devices), "torch" (any device) or "reference" (NumPy, SciPy and
-            scikit-learn in float64, on the host).
+        backend: "triton" (CUDA or ROCm devices; at most 4096 channels, float32 and less), "torch" (any device),
+            "reference" (NumPy, SciPy and scikit-learn in float64, on the host), or "auto": triton where it takes the
+            tensors, else torch.
         clustering: "batched" (ours, on the device and without a host synchronisation), "cuml", "sklearn" (on the
             host), or "auto": ours, on a CPU in the form that is fastest there. All give the same labels.
         check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
@@ -49,9 +52,10 @@ def cf_cam(
 
     Raises:
         TypeError: an argument has the wrong type, or the arrays are not floating point.
-        ValueError: shapes that do not match, an empty batch, an unknown or impossible choice, NaN or infinity.
+        ValueError: shapes or devices that do not match, an empty batch, an unknown choice or one that cannot run
+            on these tensors, NaN or infinity.
         ImportError: the reference or scikit-learn is asked for and not installed.
-        NotImplementedError: the backend or engine is not in this release.
+        NotImplementedError: the engine is not in this release.
 
     Source: arXiv 2504.00060. Departures: the Gaussian's sigma and boundary (`CFCAMConfig`), signed weights and
     min-max scaling by default; ``CFCAMConfig.paper()`` has the published choices.
@@ -70,12 +74,11 @@ def cf_cam(
     if gradients.device != activations.device:
         raise ValueError(f"gradients must be on the activations' device {activations.device}, got {gradients.device}")
     output_size = _check_output_size(output_size, activations)
-    backend, engine = choose(backend, clustering, activations.device)
+    backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations, "gradients": gradients}, check_finite)
 
-    run = _reference_cf_cam if backend == "reference" else torch_backend.cf_cam
     with torch.no_grad():
-        result = run(activations, gradients, output_size, config, engine)
+        result = _module(backend).cf_cam(activations, gradients, output_size, config, engine)
     return CFCAMResult(*map(restore, result))
 
 
@@ -94,85 +97,94 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
     check_activations(activations)
-    backend, engine = choose(backend, clustering, activations.device)
+    backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations}, check_finite)
 
-    run = _reference_cluster_channels if backend == "reference" else torch_backend.cluster_channels
     with torch.no_grad():
-        labels, eps = run(activations, config, engine)
+        labels, eps = _module(backend).cluster_channels(activations, config, engine)
     return restore(labels), restore(eps)
 
 
 # Backends and engines.
 
 
-def unavailable(backend, device=None):
-    """Why ``backend`` cannot run (on ``device``, if one is given); None when it can."""
+def unavailable(backend):
+    """Why ``backend`` cannot run in this installation, as an exception; None when it can."""
     if backend == "triton":
-        return "the Triton kernels are not in this release"
+        if not _installed("triton"):
+            return ImportError("triton is not installed; it comes with torch on Linux")
+        if not (torch.cuda.is_available() or _interpreted()):
+            return ValueError("no CUDA or ROCm device is usable here")
     if backend == "reference":
-        return _missing_packages("scipy", "sklearn")
+        return _missing_reference()
     return None
 
 
 def clustering_unavailable(engine):
-    """Why the clustering engine cannot run; None when it can."""
+    """Why the clustering engine cannot run in this installation, as an exception; None when it can."""
     if engine == "cuml":
-        return "the cuML engine is not in this release"
+        return NotImplementedError("the cuML engine is not in this release")
     if engine == "sklearn":
-        return _missing_packages("scipy", "sklearn")
+        return _missing_reference()
     return None
 
 
-def choose(backend, clustering, device=None):
-    """The backend and engine to run, "auto" resolved; raises when what was asked for cannot run."""
+def choose(backend, clustering, activations=None):
+    """The backend and engine to run on these activations, "auto" resolved; raises when what is asked for cannot run."""
     for name, value, choices in (("backend", backend, BACKENDS), ("clustering", clustering, ENGINES)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, got {type(value).__name__}")
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     for choice, reason in (
-        (f"backend={backend!r}", unavailable(backend, device)),
+        (f"backend={backend!r}", unavailable(backend)),
         (f"clustering={clustering!r}", clustering_unavailable(clustering)),
     ):
         if reason:
-            error = ImportError if "not installed" in reason else NotImplementedError
-            raise error(f"{choice} cannot run: {reason}")
-    backend = "torch" if backend == "auto" else backend
+            raise type(reason)(f"{choice} cannot run: {reason}")
     if backend == "reference":
         if clustering == "batched":
             raise ValueError('backend="reference" clusters with scikit-learn: clustering must be "auto" or "sklearn"')
         return backend, "sklearn"
+    if activations is None:
+        return backend, clustering
+    on_gpu = activations.device.type == "cuda"
+    if backend == "auto":
+        backend = "torch"
+        if on_gpu and _installed("triton") and _module("triton").refusal(activations) is None:
+            backend = "triton"
+    elif backend == "triton":
+        if not on_gpu and not _interpreted():
+            raise ValueError(
+                f'backend="triton" needs tensors on a CUDA or ROCm device, got {activations.device};'
+                " the CPU has only Triton's interpreter (TRITON_INTERPRET=1)"
+            )
+        refusal = _module("triton").refusal(activations)
+        if refusal:
+            raise refusal
     if clustering == "auto":
-        clustering = "host" if device is not None and device.type == "cpu" else "batched"
+        clustering = "host" if backend == "torch" and activations.device.type == "cpu" else "batched"
     return backend, clustering
 
 
-def _missing_packages(*modules):
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+def _module(backend):
+    """The module whose ``cf_cam`` and ``cluster_channels`` are the backend's; imported when it is first asked for."""
+    return torch_backend if backend == "torch" else importlib.import_module(f"cfcam_gpu.{backend}_backend")
+
+
+def _installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _missing_reference():
+    missing = [name for name in ("scipy", "sklearn") if not _installed(name)]
     if missing:
-        return f'{" and ".join(missing)} not installed; pip install "cfcam_gpu[reference]"'
+        return ImportError(f'{" and ".join(missing)} not installed; pip install "cfcam_gpu[reference]"')
     return None
-
-
-def _reference_cf_cam(activations, gradients, output_size, config, engine):
-    from cfcam_gpu import reference
-
-    result = reference.cf_cam(_float64(activations), _float64(gradients), output_size, config)
-    return tuple(torch.from_numpy(array).to(activations.device) for array in result)
-
-
-def _reference_cluster_channels(activations, config, engine):
-    from cfcam_gpu import reference
-
-    images = [reference.cluster_channels(image, config) for image in _float64(activations)]
-    labels = torch.stack([torch.from_numpy(labels) for labels, _ in images])
-    eps = torch.tensor([eps for _, eps in images], dtype=torch.float64)
-    return labels.to(activations.device), eps.to(activations.device)
-
-
-def _float64(tensor):
-    return tensor.detach().double().cpu().numpy()
 
 
 # Checks of the arguments, at the public edge and before anything is done.

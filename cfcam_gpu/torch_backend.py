@@ -1,8 +1,8 @@
 """CF-CAM in vectorised PyTorch, on any device: the five stages for a whole batch.
 
 The clustering runs batched and without a host synchronisation (`cluster_batched`), or on the host image by image
-(`cluster_host`), which is faster where the host is the device; the rest is the same code. Arithmetic is in float32 for float16, bfloat16
-and float32 inputs, in float64 for float64. Function names are those of `reference`.
+(`cluster_host`), which is faster where the host is the device; the rest is the same code. Arithmetic is in float32 for
+float16, bfloat16 and float32 inputs, in float64 for float64. Function names are those of `reference`.
 """
 
 from functools import lru_cache
@@ -119,7 +119,12 @@ def _cluster_chunk(rows, clustered, largest, config):
 # Stages 3 and 4: filtered gradients and weights.
 
 
-def filter_gradients(gradients, labels, config):
+def filter_grids(grids, rows, columns):
+    """Grids (N, h, w) filtered along both axes by the filter matrices rows (h, h) and columns (w, w)."""
+    return rows @ grids @ columns.T
+
+
+def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
     """The gradient each channel is weighted by: (B, C, h, w).
 
     A dominant channel keeps its own; the members of a cluster share their filtered mean; noise has none.
@@ -131,7 +136,7 @@ def filter_gradients(gradients, labels, config):
         _constant(filter_matrix, (size, config.sigma, config.boundary), mean.device, mean.dtype)
         for size in gradients.shape[2:]
     )
-    filtered = rows @ mean @ columns.T
+    filtered = filter_grids(mean.flatten(0, 1), rows, columns).view_as(mean)
     dominant, noise = (labels[:, :, None, None] == label for label in (DOMINANT, NOISE))
     return torch.where(dominant, gradients, torch.where(noise, 0, filtered))
 

@@ -9,7 +9,6 @@ Floor: one read of the stored distances, R^2 / 8 bytes written.
 import torch
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, find_bin, tile_of
 from cfcam_gpu.kernels.pairwise_distances import TILE
 
@@ -86,8 +85,8 @@ def adjacency(distances, n_rows, histogram, prefix, remaining, degree, above, ep
         eps_floor: smallest radius.
 
     Returns:
-        bits int32 (B, max_rows, n_words) and below float32 (B,), the order statistic. Nothing is written for an image with
-        fewer than two rows, nor in words beyond its last tile.
+        bits int32 (B, max_rows, n_words) and below float32 (B,), the order statistic. Nothing is written for an image
+        with fewer than two rows, nor in words beyond its last tile.
     """
     batch, n_tiles = distances.shape[:2]
     max_rows = degree.shape[1]

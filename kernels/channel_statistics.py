@@ -13,7 +13,6 @@ Floor: 2 * C * h * w reads in the input dtype and C * h * w float32 writes; 5 op
 import torch
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 
@@ -93,12 +92,14 @@ def channel_statistics(activations, gradients=None, pooling=None):
     options = {"dtype": torch.float32, "device": activations.device}
     transposed = torch.empty(batch, n_cells, n_channels, **options)
     squared_norm = torch.empty(batch, n_channels, **options)
-    plain, filtered = (torch.empty(batch, n_channels, **options) for _ in range(2)) if pooling is not None else (None,) * 2
+    plain = filtered = None
+    has_gradients = gradients is not None
+    if has_gradients:
+        plain, filtered = torch.empty(2, batch, n_channels, **options)
+    else:  # pointers that the kernel never follows
+        gradients, pooling = activations, squared_norm
     block_p = min(next_power_of_2(n_cells), 64)
     block_c = max(16, 2048 // block_p)
-    has_gradients = gradients is not None
-    if not has_gradients:  # pointers that the kernel never follows
-        gradients, pooling = activations, squared_norm
     channel_statistics_kernel[(batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,

@@ -13,7 +13,6 @@ Floor: R^2 / 8 bytes read a round, of which the typical image needs three.
 import torch
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.launch import next_power_of_2
 
 WORDS_PER_STEP = 8192
@@ -109,8 +108,9 @@ def connected_components_kernel(
         while start < n_rows:
             r = start + tl.arange(0, ROWS)
             own = tl.load(root_ptr + r, mask=r < n_rows, other=-1) == r
+            empty = tl.zeros([ROWS, BLOCK_R // 32], tl.int32)
             cleared = own[:, None] & used_word[None, :]
-            tl.store(tree_ptr + r[:, None] * n_words + word[None, :], tl.zeros([ROWS, BLOCK_R // 32], tl.int32), mask=cleared)
+            tl.store(tree_ptr + r[:, None] * n_words + word[None, :], empty, mask=cleared)
             start += ROWS
         tl.debug_barrier()
         tl.atomic_or(tree_ptr + root * n_words + row // 32, 1 << (row % 32), mask=is_core)

@@ -1,8 +1,8 @@
 """Which channels are dominant, and the list of those left to cluster.
 
 The threshold is the order statistic at a rank that the host knows (`cfcam_gpu.ranks.dominant_rank`): no
-interpolation. It is found bit by bit: the bits of non-negative float32 numbers order like the numbers, so 31 counts over
-values held in registers give the exact value. One program an image.
+interpolation. It is found bit by bit: the bits of non-negative float32 numbers order like the numbers, so that 31
+counts over values held in registers give the exact value. One program an image.
 
 Floor: C reads, 2 * C writes; 31 * C comparisons.
 """
@@ -10,7 +10,6 @@ Floor: C reads, 2 * C writes; 31 * C comparisons.
 import torch
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.launch import next_power_of_2
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS
 
@@ -75,8 +74,9 @@ def dominant_channels(squared_norm, rank, max_rows, unit):
         unit: leave out channels of zeros.
 
     Returns:
-        labels int32 (B, C), -2 or -1; member int32 (B, max_rows), the clustered channels in ascending order; n_rows int32
-        (B,); and the zeroed counters degree int32 (B, max_rows), histogram int32 (B, HISTOGRAM_BINS), above int32 (B,).
+        labels int32 (B, C), -2 or -1; member int32 (B, max_rows), the clustered channels in ascending order; n_rows
+        int32 (B,); and the counters as they start: degree int32 (B, max_rows) and histogram int32 (B, HISTOGRAM_BINS),
+        zeros, and above int32 (B,), the largest int32.
     """
     batch, n_channels = squared_norm.shape
     options = {"dtype": torch.int32, "device": squared_norm.device}
@@ -99,6 +99,6 @@ def dominant_channels(squared_norm, rank, max_rows, unit):
         UNIT=unit,
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
         BLOCK_C=next_power_of_2(n_channels),
-        num_warps=8,
+        num_warps=8 if n_channels <= 2048 else 16,
     )
     return labels, member, n_rows, degree, histogram, above

@@ -1,6 +1,4 @@
-"""What every launcher shares: the limits of the kernels, when they can run, and block sizes."""
-
-import os
+"""What every launcher shares: the limits of the kernels and block sizes."""
 
 import torch
 
@@ -12,11 +10,6 @@ MAX_GRID_CELLS = 256 * 256
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Input dtypes; arithmetic is in float32."""
-
-
-def interpreted():
-    """Whether Triton's interpreter is on, which runs the kernels on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def next_power_of_2(n):

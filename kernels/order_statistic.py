@@ -10,7 +10,6 @@ Floor of a launch: one read of the stored distances, R^2 / 2 float32.
 
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.launch import cdiv
 
 DIGIT_BINS = (2048, 1024, 1024)
@@ -84,7 +83,8 @@ def order_statistic_kernel(
             tile_row, tile_column = tile_of(tile)
             row = tile_row * TILE + index
             column = tile_column * TILE + index
-            pair = (row[:, None] < column[None, :]) & (column[None, :] < n_rows) & (tile < n_tiles_used)
+            rows_here = tl.where(tile < n_tiles_used, n_rows, 0)
+            pair = (row[:, None] < column[None, :]) & (column[None, :] < rows_here)
             offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
             bits = tl.load(distances_ptr + offset, mask=pair, other=0.0).to(tl.int32, bitcast=True)
             wanted = pair & ((bits >> (SHIFT + 10)) == prefix)

@@ -2,9 +2,9 @@
 
     d_ij = sqrt(sum_p (x_ip - x_jp)^2)
 
-by direct differences, so that equal channels are at exactly 0 and d_ij = d_ji; |x|^2 + |y|^2 - 2xy promises neither. Each
-pair is computed once. The distances stay in memory for the passes that follow: R^2 / 2 float32 written and read three
-times cost about as much as computing them twice.
+by direct differences, so that equal channels are at exactly 0 and d_ij = d_ji; |x|^2 + |y|^2 - 2xy promises neither.
+Each pair is computed once. The distances stay in memory for the three passes that follow: by count, R^2 / 2 float32
+written and read three times cost about as much as computing them once more.
 
 Floor: R^2 / 2 * h * w differences and multiply-adds, R^2 / 2 float32 writes.
 """
@@ -12,7 +12,6 @@ Floor: R^2 / 2 * h * w differences and multiply-adds, R^2 / 2 float32 writes.
 import torch
 import triton
 import triton.language as tl
-
 from cfcam_gpu.kernels.launch import cdiv
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, tile_of
 
@@ -64,10 +63,11 @@ def pairwise_distances_kernel(
             # Summed in short runs first: the error of one long float32 sum would grow with the grid.
             partial = tl.zeros([TILE, TILE], tl.float32)
             for step in tl.static_range(CELLS):
-                inside = start + step < n_cells
-                cell = base + (start + step).to(tl.int64) * n_channels
-                x = tl.load(cell + row_channel, mask=in_rows & inside, other=0.0) * row_scale
-                y = tl.load(cell + column_channel, mask=in_columns & inside, other=0.0) * column_scale
+                cell = start + step + tl.zeros([TILE], tl.int32)
+                inside = cell < n_cells
+                of_cell = base + cell.to(tl.int64) * n_channels
+                x = tl.load(of_cell + row_channel, mask=in_rows & inside, other=0.0) * row_scale
+                y = tl.load(of_cell + column_channel, mask=in_columns & inside, other=0.0) * column_scale
                 difference = x[:, None] - y[None, :]
                 partial += difference * difference
             squared += partial
@@ -116,6 +116,21 @@ def pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit
         TILE=TILE,
         CELLS=7,  # divides 7 x 7 and 14 x 14
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
-        num_warps=4,
+        num_warps=8,  # four spill
     )
     return distances
+
+
+def distance_matrices(distances, n_rows):
+    """The tiles as one symmetric float64 (R, R) matrix per image; for checks, and engines on the host."""
+    batch, n_tiles = distances.shape[:2]
+    columns = next(c for c in range(1, n_tiles + 1) if c * (c + 1) // 2 == n_tiles)
+    whole = distances.new_zeros(batch, columns, TILE, columns, TILE, dtype=torch.float64)
+    tile = 0
+    for column in range(columns):
+        for row in range(column + 1):
+            whole[:, row, :, column] = distances[:, tile]
+            whole[:, column, :, row] = distances[:, tile].transpose(1, 2)
+            tile += 1
+    whole = whole.view(batch, columns * TILE, columns * TILE)
+    return [matrix[:n, :n] for matrix, n in zip(whole, n_rows.tolist())]

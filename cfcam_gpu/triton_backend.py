@@ -1,0 +1,164 @@
+"""CF-CAM in Triton kernels: ten launches a batch from the gradients to the maps, and no host synchronisation.
+
+Function names are those of `reference`. The clustering works on float32 distances; see `cfcam_gpu.kernels`.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from cfcam_gpu import torch_backend
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.gaussian import pooling_weights
+from cfcam_gpu.kernels import launch
+from cfcam_gpu.kernels.adjacency import adjacency
+from cfcam_gpu.kernels.channel_statistics import channel_statistics
+from cfcam_gpu.kernels.channel_weights import channel_weights
+from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum
+from cfcam_gpu.kernels.connected_components import connected_components
+from cfcam_gpu.kernels.dominant_channels import dominant_channels
+from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
+from cfcam_gpu.kernels.order_statistic import refine
+from cfcam_gpu.kernels.pairwise_distances import TILE, distance_matrices, pairwise_distances
+from cfcam_gpu.ranks import dominant_rank, radius_ranks
+
+WORKSPACE_BYTES = 4 * 2**30
+"""Device memory the distances and masks of one launch may take; larger batches go in chunks."""
+
+EPS_FLOOR_FLOAT32 = float(np.float32(EPS_FLOOR))
+"""EPS_FLOOR as the kernels compare it; rounded to nearest, which here is down."""
+
+
+def cf_cam(activations, gradients, output_size, config, engine):
+    """All five stages for a batch.
+
+    Args:
+        activations, gradients: (B, C, h, w), float16, bfloat16 or float32, on one CUDA or ROCm device; any strides.
+        output_size: (H, W).
+        config: `CFCAMConfig`.
+        engine: "batched", or "sklearn" for scikit-learn on the host and the kernels' distances.
+
+    Returns:
+        maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,).
+    """
+    arguments = (activations.detach(), gradients.detach(), output_size, config, engine)
+    return _in_chunks(_cf_cam, len(activations), _chunk(activations, config), arguments)
+
+
+def cluster_channels(activations, config, engine):
+    """Labels int32 (B, C) and eps float32 (B,) of activations (B, C, h, w)."""
+    arguments = (activations.detach(), config, engine)
+    return _in_chunks(_cluster_channels, len(activations), _chunk(activations, config), arguments)
+
+
+def filter_gradients(gradients, labels, config):
+    """The gradient each channel is weighted by, as `torch_backend.filter_gradients`, filtered by the kernel."""
+    return torch_backend.filter_gradients(gradients, labels, config, gaussian_filter)
+
+
+def refusal(activations):
+    """Why the kernels do not take these activations (B, C, h, w), a TypeError or ValueError; None when they do."""
+    if activations.dtype not in launch.DTYPES:
+        names = ", ".join(str(dtype) for dtype in launch.DTYPES)
+        return TypeError(f'backend="triton" takes {names}, got {activations.dtype}; use backend="torch"')
+    n_channels, n_cells = activations.shape[1], activations.shape[2] * activations.shape[3]
+    for what, most, got in (
+        ("channels", launch.MAX_CHANNELS, n_channels),
+        ("grid cells", launch.MAX_GRID_CELLS, n_cells),
+    ):
+        if got > most:
+            return ValueError(f'backend="triton" takes at most {most} {what}, got {got}; use backend="torch"')
+    return None
+
+
+def _chunk(activations, config):
+    """How many images fit in the workspace at once."""
+    columns = launch.cdiv(_max_rows(activations.shape[1], config), TILE)
+    distances = columns * (columns + 1) // 2 * TILE**2 * 4
+    masks = 2 * (columns * TILE) ** 2 // 8
+    return max(1, WORKSPACE_BYTES // (distances + masks))
+
+
+def _in_chunks(function, batch, chunk, arguments):
+    """``function(*arguments)`` on ``chunk`` images at a time: the tensors among the arguments are cut."""
+    if batch <= chunk:
+        return function(*arguments)
+    results = []
+    for start in range(0, batch, chunk):
+        cut = (value[start : start + chunk] if isinstance(value, torch.Tensor) else value for value in arguments)
+        results.append(function(*cut))
+    return tuple(torch.cat(column) for column in zip(*results))
+
+
+def _cf_cam(activations, gradients, output_size, config, engine):
+    height, width = activations.shape[2:]
+    pooling = _pooling(height, width, config.sigma, config.boundary, activations.device)
+    transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients, pooling)
+    labels, eps = _cluster(transposed, squared_norm, config, engine)
+    weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
+    grid = weighted_sum(transposed, weights, height, width)
+    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize == "minmax"), labels, weights, eps
+
+
+def _cluster_channels(activations, config, engine):
+    transposed, squared_norm, _, _ = channel_statistics(activations)
+    return _cluster(transposed, squared_norm, config, engine)
+
+
+def _max_rows(n_channels, config):
+    """The largest number of channels that can be left to cluster; a buffer holds at least one."""
+    if config.dominant_percentile == 100:
+        return n_channels
+    return max(dominant_rank(n_channels, config.dominant_percentile), 1)
+
+
+def _cluster(transposed, squared_norm, config, engine):
+    batch, _, n_channels = transposed.shape
+    unit = config.descriptor == "unit"
+    max_rows = _max_rows(n_channels, config)
+    rank = None if config.dominant_percentile == 100 else dominant_rank(n_channels, config.dominant_percentile)
+    low_rank, fraction, min_samples = _rank_table(max_rows, config, transposed.device)
+
+    labels, member, n_rows, degree, histogram, above = dominant_channels(squared_norm, rank, max_rows, unit)
+    distances = pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit)
+    prefix, remaining = torch.empty(2, batch, 2, dtype=torch.int32, device=transposed.device)
+    for digit in (1, 2):
+        refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, TILE)
+    bits, below = adjacency(distances, n_rows, histogram, prefix, remaining, degree, above, EPS_FLOOR_FLOAT32)
+    eps = connected_components(
+        bits, degree, member, n_rows, min_samples, fraction, below, above, EPS_FLOOR_FLOAT32, labels, TILE
+    )
+    if engine == "sklearn":
+        _label_on_host(labels, distance_matrices(distances, n_rows), member, eps, config)
+    return labels, eps
+
+
+def _label_on_host(labels, matrices, member, eps, config):
+    from cfcam_gpu import reference
+
+    for image, matrix in enumerate(matrices):
+        found = reference.dbscan(matrix.cpu().numpy(), float(eps[image]), config.min_samples(len(matrix)))
+        labels[image, member[image, : len(matrix)].long()] = torch.from_numpy(found).to(labels)
+
+
+@lru_cache(maxsize=64)
+def _pooling(height, width, sigma, boundary, device):
+    # Cached, as the table below: a copy from the host would make the host wait.
+    return torch.tensor(pooling_weights(height, width, sigma, boundary), dtype=torch.float32, device=device).flatten()
+
+
+@lru_cache(maxsize=64)
+def _rank_table(max_rows, config, device):
+    """For every number of rows 0..max_rows: the low rank and the fraction of eps, and min_samples."""
+    ranks = [(0, 0, 0.0)] * 2 + [radius_ranks(n, config.eps_percentile) for n in range(2, max_rows + 1)]
+    ranks = ranks[: max_rows + 1]
+    low = torch.tensor([low for low, _, _ in ranks], dtype=torch.int32, device=device)
+    # Where both ends are the same rank there is nothing to interpolate.
+    fraction = [fraction if low != high else 0.0 for low, high, fraction in ranks]
+    min_samples = [config.min_samples(n) for n in range(max_rows + 1)]
+    return (
+        low,
+        torch.tensor(fraction, dtype=torch.float32, device=device),
+        torch.tensor(min_samples, dtype=torch.int32, device=device),
+    )

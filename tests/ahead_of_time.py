@@ -1,0 +1,120 @@
+"""Compiles every kernel as the launchers launch it, for targets that need not be here; prints a JSON line for each.
+
+The launchers run on meta tensors, and each launch is compiled instead of run, so that signatures and block sizes are
+those of the product. Run it in a process without TRITON_INTERPRET:
+
+    python tests/ahead_of_time.py cuda:90 hip:gfx942
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cfcam_gpu import CFCAMConfig, triton_backend
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+
+
+def gpu_target(name):
+    backend, _, arch = name.partition(":")
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+def source_of(kernel, args, kwargs):
+    """What a launch with these arguments compiles: types, constants, and alignment as the runtime would see it."""
+    bound = dict(zip(kernel.arg_names, args))
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    bound.update((name, value) for name, value in kwargs.items() if name in kernel.arg_names)
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = bound[name]
+        if kernel.params[index].is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            if value == 1:  # the runtime specialises on it
+                signature[name], constants[name] = "constexpr", value
+                continue
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(compiled, target):
+    """Registers and spilled bytes of a compiled kernel."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        return {
+            "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+            "spilled": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),
+        }
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "spilled": int(re.search(r"STACK:(\d+)", text)[1])}
+
+
+def launches(configurations):
+    """Every distinct launch that the configurations make: (kernel, args, kwargs)."""
+    recorded = {}
+
+    def record(kernel, *args, grid=None, warmup=False, **kwargs):
+        source, options = source_of(kernel, args, kwargs)
+        key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
+        recorded[key] = (kernel, source, options)
+
+    triton.runtime.jit.JITFunction.run = record
+    for shape, dtype, config in configurations:
+        tensors = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
+        triton_backend.cf_cam(*tensors, (224, 224), config, "batched")
+        triton_backend.cluster_channels(tensors[0], config, "batched")
+        gaussian_filter(*(torch.empty(3, n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, shape[3:] * 2)))
+    return recorded.values()
+
+
+CONFIGURATIONS = [
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig()),
+    ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper()),
+    ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit")),
+    ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0)),
+]
+
+
+def main(targets):
+    compiled = list(launches(CONFIGURATIONS))
+    for name in targets:
+        target = gpu_target(name)
+        for kernel, source, options in compiled:
+            binary = triton.compile(source, target=target, options=options)
+            constants = {k: v for k, v in sorted(source.constants.items(), key=str)}
+            line = {"kernel": kernel.__name__, "target": name, "shared": binary.metadata.shared}
+            line.update(resources(binary, target), constants=str(list(constants.values())))
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

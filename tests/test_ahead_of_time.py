@@ -1,0 +1,39 @@
+"""Every kernel compiles for the targets that it is meant for, without a spill, on a machine that has none of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+KERNELS = {
+    "adjacency_kernel",
+    "channel_statistics_kernel",
+    "channel_weights_kernel",
+    "connected_components_kernel",
+    "dominant_channels_kernel",
+    "gaussian_filter_kernel",
+    "order_statistic_kernel",
+    "pairwise_distances_kernel",
+    "resize_normalize_kernel",
+    "weighted_sum_kernel",
+}
+SHARED_BYTES = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
+
+
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_compiles_without_a_spill(target):
+    script = Path(__file__).with_name("ahead_of_time.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == KERNELS
+    for line in lines:
+        assert line["spilled"] == 0, line
+        assert line["shared"] <= SHARED_BYTES[target], line
+        print(line)

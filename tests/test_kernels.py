@@ -1,0 +1,310 @@
+"""The Triton kernels: in the interpreter on a CPU, at small shapes; on a GPU, where there is one, at real ones.
+
+Labels are exact for the kernels' own distances and eps; everything else is compared with the float64 reference. The
+allocations of the launchers are poisoned, so that a value that no kernel wrote shows.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_close
+from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random_config
+from scipy.ndimage import gaussian_filter as gaussian_filter_scipy
+from sklearn.cluster import DBSCAN
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from cfcam_gpu.kernels import launch  # noqa: E402
+from cfcam_gpu.kernels.channel_statistics import channel_statistics  # noqa: E402
+from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum  # noqa: E402
+from cfcam_gpu.kernels.dominant_channels import dominant_channels  # noqa: E402
+from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
+from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances  # noqa: E402
+
+from cfcam_gpu import CFCAMConfig, cf_cam, reference, torch_backend, triton_backend  # noqa: E402
+from cfcam_gpu.config import BOUNDARIES  # noqa: E402
+from cfcam_gpu.gaussian import filter_matrix
+
+GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
+DEVICE = "cuda" if GPU else "cpu"
+on_gpu_only = pytest.mark.skipif(not GPU, reason="needs a GPU: too large or impossible in Triton's interpreter")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every ``torch.empty`` of a launcher comes filled with NaN or the largest integer."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def kernel_distances(activations, config):
+    """The kernels' own distances, one float64 matrix per image, and the clustered channels."""
+    transposed, squared_norm, _, _ = channel_statistics(activations)
+    n_channels, unit = activations.shape[1], config.descriptor == "unit"
+    rank = None
+    if config.dominant_percentile < 100:
+        rank = triton_backend.dominant_rank(n_channels, config.dominant_percentile)
+    max_rows = triton_backend._max_rows(n_channels, config)
+    _, member, n_rows, _, histogram, _ = dominant_channels(squared_norm, rank, max_rows, unit)
+    distances = pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit)
+    members = [of_image[:n].long().cpu() for of_image, n in zip(member, n_rows.tolist())]
+    return [matrix.cpu().numpy() for matrix in distance_matrices(distances, n_rows)], members
+
+
+def check_labels(activations, config):
+    """Labels and eps of the kernels against scikit-learn on their own distances; returns the numbers of clusters."""
+    labels, eps = triton_backend.cluster_channels(activations.to(DEVICE), config, "batched")
+    n_clusters = []
+    for image, (distances, members) in enumerate(zip(*kernel_distances(activations.to(DEVICE), config))):
+        n = len(distances)
+        expected_eps = reference.neighbourhood_radius(distances, config)
+        assert float(eps[image]) == pytest.approx(expected_eps, rel=1e-6)
+        expected = np.full(n, -1)
+        if n > 1:
+            np.testing.assert_array_equal(distances <= float(eps[image]), distances <= expected_eps)
+            dbscan = DBSCAN(eps=float(eps[image]), min_samples=config.min_samples(n), metric="precomputed")
+            expected = dbscan.fit(distances).labels_
+        np.testing.assert_array_equal(labels[image].cpu()[members], expected, err_msg=str(config))
+        others = torch.ones(activations.shape[1], dtype=torch.bool)
+        others[members] = False
+        assert (labels[image].cpu()[others] < 0).all()
+        n_clusters.append(expected.max(initial=-1) + 1)
+    return n_clusters
+
+
+@pytest.mark.parametrize("kind", CLUSTERING_KINDS)
+def test_labels_equal_scikit_learn(kind, rng):
+    for n in (1, 2, 37, 65, 129) if not GPU else (1, 2, 37, 64, 65, 300, 511, 1536):
+        rows = torch.from_numpy(clustering_rows(rng, n, kind))
+        for _ in range(2 if not GPU else 12):
+            check_labels(rows[None, :, :, None], random_config(rng, dominant_percentile=100.0))
+
+
+def test_many_clusters_and_borders(rng):
+    found = set()
+    for _ in range(6 if not GPU else 60):
+        rows = torch.from_numpy(clustering_rows(rng, 100, "blobs"))
+        percentile = float(rng.choice([1, 2, 4, 8]))
+        config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=percentile, min_samples_fraction=0.04)
+        found.update(check_labels(rows[None, :, :, None], config))
+    assert max(found) >= 3, "several clusters, so that numbering and the border rule matter"
+
+
+def test_a_chain_needs_many_rounds(rng):
+    # Points on a line in random order, each near the next alone: the slowest case for hooking and pointer jumping.
+    n = 90 if not GPU else 1500
+    rows = torch.from_numpy(rng.permutation(n).astype(np.float32))
+    config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=0.0, min_samples_fraction=0.0)
+    assert check_labels(rows[None, :, None, None], config) == [1]
+
+
+@pytest.mark.parametrize("descriptor", ["raw", "unit"])
+@pytest.mark.parametrize("shape", [(3, 67, 5, 3), (2, 64, 1, 2), (1, 1, 2, 2), (2, 2, 1, 3), (2, 5, 14, 14)])
+def test_batches_with_dominant_and_dead_channels(shape, descriptor, rng, seed):
+    for percentile in (0.0, 50.0, 75.0, 100.0):
+        activations = activations_like(shape)
+        if percentile == 50.0:
+            activations[0], activations[-1] = 0, 1
+        config = random_config(rng, descriptor=descriptor, dominant_percentile=percentile)
+        check_labels(activations, config)
+        labels, _ = triton_backend.cluster_channels(activations.to(DEVICE), config, "batched")
+        for image in range(shape[0]):
+            norms = reference.channel_norms(activations[image].double().numpy())
+            dominant = reference.dominant_channels(norms, config)
+            np.testing.assert_array_equal((labels[image] == -2).cpu(), dominant)
+
+
+def compare_with_reference(activations, gradients, config, output_size=(20, 31)):
+    result = triton_backend.cf_cam(activations.to(DEVICE), gradients.to(DEVICE), output_size, config, "batched")
+    maps, labels, weights, _ = (tensor.cpu() for tensor in result)
+    expected = reference.cf_cam(activations.double().numpy(), gradients.double().numpy(), output_size, config)
+    same = (labels.numpy() == expected[1]).all(1)
+    assert same.mean() > 0.5, "labels may differ in rare images only, where a pair is at the edge"
+    for image in np.flatnonzero(same):
+        assert_close(weights[image], expected[2][image], activations.dtype)
+        assert_close(maps[image], expected[0][image], activations.dtype)
+
+
+@pytest.mark.parametrize("dtype", launch.DTYPES)
+@pytest.mark.parametrize("config", [CFCAMConfig(), CFCAMConfig.paper()])
+def test_equals_the_reference(dtype, config, seed):
+    shape = (3, 70, 7, 7)
+    gradients = (torch.randn(shape) * 1e-3).to(dtype)
+    compare_with_reference(activations_like(shape, dtype=dtype), gradients, config)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("shape", [(2, 33, 2, 3), (2, 40, 9, 8)])  # smaller than the filter; more than a block of cells
+def test_boundaries(boundary, shape, seed):
+    config = CFCAMConfig(boundary=boundary, sigma=1.7, eps_percentile=40.0)
+    compare_with_reference(activations_like(shape), torch.randn(shape), config)
+
+
+@on_gpu_only
+@pytest.mark.parametrize("channels, side", [(512, 7), (960, 7), (1280, 7), (2048, 7), (512, 14), (768, 8), (4096, 7)])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_real_shapes(channels, side, batch, seed):
+    shape = (batch, channels, side, side)
+    activations, gradients = activations_like(shape), torch.randn(shape) * 1e-3
+    check_labels(activations[:2], CFCAMConfig())
+    arguments = activations.cuda(), gradients.cuda(), (224, 224), CFCAMConfig(), "batched"
+    first, second = triton_backend.cf_cam(*arguments), triton_backend.cf_cam(*arguments)
+    for one, two in zip(first, second):
+        assert torch.equal(one, two), "two runs must be bit-identical"
+    expected = torch_backend.cf_cam(activations, gradients, (224, 224), CFCAMConfig(), "host")
+    same = (first[1].cpu() == expected[1]).all(1)
+    assert same.float().mean() > 0.5
+    assert_close(first[2].cpu()[same], expected[2][same])
+    assert_close(first[0].cpu()[same], expected[0][same])
+
+
+def test_deterministic(seed):
+    activations, gradients = activations_like((2, 80, 4, 4)).to(DEVICE), torch.randn(2, 80, 4, 4).to(DEVICE)
+    first, second = (
+        triton_backend.cf_cam(activations, gradients, (9, 9), CFCAMConfig(), "batched") for _ in range(2)
+    )
+    for one, two in zip(first, second):
+        assert torch.equal(one, two)
+
+
+def test_strides(seed):
+    activations, gradients = activations_like((2, 40, 4, 6)), torch.randn(2, 40, 1, 1).expand(2, 40, 4, 6)
+    expected = triton_backend.cf_cam(
+        activations.to(DEVICE), gradients.contiguous().to(DEVICE), (9, 9), CFCAMConfig(), "batched"
+    )
+    sliced = torch.full((4, 40, 4, 9), torch.nan)
+    sliced[::2, :, :, 1:7] = activations
+    for layout in (activations.to(memory_format=torch.channels_last), sliced[::2, :, :, 1:7]):
+        # An expanded gradient has stride 0 over the grid, as after an average pool.
+        result = triton_backend.cf_cam(layout.to(DEVICE), gradients.to(DEVICE), (9, 9), CFCAMConfig(), "batched")
+        for actual, wanted in zip(result, expected):
+            assert torch.equal(actual, wanted)
+
+
+def test_chunks_do_not_matter(seed, monkeypatch):
+    arguments = activations_like((3, 40, 4, 4)).to(DEVICE), torch.randn(3, 40, 4, 4).to(DEVICE), (9, 9)
+    whole = triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched")
+    monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 1)
+    for one, two in zip(whole, triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched")):
+        assert torch.equal(one, two)
+
+
+def test_flat_and_empty_maps():
+    ones, zeros = torch.ones(1, 3, 3, 3, device=DEVICE), torch.zeros(1, 3, 3, 3, device=DEVICE)
+    for normalize, value in (("max", 1.0), ("minmax", 0.0)):
+        config = CFCAMConfig(normalize=normalize)
+        for dtype in launch.DTYPES:
+            flat = triton_backend.cf_cam((ones * 0.3).to(dtype), (ones * 0.3).to(dtype), (20, 31), config, "batched")
+            assert (flat[0] == value).all()
+        for activations, gradients in ((zeros, ones), (ones, zeros), (ones, -ones), (zeros, zeros)):
+            assert (triton_backend.cf_cam(activations, gradients, (20, 31), config, "batched")[0] == 0).all()
+
+
+@pytest.mark.parametrize("weighting", ["signed", "softmax"])
+def test_no_kept_channel_gives_zeros(weighting, rng):
+    config = CFCAMConfig(
+        dominant_percentile=100.0, eps_percentile=0.0, min_samples_fraction=1.0, weighting=weighting
+    )
+    activations = torch.from_numpy(rng.normal(size=(2, 20, 2, 2))).float().to(DEVICE)
+    maps, labels, weights, _ = triton_backend.cf_cam(activations, activations, (8, 8), config, "batched")
+    assert (labels == -1).all() and (weights == 0).all() and (maps == 0).all()
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("shape", [(7, 7), (1, 5), (70, 3)])  # a block of cells and more
+def test_filter_equals_scipy(boundary, shape, rng):
+    grids = rng.normal(size=(5, *shape)).astype(np.float32)
+    expected = [gaussian_filter_scipy(grid, 1.4, mode=boundary, truncate=4.0) for grid in grids.astype(np.float64)]
+    matrices = (torch.tensor(filter_matrix(n, 1.4, boundary)).float().to(DEVICE) for n in shape)
+    assert_close(gaussian_filter(torch.from_numpy(grids).to(DEVICE), *matrices), np.stack(expected))
+
+
+def test_filtered_gradients_equal_the_torch_backend(seed):
+    activations, gradients = activations_like((2, 40, 6, 4)).to(DEVICE), torch.randn(2, 40, 6, 4).to(DEVICE)
+    labels, _ = triton_backend.cluster_channels(activations, CFCAMConfig(), "batched")
+    expected = torch_backend.filter_gradients(gradients.double(), labels, CFCAMConfig())
+    assert_close(triton_backend.filter_gradients(gradients, labels, CFCAMConfig()), expected)
+
+
+@pytest.mark.parametrize("old, new", [((7, 7), (40, 33)), ((5, 8), (5, 8)), ((14, 9), (6, 31)), ((1, 3), (7, 2))])
+def test_map_kernels_equal_torch(old, new, seed):
+    activations, weights = torch.randn(2, 37, *old), torch.randn(2, 37)
+    transposed = activations.flatten(2).transpose(1, 2).contiguous()
+    grid = weighted_sum(transposed.to(DEVICE), weights.to(DEVICE), *old)
+    expected = torch_backend.class_grid(activations.double(), weights)
+    assert_close(grid, expected)
+    for config in (CFCAMConfig(), CFCAMConfig.paper()):
+        maps = resize_normalize(grid, new, 1e-6, config.normalize == "minmax")
+        assert_close(maps, torch_backend.normalize(torch_backend.resize(expected, new), config))
+
+
+def launched(monkeypatch, run=True):
+    """Counts kernel launches; ``run=False`` skips them."""
+    from cfcam_gpu.kernels.class_map import weighted_sum_kernel
+
+    kernel_type, names = type(weighted_sum_kernel), []
+    original = kernel_type.run
+
+    def count(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return original(self, *args, **kwargs) if run else None
+
+    monkeypatch.setattr(kernel_type, "run", count)
+    return names
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_at_most_ten_launches_a_batch(batch, seed, monkeypatch):
+    names = launched(monkeypatch)
+    shape = (batch, 20, 3, 3)
+    arguments = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), CFCAMConfig(), "batched"
+    triton_backend.cf_cam(*arguments)
+    assert 1 <= len(names) <= 10, names
+
+
+def test_launchers_never_wait(seed, monkeypatch):
+    """Between the gradients and the maps the host does nothing but allocate and launch."""
+    from test_no_sync import NoSynchronisation
+
+    shape = (2, 20, 3, 3)
+    arguments = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), CFCAMConfig(), "batched"
+    triton_backend.cf_cam(*arguments)  # constants are made once
+    launched(monkeypatch, run=GPU)
+    with NoSynchronisation():
+        if GPU:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            triton_backend.cf_cam(*arguments)
+        finally:
+            if GPU:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu_only
+def test_capturable_in_a_graph(seed):
+    activations, gradients = activations_like((2, 256, 7, 7)).cuda(), torch.randn(2, 256, 7, 7).cuda()
+    cf_cam(activations, gradients, (56, 56))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = cf_cam(activations, gradients, (56, 56))
+    for _ in range(2):
+        activations.copy_(activations_like((2, 256, 7, 7)))
+        graph.replay()
+        for actual, expected in zip(result, cf_cam(activations, gradients, (56, 56))):
+            assert torch.equal(actual, expected)
+
+
+@on_gpu_only
+def test_more_images_than_a_grid_axis(seed):
+    activations = torch.rand(70_000, 8, 2, 2, device="cuda")
+    result = cf_cam(activations, activations, (2, 2), backend="triton")
+    last = cf_cam(activations[-1:], activations[-1:], (2, 2), backend="triton")
+    for of_all, of_one in zip(result, last):
+        assert torch.equal(of_all[-1], of_one[0])

@@ -85,6 +85,28 @@ class CFCAM:
             layers.append(torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]))
         return scale_as_grad_cam(torch.stack(layers).mean(0)).float().cpu().numpy()
 
+    def capture(self, example_input, targets=None):
+        """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
+
+        Args:
+            example_input: (B, ..., H, W) on a CUDA or ROCm device.
+            targets: LongTensor (B,) on that device, to give the targets at every replay; or None, for the top class.
+
+        Returns:
+            `CapturedCFCAM`: called with a batch of that shape (and targets) it replays forward, head backward and
+            pipeline, and returns the maps. The weights are read in place at every replay; the mode is the capture's.
+
+        Raises:
+            TypeError: an argument is not a tensor.
+            ValueError: it is not on such a device.
+
+        >>> replay = cam.capture(images)
+        >>> maps = replay(other_images)
+        """
+        from cfcam_gpu import graph
+
+        return graph.capture(self, example_input, targets)
+
     def _run(self, input_tensor, targets):
         capture = self._capture(input_tensor, targets)
         self.outputs = capture.outputs

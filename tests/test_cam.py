@@ -217,3 +217,36 @@ def test_callable_targets_on_dictionaries(images):
     assert maps.shape == (3, 96, 64) and cam.outputs["logits"].shape == (3, 5)
     with pytest.raises(TypeError, match="one callable per image for a model that returns dict"):
         cam.maps(images, targets=[2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((torch.zeros(1, 3, 64, 64),), ValueError, "example_input must be on a CUDA or ROCm device .* got cpu"),
+        ((np.zeros(1),), TypeError, "example_input must be a torch.Tensor, got ndarray"),
+        ((torch.zeros(1, 3, 64, 64, device="meta"),), ValueError, "got meta"),
+    ],
+)
+def test_capture_needs_a_device(resnet18, arguments, error, message):
+    with pytest.raises(error, match=message):
+        CFCAM(resnet18, [resnet18.layer4[-1]]).capture(*arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_capture_replays(resnet18, images, with_targets):
+    resnet18.cuda()
+    images = images.cuda()
+    targets = torch.tensor([3, 7, 11], device="cuda") if with_targets else None
+    cam = CFCAM(resnet18, [resnet18.layer4[-1]])
+    replay = cam.capture(images, targets)
+    for _ in range(3):
+        images = torch.rand_like(images)
+        targets = targets.roll(1) if with_targets else None
+        maps = replay(images, targets).clone()
+        assert_close(maps.cpu(), cam.maps(images, targets).cpu())
+        torch.testing.assert_close(replay.outputs, cam.outputs)
+    with pytest.raises(ValueError, match="captured shape"):
+        replay(images[:2], targets)
+    with pytest.raises(ValueError, match="targets must be"):
+        replay(images, None if with_targets else torch.tensor([3, 7, 11]))

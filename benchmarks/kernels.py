@@ -1,0 +1,197 @@
+"""Kernel benchmarks on a GPU: the pipeline by batch, each kernel against its floor, and `CFCAM.capture` end to end.
+
+    python benchmarks/kernels.py --out results/
+
+Times are medians of CUDA-event timings over graph replays, after warm-up; a small batch stays in the cache, as it does
+behind a network's last layer. Outputs are compared with the torch backend first: no agreement, no number. One JSON line
+per point is appended to kernels.jsonl; a short table is printed last.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+from cfcam_gpu.kernels.class_map import weighted_sum_kernel
+
+from cfcam_gpu import CFCAM, CFCAMConfig, torch_backend, triton_backend
+
+COPY_BYTES_PER_SECOND = 4.3e12
+"""Measured device-to-device copy of an H200, bytes read plus written: the ceiling for moving bytes."""
+
+FLOAT32_OPERATIONS_PER_SECOND = 67e12
+"""Plain float32 of an H200 by its datasheet, a multiply-add counted as two."""
+
+
+def floor_us(batch, n_channels, n_cells, n_pixels, itemsize):
+    """The larger of the two times below which no version of the pipeline can run, in microseconds."""
+    n_rows = n_channels * 3 // 4
+    operations = batch * 1.5 * n_rows**2 * n_cells
+    moved = batch * (2 * n_channels * n_cells * itemsize + 4 * n_pixels)
+    return 1e6 * max(operations / FLOAT32_OPERATIONS_PER_SECOND, moved / COPY_BYTES_PER_SECOND)
+
+
+def time_us(functions, rounds=30):
+    """Median, p20 and p80 in microseconds of graph replays of each function, interleaved."""
+    graphs = []
+    for function in functions:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        graphs.append(graph)
+    times = [[] for _ in graphs]
+    for _ in range(rounds):
+        for graph, of_graph in zip(graphs, times):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            graph.replay()
+            events[0].record()
+            for _ in range(10):
+                graph.replay()
+            events[1].record()
+            events[1].synchronize()
+            of_graph.append(1e3 * events[0].elapsed_time(events[1]) / 10)
+    return [tuple(statistics.quantiles(of_graph, n=10)[i] for i in (4, 1, 7)) for of_graph in times]
+
+
+def problem(batch, n_channels, side, dtype):
+    activations = torch.randn(batch, n_channels, side, side, device="cuda").relu_()
+    activations *= torch.rand(batch, n_channels, 1, 1, device="cuda")
+    gradients = torch.randn_like(activations) * 1e-3
+    return activations.to(dtype), gradients.to(dtype)
+
+
+def check(activations, gradients):
+    """The kernels' maps against the torch backend's, where the labels agree."""
+    config = CFCAMConfig()
+    maps, labels, _, _ = triton_backend.cf_cam(activations[:2], gradients[:2], (224, 224), config, "batched")
+    expected = torch_backend.cf_cam(activations[:2].cpu(), gradients[:2].cpu(), (224, 224), config, "host")
+    same = (labels.cpu() == expected[1]).all(1)
+    assert same.any(), "labels differ in every image"
+    torch.testing.assert_close(maps.cpu()[same], expected[0][same], rtol=0, atol=1e-4)
+
+
+def pipeline_rows(shapes):
+    for batch, n_channels, side, dtype in shapes:
+        activations, gradients = problem(batch, n_channels, side, dtype)
+        check(activations, gradients)
+        arguments = activations, gradients, (224, 224), CFCAMConfig(), "batched"
+        median, p20, p80 = time_us([lambda arguments=arguments: triton_backend.cf_cam(*arguments)])[0]
+        least = floor_us(batch, n_channels, side * side, 224 * 224, activations.element_size())
+        yield {
+            "op": "pipeline",
+            "shape": [batch, n_channels, side, side],
+            "dtype": str(dtype),
+            "median_us": median,
+            "p20_us": p20,
+            "p80_us": p80,
+            "maps_per_s": 1e6 * batch / median,
+            "floor_us": least,
+            "share_of_floor": least / median,
+        }
+
+
+def kernel_rows(shapes):
+    """Each launch of a pipeline, timed alone by replaying it with the arguments that it had."""
+    kernel_type = type(weighted_sum_kernel)
+    original = kernel_type.run
+    for batch, n_channels, side, dtype in shapes:
+        launches = []
+
+        def record(self, *args, launches=launches, **kwargs):
+            # Copies from before the launch: repeating it adds to its counters, which the next kernel reads.
+            copies = tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in args)
+            launches.append((self, copies, kwargs))
+            return original(self, *args, **kwargs)
+
+        kernel_type.run = record
+        try:
+            triton_backend.cf_cam(*problem(batch, n_channels, side, dtype), (224, 224), CFCAMConfig(), "batched")
+        finally:
+            kernel_type.run = original
+        for index, (kernel, args, kwargs) in enumerate(launches):
+            median, p20, p80 = time_us([lambda k=kernel, a=args, kw=kwargs: original(k, *a, **kw)], rounds=10)[0]
+            yield {
+                "op": f"{index}:{kernel.fn.__name__}",
+                "shape": [batch, n_channels, side, side],
+                "dtype": str(dtype),
+                "median_us": median,
+                "p20_us": p20,
+                "p80_us": p80,
+            }
+
+
+def end_to_end_rows(batches):
+    try:
+        from torchvision.models import resnet50
+    except ImportError:
+        print("torchvision is not installed: no end-to-end rows")
+        return
+    model = resnet50(weights=None).eval().cuda().half().to(memory_format=torch.channels_last)
+    for batch in batches:
+        images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.half)
+        images = images.to(memory_format=torch.channels_last)
+        cam = CFCAM(model, [model.layer4[-1]])
+
+        @torch.no_grad()
+        def forward(images=images):
+            model(images)
+
+        both = time_us([forward, lambda cam=cam, images=images: cam.maps(images)])
+        for name, (median, p20, p80) in zip(("forward", "CFCAM.capture"), both):
+            yield {
+                "op": f"resnet50:{name}",
+                "shape": [batch, 3, 224, 224],
+                "dtype": "torch.float16",
+                "median_us": median,
+                "p20_us": p20,
+                "p80_us": p80,
+                "ratio": median / both[0][0],
+            }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    out = parser.parse_args().out
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a CUDA or ROCm device")
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+    half, single = torch.float16, torch.float32
+    sources = (
+        pipeline_rows([(batch, 2048, 7, single) for batch in (1, 8, 64, 256)]),
+        pipeline_rows([(1, 512, 7, single), (1, 1280, 7, half), (256, 1280, 7, half), (64, 512, 14, single)]),
+        kernel_rows([(1, 2048, 7, single), (64, 2048, 7, single)]),
+        end_to_end_rows((1, 8, 64)),
+    )
+    rows = []
+    with open(out / "kernels.jsonl", "a") as file:
+        for row in (row for source in sources for row in source):
+            rows.append(row)
+            file.write(json.dumps({**row, **about}) + "\n")
+            file.flush()
+    print(f"{about}")
+    for row in rows:
+        extra = {"maps_per_s": "{:,.0f} maps/s", "share_of_floor": "{:.0%} of floor", "ratio": "{:.3f} x forward"}
+        notes = "  ".join(text.format(row[key]) for key, text in extra.items() if key in row)
+        print(f"{row['op']:34s} {'x'.join(map(str, row['shape'])):18s} {row['median_us']:10.1f} us  {notes}")
+
+
+if __name__ == "__main__":
+    main()

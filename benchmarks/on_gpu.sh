@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# On a machine with a GPU and no network, from a checkout: the whole GPU test suite, the memory checker where there is
+# one, and all kernel benchmarks. Rows and the log go to $OUT (default: benchmarks/results); under ten minutes.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+python=${PYTHON:-python3}
+status=0
+
+{
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader || true
+  timeout 270 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_kernels.py tests/test_cam.py tests/test_capture.py \
+    tests/test_pipeline.py tests/test_torch_backend.py tests/test_no_sync.py || status=1
+  if command -v compute-sanitizer >/dev/null; then
+    echo "--- memcheck"
+    timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -c '
+import torch
+from cfcam_gpu import cf_cam
+a = torch.rand(2, 130, 7, 7, device="cuda")
+print(cf_cam(a, torch.randn_like(a), (32, 32), backend="triton").maps.mean())' 2>&1 | tail -8 || status=1
+  else
+    echo "--- memcheck: compute-sanitizer is not installed"
+  fi
+  echo "--- benchmarks"
+  timeout 200 "$python" benchmarks/kernels.py --out "$OUT" || status=1
+} 2>&1 | tee "$OUT/on_gpu.log"
+exit $((PIPESTATUS[0] | status))

@@ -1,0 +1,70 @@
+"""One CUDA graph for forward, head backward and pipeline: a fixed shape, replayed with a single launch."""
+
+import torch
+
+WARM_UP_CALLS = 3
+"""Calls on a side stream before the capture: libraries choose their algorithms, constants reach the device."""
+
+
+class CapturedCFCAM:
+    """What `CFCAM.capture` returns: call it with a batch of the captured shape.
+
+    Attributes:
+        maps: (B, H, W), the maps of the latest call; the next call overwrites them.
+        outputs: the model's outputs of the latest call, likewise.
+
+    >>> replay = cam.capture(images, targets=torch.zeros(8, dtype=torch.long, device="cuda"))
+    >>> replay(images, targets).shape
+    torch.Size([8, 224, 224])
+    """
+
+    def __init__(self, cam, example_input, targets):
+        self._input = example_input.detach().clone()
+        self._targets = None if targets is None else targets.detach().clone()
+        side = torch.cuda.Stream(self._input.device)
+        side.wait_stream(torch.cuda.current_stream(self._input.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_CALLS):
+                cam.maps(self._input, self._targets)
+        torch.cuda.current_stream(self._input.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.maps = cam.maps(self._input, self._targets)
+        self.outputs = cam.outputs
+
+    def __call__(self, input_tensor, targets=None):
+        """The maps (B, H, W) of a batch; the same memory every time.
+
+        Args:
+            input_tensor: of the captured shape; dtype and device are converted if they differ.
+            targets: LongTensor (B,), when the capture had targets; else None, for the top class of each image.
+
+        Raises:
+            ValueError: another shape than was captured, or targets where none were captured and the reverse.
+        """
+        if input_tensor.shape != self._input.shape:
+            expected, got = tuple(self._input.shape), tuple(input_tensor.shape)
+            raise ValueError(f"input_tensor must have the captured shape {expected}, got {got}")
+        if (targets is None) != (self._targets is None):
+            expected = "None, as captured" if self._targets is None else "a LongTensor, as captured"
+            raise ValueError(f"targets must be {expected}, got {type(targets).__name__}")
+        if targets is not None and targets.shape != self._targets.shape:
+            expected, got = tuple(self._targets.shape), tuple(targets.shape)
+            raise ValueError(f"targets must have shape {expected}, got {got}")
+        self._input.copy_(input_tensor, non_blocking=True)
+        if targets is not None:
+            self._targets.copy_(targets, non_blocking=True)
+        self._graph.replay()
+        return self.maps
+
+
+def capture(cam, example_input, targets):
+    """The checks of `CFCAM.capture`, and the capture."""
+    for name, value in (("example_input", example_input), ("targets", targets)):
+        if name == "targets" and value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.device.type != "cuda":
+            raise ValueError(f"{name} must be on a CUDA or ROCm device to be captured in a graph, got {value.device}")
+    return CapturedCFCAM(cam, example_input, targets)

@@ -45,7 +45,7 @@ def test_labels_equal_scikit_learn(path, problems, rng):
         kind = CLUSTERING_KINDS[problem % len(CLUSTERING_KINDS)]
         # Mostly small, where every combination occurs; up to 300 for the host, 90 for the batched path's many rounds.
         largest = 300 if path is host else 90
-        n = int(rng.integers(2, 40 if problem % 5 else largest + 1))
+        n = int(rng.integers(1, 40 if problem % 5 else largest + 1))
         rows, config = clustering_rows(rng, n, kind), random_config(rng)
         labels, eps, distances = path(rows, config)
         expected = sklearn_labels(distances, eps, config.min_samples(n))
@@ -124,7 +124,7 @@ def test_both_paths_and_scikit_learn_agree_on_batches(shape, descriptor, rng, se
 
 
 def pairs_at_the_edge(activations, config):
-    """Pairs (i, j) of clustered channels whose float64 distance is within 1e-6 of eps, but not equal to it."""
+    """Pairs (i, j) of clustered channels whose float64 distance is within 1e-6 of eps: rounding may move them."""
     activations = activations.double().numpy()
     norms = reference.channel_norms(activations)
     clustered = ~reference.dominant_channels(norms, config)

@@ -23,7 +23,7 @@ from cfcam_gpu.kernels.dominant_channels import dominant_channels  # noqa: E402
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances  # noqa: E402
 
-from cfcam_gpu import CFCAMConfig, cf_cam, reference, torch_backend, triton_backend  # noqa: E402
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend  # noqa: E402
 from cfcam_gpu.config import BOUNDARIES  # noqa: E402
 from cfcam_gpu.gaussian import filter_matrix
 
@@ -163,6 +163,18 @@ def test_real_shapes(channels, side, batch, seed):
     assert same.float().mean() > 0.5
     assert_close(first[2].cpu()[same], expected[2][same])
     assert_close(first[0].cpu()[same], expected[0][same])
+
+
+def test_public_functions(seed):
+    activations, gradients = activations_like((2, 40, 4, 4)).to(DEVICE), torch.randn(2, 40, 4, 4).to(DEVICE)
+    result = cf_cam(activations, gradients, (9, 9), backend="triton")
+    expected = cf_cam(activations, gradients, (9, 9), backend="torch")
+    assert torch.equal(result.labels, expected.labels)
+    assert_close(result.maps, expected.maps)
+    labels, eps = cluster_channels(activations, backend="triton")
+    assert torch.equal(labels, result.labels) and torch.equal(eps, result.eps)
+    by_sklearn, _ = cluster_channels(activations, backend="triton", clustering="sklearn")
+    assert torch.equal(by_sklearn, labels)
 
 
 def test_deterministic(seed):

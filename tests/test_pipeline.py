@@ -1,5 +1,7 @@
 """The public functions: what they refuse and in which words, what they choose, and arrays of other libraries."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,22 @@ def test_auto_is_the_torch_backend_on_a_cpu(seed):
     assert pipeline.choose("auto", "auto", activations.to("meta")) == ("torch", "batched")
     for auto, named in zip(cf_cam(activations, gradients), cf_cam(activations, gradients, backend="torch")):
         assert torch.equal(auto, named)
+
+
+def test_auto_is_triton_on_a_gpu_where_it_takes_the_tensors():
+    def on_gpu(shape=(2, 8, 3, 3), dtype=torch.float16):  # what the choice looks at, without a GPU
+        return SimpleNamespace(device=torch.device("cuda"), shape=shape, dtype=dtype)
+
+    assert pipeline.choose("auto", "auto", on_gpu()) == ("triton", "batched")
+    assert pipeline.choose("auto", "sklearn", on_gpu()) == ("triton", "sklearn")
+    assert pipeline.choose("auto", "auto", on_gpu(dtype=torch.float64)) == ("torch", "batched")
+    assert pipeline.choose("auto", "auto", on_gpu(shape=(1, 5000, 3, 3))) == ("torch", "batched")
+
+
+def test_devices_must_match():
+    message = "gradients must be on the activations' device cpu, got meta"
+    with pytest.raises(ValueError, match=message):
+        cf_cam(A, A.to("meta"))
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):

@@ -16,15 +16,15 @@ from sklearn.cluster import DBSCAN
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from cfcam_gpu.kernels import launch  # noqa: E402
-from cfcam_gpu.kernels.channel_statistics import channel_statistics  # noqa: E402
-from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum  # noqa: E402
-from cfcam_gpu.kernels.dominant_channels import dominant_channels  # noqa: E402
+from cfcam_gpu.kernels import connected_components, launch
+from cfcam_gpu.kernels.channel_statistics import channel_statistics
+from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum
+from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
-from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances  # noqa: E402
+from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances
 
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend  # noqa: E402
-from cfcam_gpu.config import BOUNDARIES  # noqa: E402
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend
+from cfcam_gpu.config import BOUNDARIES
 from cfcam_gpu.gaussian import filter_matrix
 
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
@@ -95,6 +95,14 @@ def test_many_clusters_and_borders(rng):
         config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=percentile, min_samples_fraction=0.04)
         found.update(check_labels(rows[None, :, :, None], config))
     assert max(found) >= 3, "several clusters, so that numbering and the border rule matter"
+
+
+def test_components_in_several_steps(rng, monkeypatch):
+    monkeypatch.setattr(connected_components, "WORDS_PER_STEP", 64)  # steps of 16 rows instead of all at once
+    for kind in ("blobs", "line", "zeros"):
+        rows = torch.from_numpy(clustering_rows(rng, 100, kind))
+        config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=3.0, min_samples_fraction=0.03)
+        check_labels(rows[None, :, :, None], config)
 
 
 def test_a_chain_needs_many_rounds(rng):
@@ -246,8 +254,9 @@ def test_filtered_gradients_equal_the_torch_backend(seed):
 
 
 @pytest.mark.parametrize("old, new", [((7, 7), (40, 33)), ((5, 8), (5, 8)), ((14, 9), (6, 31)), ((1, 3), (7, 2))])
-def test_map_kernels_equal_torch(old, new, seed):
-    activations, weights = torch.randn(2, 37, *old), torch.randn(2, 37)
+@pytest.mark.parametrize("channels", [37, 600])  # 600: more than a block of channels
+def test_map_kernels_equal_torch(old, new, channels, seed):
+    activations, weights = torch.randn(2, channels, *old), torch.randn(2, channels)
     transposed = activations.flatten(2).transpose(1, 2).contiguous()
     grid = weighted_sum(transposed.to(DEVICE), weights.to(DEVICE), *old)
     expected = torch_backend.class_grid(activations.double(), weights)

@@ -12,7 +12,7 @@ from problems import activations_like
 from cfcam_gpu import CFCAMConfig, cf_cam, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import naive  # noqa: E402
+import naive
 
 
 def test_equals_the_authors_approach(seed):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cfcam_gpu import torch_backend
+from cfcam_gpu import cuml_engine, torch_backend
 from cfcam_gpu.arrays import as_tensor
 from cfcam_gpu.config import CFCAMConfig
 
@@ -43,7 +43,8 @@ def cf_cam(
             "reference" (NumPy, SciPy and scikit-learn in float64, on the host), or "auto": triton where it takes the
             tensors, else torch.
         clustering: "batched" (ours, on the device and without a host synchronisation), "cuml", "sklearn" (on the
-            host), or "auto": ours, on a CPU in the form that is fastest there. All give the same labels.
+            host), or "auto": ours, on a CPU in the form that is fastest there. All give the same labels. cuML
+            works image by image and makes the host wait; see `cfcam_gpu.cuml_engine` for its streams and memory.
         check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
             wait for the device.
 
@@ -54,8 +55,7 @@ def cf_cam(
         TypeError: an argument has the wrong type, or the arrays are not floating point.
         ValueError: shapes or devices that do not match, an empty batch, an unknown choice or one that cannot run
             on these tensors, NaN or infinity.
-        ImportError: the reference or scikit-learn is asked for and not installed.
-        NotImplementedError: the engine is not in this release.
+        ImportError: what is asked for is not installed; the message names the extra.
 
     Source: arXiv 2504.00060. Departures: the Gaussian's sigma and boundary (`CFCAMConfig`), signed weights and
     min-max scaling by default; ``CFCAMConfig.paper()`` has the published choices.
@@ -123,7 +123,10 @@ def unavailable(backend):
 def clustering_unavailable(engine):
     """Why the clustering engine cannot run in this installation, as an exception; None when it can."""
     if engine == "cuml":
-        return NotImplementedError("the cuML engine is not in this release")
+        if not _installed("cuml"):
+            return ImportError(cuml_engine.NOT_INSTALLED)
+        if not torch.cuda.is_available():
+            return ValueError("no CUDA device is usable here")
     if engine == "sklearn":
         return _missing_reference()
     return None
@@ -143,12 +146,14 @@ def choose(backend, clustering, activations=None):
         if reason:
             raise type(reason)(f"{choice} cannot run: {reason}")
     if backend == "reference":
-        if clustering == "batched":
+        if clustering not in ("auto", "sklearn"):
             raise ValueError('backend="reference" clusters with scikit-learn: clustering must be "auto" or "sklearn"')
         return backend, "sklearn"
     if activations is None:
         return backend, clustering
     on_gpu = activations.device.type == "cuda"
+    if clustering == "cuml" and not on_gpu:
+        raise ValueError(f'clustering="cuml" needs tensors on a CUDA device, got {activations.device}')
     if backend == "auto":
         backend = "torch"
         if on_gpu and _installed("triton") and _module("triton").refusal(activations) is None:

@@ -10,11 +10,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from cfcam_gpu import cluster_batched, cluster_host
-from cfcam_gpu.config import FLAT_RANGE
+from cfcam_gpu import cluster_batched, cluster_host, cuml_engine
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 from cfcam_gpu.labels import DOMINANT, NOISE
-from cfcam_gpu.ranks import dominant_rank
+from cfcam_gpu.ranks import dominant_rank, radius_ranks
 
 CHUNK_BYTES = 512 * 2**20
 """Extra memory the batched clustering may take at once; larger batches go in chunks."""
@@ -27,7 +27,7 @@ def cf_cam(activations, gradients, output_size, config, engine):
         activations, gradients: (B, C, h, w) on one device.
         output_size: (H, W).
         config: `CFCAMConfig`.
-        engine: "batched" (any device), "host" or "sklearn" (both on the host).
+        engine: "batched" (any device), "cuml" (CUDA devices), "host" or "sklearn" (both on the host).
 
     Returns:
         maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
@@ -57,6 +57,8 @@ def cluster_channels(activations, config, engine):
     labels = torch.where(dominant, DOMINANT, NOISE).int()
     if engine == "batched":
         return _cluster_batched(rows, clustered, labels, config)
+    if engine == "cuml":
+        return _cluster_with_cuml(rows, clustered, labels, config)
     return _cluster_on_host(rows, clustered, labels, config, engine)
 
 
@@ -91,6 +93,21 @@ def _cluster_on_host(rows, clustered, labels, config, engine):
         found, eps[image] = cluster_host.cluster_image(image_rows[members], config, engine)
         labels[image, members] = torch.from_numpy(found).int()
     return labels.to(device), eps.to(device)
+
+
+def _cluster_with_cuml(rows, clustered, labels, config):
+    eps = rows.new_full((len(rows),), EPS_FLOOR)
+    for image, members in enumerate(clustered):
+        members = members.nonzero()[:, 0]
+        n = len(members)
+        if n > 1:
+            all_rows = torch.ones(1, n, dtype=torch.bool, device=rows.device)
+            distances = cluster_batched.pairwise_distances(rows[image, members][None], all_rows)
+            low, high, fraction = radius_ranks(n, config.eps_percentile)
+            ranks = (torch.tensor([rank], device=rows.device) for rank in (low, high))
+            eps[image], radius = cluster_batched.neighbourhood_radius(distances, *ranks, fraction)
+            labels[image, members] = cuml_engine.dbscan(distances[0] <= radius, config.min_samples(n))
+    return labels, eps
 
 
 def _cluster_batched(rows, clustered, labels, config):

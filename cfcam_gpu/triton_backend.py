@@ -37,7 +37,7 @@ def cf_cam(activations, gradients, output_size, config, engine):
         activations, gradients: (B, C, h, w), float16, bfloat16 or float32, on one CUDA or ROCm device; any strides.
         output_size: (H, W).
         config: `CFCAMConfig`.
-        engine: "batched", or "sklearn" for scikit-learn on the host and the kernels' distances.
+        engine: "batched", or "cuml" or "sklearn" on the kernels' distances and eps.
 
     Returns:
         maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,).
@@ -129,17 +129,24 @@ def _cluster(transposed, squared_norm, config, engine):
     eps = connected_components(
         bits, degree, member, n_rows, min_samples, fraction, below, above, EPS_FLOOR_FLOAT32, labels, TILE
     )
-    if engine == "sklearn":
-        _label_on_host(labels, distance_matrices(distances, n_rows), member, eps, config)
+    if engine != "batched":
+        _label_with(engine, labels, distance_matrices(distances, n_rows), member, eps, config)
     return labels, eps
 
 
-def _label_on_host(labels, matrices, member, eps, config):
-    from cfcam_gpu import reference
+def _label_with(engine, labels, matrices, member, eps, config):
+    """Overwrite the clusters of ``labels`` by those of another engine, for the same distances and eps."""
+    from cfcam_gpu import cuml_engine, reference
 
     for image, matrix in enumerate(matrices):
-        found = reference.dbscan(matrix.cpu().numpy(), float(eps[image]), config.min_samples(len(matrix)))
-        labels[image, member[image, : len(matrix)].long()] = torch.from_numpy(found).to(labels)
+        n = len(matrix)
+        if n < 2:
+            continue
+        if engine == "cuml":
+            found = cuml_engine.dbscan(matrix <= eps[image], config.min_samples(n))
+        else:
+            found = torch.from_numpy(reference.dbscan(matrix.cpu().numpy(), float(eps[image]), config.min_samples(n)))
+        labels[image, member[image, :n].long()] = found.to(labels)
 
 
 @lru_cache(maxsize=64)

@@ -177,7 +177,7 @@ def test_nothing_is_left_behind(resnet18, images, arguments, error, message):
         ({"target_layers": []}, ValueError, "at least one layer"),
         ({"config": "paper"}, TypeError, "config must be a CFCAMConfig"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
-        ({"clustering": "cuml"}, NotImplementedError, "cuML engine is not in this release"),
+        ({"clustering": "kmeans"}, ValueError, "clustering must be one of"),
     ],
 )
 def test_bad_constructions(resnet18, arguments, error, message):

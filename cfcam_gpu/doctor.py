@@ -97,9 +97,14 @@ def probe():
     for backend in pipeline.BACKENDS[1:]:
         reason = pipeline.unavailable(backend)
         rows.append((f"backend {backend}", reason is None, "", str(reason or "")))
-    for engine in pipeline.ENGINES[1:]:
+    distributions = {module: names for module, names, _ in PACKAGES}
+    for engine, module in (("batched", "triton"), ("cuml", "cuml"), ("sklearn", "sklearn")):
         reason = pipeline.clustering_unavailable(engine)
-        rows.append((f"clustering {engine}", reason is None, "", str(reason or "")))
+        ok = reason is None
+        if engine == "batched" and pipeline.unavailable("triton"):
+            reason = f"in torch; not in Triton: {pipeline.unavailable('triton')}"
+        version = _version(distributions[module]) if util.find_spec(module) else ""
+        rows.append((f"clustering {engine}", ok, version, str(reason or "")))
     print(json.dumps(rows))
 
 

@@ -198,11 +198,20 @@ def class_map(activations, weights, output_size, config):
     return normalize(resize(class_grid(activations, weights), output_size), config)
 
 
-def class_grid(activations, weights):
-    """ReLU of the weighted sum over channels, on the layer's own grid: (B, h, w)."""
-    activations = as_computed(activations)
-    grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2)).relu_()
-    return grid.view(len(grid), *activations.shape[2:])
+def class_grid(activations, weights, relu=True):
+    """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
+
+    Args:
+        activations: (B, C, h, w).
+        weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
+    """
+    activations, weights = as_computed(activations), weights.detach()
+    if weights.ndim == 4:
+        grid = (activations * weights).sum(1)
+    else:
+        grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2))
+        grid = grid.view(len(grid), *activations.shape[2:])
+    return grid.relu_() if relu else grid
 
 
 def resize(grid, output_size):

@@ -81,7 +81,7 @@ class CFCAM:
         layers = []
         for activations, gradients in self._run(input_tensor, targets):
             weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
-            grid = torch_backend.class_grid(activations, weights)
+            grid = pipeline.class_grid(activations, weights)
             layers.append(torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]))
         return scale_as_grad_cam(torch.stack(layers).mean(0)).float().cpu().numpy()
 

@@ -105,6 +105,20 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     return restore(labels), restore(eps)
 
 
+def class_grid(activations, weights, relu=True):
+    """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
+
+    Args:
+        activations: (B, C, h, w), floating point, any strides.
+        weights: (B, C), or (B, C, h, w) for a weight of each cell's own; on the same device.
+
+    Returns:
+        float32, or float64 for float64 activations.
+    """
+    backend, _ = choose("auto", "auto", activations)
+    return _module(backend).class_grid(activations, weights, relu)
+
+
 # Backends and engines.
 
 

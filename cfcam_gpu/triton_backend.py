@@ -97,8 +97,17 @@ def _cf_cam(activations, gradients, output_size, config, engine):
     transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients, pooling)
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
-    grid = weighted_sum(transposed, weights, height, width)
+    cells = transposed.transpose(1, 2)
+    grid = weighted_sum(cells, weights[:, :, None].expand_as(cells)).view(-1, height, width)
     return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize == "minmax"), labels, weights, eps
+
+
+def class_grid(activations, weights, relu=True):
+    """The weighted sum over channels on the layer's own grid, as `torch_backend.class_grid`, by the kernel."""
+    weights = weights.detach()
+    weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, activations[0, 0].numel())
+    grid = weighted_sum(activations.detach().flatten(2), weights, relu)
+    return grid.view(len(grid), *activations.shape[2:])
 
 
 def _cluster_channels(activations, config, engine):

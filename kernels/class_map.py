@@ -1,12 +1,14 @@
-"""The map: ReLU of the weighted sum over channels, bilinear resize, normalisation.
+"""The map: weighted sum over channels, ReLU, bilinear resize, normalisation.
 
-    M_p = max(0, sum_c w_c A_cp)
+    M_p = max(0, sum_c W_cp A_cp)
 
-The sum reads the transposed activations, in which the channels of a cell are neighbours: each cell is one program's
-sum in a fixed order. The second kernel looks at every output pixel twice, once for the extremes and once to write,
-because the largest value of a resized map need not lie on the grid; the grid is small and stays in the cache.
+with W_cp = w_c for CF-CAM and Grad-CAM, and a weight of each cell's own for element-wise methods: one kernel, since a
+stride of 0 broadcasts. In the pipeline it reads the transposed activations, in which the channels of a cell are
+neighbours; each cell is one program's sum in a fixed order. The second kernel looks at every output pixel twice, once
+for the extremes and once to write, because the largest value of a resized map need not lie on the grid; the grid is
+small and stays in the cache.
 
-Floor: C * h * w float32 reads and H * W writes; 2 * C * h * w + 2 * 8 * H * W operations.
+Floor: C * h * w reads and H * W writes; 2 * C * h * w + 2 * 8 * H * W operations.
 """
 
 import torch
@@ -20,23 +22,41 @@ PARTS = 8
 
 @triton.jit
 def weighted_sum_kernel(
-    transposed_ptr, weights_ptr, grid_ptr, n_channels, n_cells, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    a_ptr,
+    w_ptr,
+    grid_ptr,
+    n_channels,
+    n_cells,
+    a_stride_b,
+    a_stride_c,
+    a_stride_p,
+    w_stride_b,
+    w_stride_c,
+    w_stride_p,
+    RELU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     blocks_per_image = tl.cdiv(n_cells, BLOCK_P)
     image = (tl.program_id(0) // blocks_per_image).to(tl.int64)
-    cell = (tl.program_id(0) % blocks_per_image) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cell = ((tl.program_id(0) % blocks_per_image) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     in_cells = cell < n_cells
+    a_ptr += image * a_stride_b
+    w_ptr += image * w_stride_b
     total = tl.zeros([BLOCK_P], tl.float32)
     start = 0
     while start < n_channels:
-        channel = start + tl.arange(0, BLOCK_C)
-        inside = channel < n_channels
-        weights = tl.load(weights_ptr + image * n_channels + channel, mask=inside, other=0.0)
-        offset = (image * n_cells + cell.to(tl.int64))[:, None] * n_channels + channel[None, :]
-        a = tl.load(transposed_ptr + offset, mask=in_cells[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(a * weights[None, :], axis=1)
+        channel = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = in_cells[:, None] & (channel < n_channels)[None, :]
+        a_offset = cell[:, None] * a_stride_p + channel[None, :] * a_stride_c
+        w_offset = cell[:, None] * w_stride_p + channel[None, :] * w_stride_c
+        a = tl.load(a_ptr + a_offset, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(a * w, axis=1)
         start += BLOCK_C
-    tl.store(grid_ptr + image * n_cells + cell, tl.maximum(total, 0.0), mask=in_cells)
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    tl.store(grid_ptr + image * n_cells + cell, total, mask=in_cells)
 
 
 @triton.jit
@@ -108,19 +128,31 @@ def resize_normalize_kernel(
         start += BLOCK * PARTS
 
 
-def weighted_sum(transposed, weights, height, width):
-    """ReLU of the weighted sum over channels: float32 (B, h, w) from transposed (B, h * w, C) and weights (B, C)."""
-    batch, n_cells, n_channels = transposed.shape
-    grid = torch.empty(batch, height, width, dtype=torch.float32, device=transposed.device)
-    block_p = 4
+def weighted_sum(activations, weights, relu=True):
+    """The weighted sum over channels, by default its positive part: float32 (B, N).
+
+    Args:
+        activations, weights: (B, C, N), float16, bfloat16 or float32, any strides; expand weights (B, C, 1) to
+            give every cell of a channel the same.
+    """
+    batch, n_channels, n_cells = activations.shape
+    grid = torch.empty(batch, n_cells, dtype=torch.float32, device=activations.device)
+    # A tile is long in the direction in which the activations are neighbours in memory.
+    if activations.stride(1) == 1:
+        block_p, block_c = 4, min(next_power_of_2(n_channels), 512)
+    else:
+        block_p, block_c = min(next_power_of_2(n_cells), 64), min(next_power_of_2(n_channels), 32)
     weighted_sum_kernel[(batch * cdiv(n_cells, block_p),)](
-        transposed,
+        activations,
         weights,
         grid,
         n_channels,
         n_cells,
+        *activations.stride(),
+        *weights.stride(),
+        RELU=relu,
         BLOCK_P=block_p,
-        BLOCK_C=min(next_power_of_2(n_channels), 512),
+        BLOCK_C=block_c,
         num_warps=4,
     )
     return grid

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from cfcam_gpu.kernels import connected_components, launch
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
-from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum
+from cfcam_gpu.kernels.class_map import resize_normalize
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances
@@ -256,11 +256,14 @@ def test_filtered_gradients_equal_the_torch_backend(seed):
 @pytest.mark.parametrize("old, new", [((7, 7), (40, 33)), ((5, 8), (5, 8)), ((14, 9), (6, 31)), ((1, 3), (7, 2))])
 @pytest.mark.parametrize("channels", [37, 600])  # 600: more than a block of channels
 def test_map_kernels_equal_torch(old, new, channels, seed):
-    activations, weights = torch.randn(2, channels, *old), torch.randn(2, channels)
-    transposed = activations.flatten(2).transpose(1, 2).contiguous()
-    grid = weighted_sum(transposed.to(DEVICE), weights.to(DEVICE), *old)
-    expected = torch_backend.class_grid(activations.double(), weights)
-    assert_close(grid, expected)
+    activations = torch.randn(2, channels, *old)
+    for weights in (torch.randn(2, channels), torch.randn(2, channels, *old)):  # of a channel, of a cell
+        for relu in (True, False):
+            expected = torch_backend.class_grid(activations.double(), weights.double(), relu)
+            for layout in (activations, activations.to(memory_format=torch.channels_last)):
+                grid = triton_backend.class_grid(layout.to(DEVICE), weights.to(DEVICE), relu)
+                assert_close(grid, expected)
+    expected, grid = expected.relu(), grid.relu()
     for config in (CFCAMConfig(), CFCAMConfig.paper()):
         maps = resize_normalize(grid, new, 1e-6, config.normalize == "minmax")
         assert_close(maps, torch_backend.normalize(torch_backend.resize(expected, new), config))

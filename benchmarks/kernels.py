@@ -8,14 +8,11 @@ per point is appended to kernels.jsonl; a short table is printed last.
 """
 
 import argparse
-import datetime
-import json
 import statistics
-import subprocess
 from pathlib import Path
 
+import rows
 import torch
-import triton
 from cfcam_gpu.kernels.class_map import weighted_sum_kernel
 
 from cfcam_gpu import CFCAM, CFCAMConfig, torch_backend, triton_backend
@@ -160,19 +157,11 @@ def end_to_end_rows(batches):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS)
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA or ROCm device")
-    out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
+    here = rows.about("triton")
     half, single = torch.float16, torch.float32
     sources = (
         pipeline_rows([(batch, 2048, 7, single) for batch in (1, 8, 64, 256)]),
@@ -180,14 +169,10 @@ def main():
         kernel_rows([(1, 2048, 7, single), (64, 2048, 7, single)]),
         end_to_end_rows((1, 8, 64)),
     )
-    rows = []
-    with open(out / "kernels.jsonl", "a") as file:
-        for row in (row for source in sources for row in source):
-            rows.append(row)
-            file.write(json.dumps({**row, **about}) + "\n")
-            file.flush()
-    print(f"{about}")
-    for row in rows:
+    points = ({**row, **here} for source in sources for row in source)
+    written = rows.write("kernels", points, out)
+    print(here)
+    for row in written:
         extra = {"maps_per_s": "{:,.0f} maps/s", "share_of_floor": "{:.0%} of floor", "ratio": "{:.3f} x forward"}
         notes = "  ".join(text.format(row[key]) for key, text in extra.items() if key in row)
         print(f"{row['op']:34s} {'x'.join(map(str, row['shape'])):18s} {row['median_us']:10.1f} us  {notes}")

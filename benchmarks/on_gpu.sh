@@ -13,7 +13,7 @@ status=0
 {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader || true
   timeout 270 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_kernels.py tests/test_cam.py tests/test_capture.py \
-    tests/test_pipeline.py tests/test_torch_backend.py tests/test_no_sync.py || status=1
+    tests/test_pipeline.py tests/test_torch_backend.py tests/test_no_sync.py tests/test_cuml.py tests/test_arrays.py || status=1
   if command -v compute-sanitizer >/dev/null; then
     echo "--- memcheck"
     timeout 120 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -c '
@@ -25,6 +25,7 @@ print(cf_cam(a, torch.randn_like(a), (32, 32), backend="triton").maps.mean())' 2
     echo "--- memcheck: compute-sanitizer is not installed"
   fi
   echo "--- benchmarks"
-  timeout 200 "$python" benchmarks/kernels.py --out "$OUT" || status=1
+  timeout 60 "$python" benchmarks/engines.py --rounds 5 --out "$OUT" || status=1
+  timeout 180 "$python" benchmarks/kernels.py --out "$OUT" || status=1
 } 2>&1 | tee "$OUT/on_gpu.log"
 exit $((PIPESTATUS[0] | status))

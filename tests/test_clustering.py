@@ -54,13 +54,140 @@ def test_labels_equal_scikit_learn(path, problems, rng):
     assert {0, 1, 2, 3} <= n_clusters, "the problems must have no, one and several clusters"
 
 
-@pytest.mark.parametrize("kind", CLUSTERING_KINDS)
-def test_labels_equal_scikit_learn_at_full_size(kind, rng):
-    # 1536 = three quarters of 2048 channels, the size of a ResNet-50.
-    rows = clustering_rows(rng, 1536, kind)
-    for config in (CFCAMConfig(), CFCAMConfig(eps_percentile=1.0, min_samples_fraction=0.001)):
+def relu_rows(rng, n, dead=0.0, length=49):
+    """Descriptors of ReLU channels, scales spread out, a share of them exactly zero: float32 (n, length)."""
+    rows = np.maximum(rng.normal(size=(n, length)), 0) * rng.random((n, 1)) * (rng.random((n, 1)) >= dead)
+    return rows.astype(np.float32)
+
+
+def near_duplicates(rng, n):
+    """Half of the rows are the other half, each entry moved by 1e-7 to 1e-3 of itself: what the product cannot tell."""
+    rows = relu_rows(rng, n // 2)
+    moved = rows * (1 + 10 ** rng.uniform(-7, -3, rows.shape) * rng.choice([-1, 1], rows.shape))
+    return np.concatenate([rows, moved]).astype(np.float32)
+
+
+def twins(rng, n):
+    """Every row twice: each distance occurs four times, the one at eps too."""
+    return relu_rows(rng, n // 2).repeat(2, axis=0)
+
+
+FULL_SIZE = {
+    **{kind: lambda rng, n, kind=kind: clustering_rows(rng, n, kind) for kind in CLUSTERING_KINDS},
+    **{f"{dead} % dead": lambda rng, n, dead=dead: relu_rows(rng, n, dead / 100) for dead in (0, 30, 45, 55, 70)},
+    "near duplicates": near_duplicates,
+    "twins": twins,
+}
+MOSTLY_CERTIFIED = ("0 % dead", "30 % dead", "45 % dead", "55 % dead", "70 % dead", "near duplicates", "twins", "zeros")
+
+
+@pytest.mark.parametrize("kind", FULL_SIZE)
+def test_certified_neighbours_are_the_measured_ones(kind, rng):
+    certified = 0
+    choices = [(25, 0.05), (25, 0.2), (1, 0.001), (0, 0), (5, 0.01), (50, 0.05), (90, 0.5), (100, 0.05)]
+    for problem, (percentile, fraction) in enumerate(choices):
+        # 1536 = three quarters of 2048 channels, the size of a ResNet-50; 770 is not whole words of 8 bytes, nor whole
+        # blocks of rows or of the sample.
+        n = 770 if problem % 2 else 1536
+        rows, config = FULL_SIZE[kind](rng, n), CFCAMConfig(eps_percentile=percentile, min_samples_fraction=fraction)
         labels, eps, distances = host(rows, config)
-        np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, config.min_samples(1536)))
+        np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, config.min_samples(n)))
+        found = cluster_host.certified_neighbours(torch.from_numpy(rows), config)
+        _, adjacency, degrees, measured_eps = cluster_host.measured_neighbours(torch.from_numpy(rows), config)
+        assert eps == float(measured_eps)
+        if found:
+            certified += 1
+            place, merged_adjacency, merged_degrees, certified_eps = found
+            assert certified_eps == measured_eps
+            np.testing.assert_array_equal(merged_adjacency[place][:, place], adjacency)
+            np.testing.assert_array_equal(merged_degrees[place], degrees)
+    print(f"{kind}: {certified} of {len(choices)} certified")
+    if kind in MOSTLY_CERTIFIED:
+        assert certified >= len(choices) // 2, "the fast path must be the one that is tested"
+
+
+def test_zeros_are_merged_and_others_are_not(rng):
+    for dead, merged in ((0.0, False), (0.3, True), (0.7, True)):
+        rows = torch.from_numpy(relu_rows(rng, 1536, dead))
+        found = cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=20.0 + 10 * merged))
+        # A sample can miss, but hardly for two percentiles.
+        found = found or cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=25.0))
+        n_zeros = int((rows == 0).all(1).sum())
+        assert len(found[1]) == 1536 - max(n_zeros - 1, 0) and (n_zeros > 1) == merged
+
+
+def test_degrees_beyond_a_byte_per_lane(rng):
+    # 2100 neighbours are 263 words of 8 bytes: one more sum than a byte can count.
+    rows = torch.from_numpy(rng.normal(size=(2100, 20)).astype(np.float32))
+    _, adjacency, degrees, _ = cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=100))
+    assert (degrees == 2100).all() and adjacency.all()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda rng: rng.integers(0, 3, size=(600, 3)),  # many pairs exactly at eps
+        lambda rng: rng.normal(size=(600, 9)) * np.where(np.arange(600) == 7, 1e4, 1)[:, None],  # a long row
+        lambda rng: np.zeros((600, 9)),
+        lambda rng: rng.normal(size=(600, 9)) * 1e-12,  # squares below the normal numbers
+        lambda rng: rng.normal(size=(600, 9)) * 1e16,
+        lambda rng: rng.normal(size=(600, 9)) * 1e-6,  # all within the floor of eps, none of them zero
+        lambda rng: np.where(rng.random((600, 1)) < 0.9, 1e-6, 1) * rng.normal(size=(600, 9)),
+    ],
+)
+def test_what_a_product_cannot_tell_is_measured(rows, rng):
+    rows = rows(rng).astype(np.float32)
+    assert cluster_host.certified_neighbours(torch.from_numpy(rows), CFCAMConfig()) is None
+    labels, eps, distances = host(rows, CFCAMConfig())
+    np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, CFCAMConfig().min_samples(600)))
+
+
+@pytest.mark.parametrize("share", [(0.05, 0.1), (0.4, 0.5), (0.0, 1e-9), (0.9, 1.0)])
+def test_a_bracket_without_eps_is_refused(share, rng, monkeypatch):
+    rows = relu_rows(rng, 600)
+    squares = np.sort(cluster_host.pairwise_distances(torch.from_numpy(rows)) ** 2)
+    bracket = tuple(float(np.quantile(squares, of)) for of in share)
+    expected, expected_eps, _ = host(rows, CFCAMConfig())
+    monkeypatch.setattr(cluster_host, "_bracket", lambda *_: bracket)
+    assert cluster_host.certified_neighbours(torch.from_numpy(rows), CFCAMConfig()) is None
+    labels, eps, _ = host(rows, CFCAMConfig())
+    assert eps == expected_eps and np.array_equal(labels, expected)
+
+
+def test_too_many_open_pairs_are_refused(rng, monkeypatch):
+    rows, config = relu_rows(rng, 600), CFCAMConfig()
+    rows[:330] = 0  # eps is its floor, whatever a sample says
+    rows[330:450] = rng.random((120, 49)) * 1e-3
+    # Told apart by their own bound, though not by that of the longest rows.
+    assert cluster_host.certified_neighbours(torch.from_numpy(rows), config) is not None
+    rows[330:450, 0] += 10
+    labels, eps, distances = host(rows, config)
+    np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, config.min_samples(600)))
+    assert cluster_host.certified_neighbours(torch.from_numpy(rows), config) is None
+    monkeypatch.setattr(cluster_host, "OPEN_SHARE", 1)
+    assert cluster_host.certified_neighbours(torch.from_numpy(rows), config) is not None
+    labels_of_product, eps_of_product, _ = host(rows, config)
+    assert eps_of_product == eps and np.array_equal(labels_of_product, labels)
+
+
+@pytest.mark.parametrize("length", [1, 7, 49, 196, 784, 4096])
+def test_pairs_measured_singly_are_measured_alike(length, rng):
+    rows = relu_rows(rng, 60, length=length)
+    i, j = np.triu_indices(60, 1)
+    for some in (slice(0, 0), slice(5, 6), slice(0, 32), slice(0, 33), slice(None)):
+        distances = cluster_host._distances_of_pairs(rows, i[some], j[some])
+        np.testing.assert_array_equal(distances, cluster_host.pairwise_distances(torch.from_numpy(rows))[some])
+
+
+@pytest.mark.parametrize(
+    "n, length, dtype, tried",
+    [(512, 9, "float32", True), (511, 9, "float32", False), (512, 9, "float64", False), (512, 4097, "float32", False)],
+)
+def test_when_a_product_is_tried(n, length, dtype, tried, rng, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cluster_host, "certified_neighbours", lambda *arguments: calls.append(arguments))
+    host(relu_rows(rng, n, length=length).astype(dtype), CFCAMConfig())
+    assert bool(calls) == tried
 
 
 @pytest.mark.parametrize("path", [host, batched])

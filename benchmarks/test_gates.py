@@ -7,13 +7,11 @@ size) over the model's plain forward under ``torch.no_grad``; for the pipeline g
 maps. Warm-up is outside. Two threads.
 """
 
-import statistics
-import time
-
 import naive
 import pytest
 import torch
 import torchvision
+from timing import interleaved, two_threads  # noqa: F401, the latter is a fixture
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam
 
@@ -25,30 +23,6 @@ NAIVE_SPEEDUP = 40
 
 PIPELINE_MS = 40
 """Largest time of the pipeline per image at C = 2048, 7 x 7."""
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-def interleaved(benchmark, function, baseline, rounds):
-    """Median seconds of ``function`` and of ``baseline``, which runs once before each round of it."""
-    baseline_seconds = []
-
-    def before_each_round():
-        start = time.perf_counter()
-        baseline()
-        baseline_seconds.append(time.perf_counter() - start)
-
-    benchmark.pedantic(function, setup=before_each_round, rounds=rounds, warmup_rounds=2)
-    median, of_baseline = benchmark.stats.stats.median, statistics.median(baseline_seconds[2:])
-    benchmark.extra_info.update(baseline_median_ms=1e3 * of_baseline, ratio=median / of_baseline)
-    print(f"\n{1e3 * median:.1f} ms against {1e3 * of_baseline:.1f} ms: ratio {median / of_baseline:.3f}")
-    return median, of_baseline
 
 
 @pytest.mark.parametrize("batch", [1, 8])

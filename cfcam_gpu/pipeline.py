@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def cf_cam(
     backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations, "gradients": gradients}, check_finite)
 
-    with torch.no_grad():
+    with plain_arithmetic(activations.device):
         result = _module(backend).cf_cam(activations, gradients, output_size, config, engine)
     return CFCAMResult(*map(restore, result))
 
@@ -100,7 +101,7 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations}, check_finite)
 
-    with torch.no_grad():
+    with plain_arithmetic(activations.device):
         labels, eps = _module(backend).cluster_channels(activations, config, engine)
     return restore(labels), restore(eps)
 
@@ -116,7 +117,18 @@ def class_grid(activations, weights, relu=True):
         float32, or float64 for float64 activations.
     """
     backend, _ = choose("auto", "auto", activations)
-    return _module(backend).class_grid(activations, weights, relu)
+    with plain_arithmetic(activations.device):
+        return _module(backend).class_grid(activations, weights, relu)
+
+
+@contextmanager
+def plain_arithmetic(device):
+    """No gradients, and no autocast: a caller's autocast is the model's and would round the maps to half precision."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 # Backends and engines.

@@ -154,11 +154,6 @@ def test_inputs_are_left_alone(seed):
     assert not any(tensor.requires_grad for tensor in result)
 
 
-def test_accelerate_says_that_it_is_not_here_yet():
-    with pytest.raises(NotImplementedError, match="accelerate"):
-        cfcam_gpu.accelerate(object())
-
-
 def test_the_public_names():
     assert sorted(cfcam_gpu.__all__) == [
         "CFCAM",

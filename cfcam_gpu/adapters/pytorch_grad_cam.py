@@ -1,0 +1,505 @@
+"""pytorch-grad-cam's classes on a head-only backward: CF-CAM in its contract, and six of its own methods.
+
+The classes here are subclasses of that library's (grad-cam 1.5.7), with its constructors, its call and its numbers, and
+can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `HeadOnlyCAM` says what is different.
+`cfcam_gpu.accelerate` turns an object of the original classes into one of these.
+"""
+
+import logging
+import warnings
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map, tree_map_only
+
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.cam import scale_as_grad_cam
+from cfcam_gpu.capture import HeadCapture, _check_targets
+
+try:
+    import pytorch_grad_cam as original
+    from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
+    from pytorch_grad_cam.base_cam import BaseCAM
+    from pytorch_grad_cam.utils.image import scale_cam_image
+except ImportError as error:
+    raise ImportError(f'pytorch-grad-cam cannot be imported ({error}); pip install "cfcam_gpu[grad-cam]"') from error
+
+_LOG = logging.getLogger("cfcam_gpu")
+
+
+def accelerate(cam):
+    """The same CAM, computed from a head-only backward.
+
+    Args:
+        cam: an object of pytorch-grad-cam. Sped up: GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM
+            and LayerCAM, where the class is exactly one of these.
+
+    Returns:
+        A new object of this module's class of the same name, with the attributes of ``cam``. ``cam`` goes on working
+        as before; its hooks are off the model for the length of each call of the new object, so that they cost it
+        nothing, and for good when ``cam`` itself is let go of, as in ``cam = accelerate(cam)``.
+
+        Everything else comes back as it was, the same object, with a warning on the logger ``cfcam_gpu`` that names
+        the reason: other methods, a subclass or an instance with a method of the user's own, ``detach=False``,
+        ``compute_input_gradient=True``, and a model or layer that the head-only capture does not take (scripted).
+    """
+    if isinstance(cam, HeadOnlyCAM):
+        return cam
+    reason = _obstacle(cam)
+    if reason is None:
+        try:
+            return _accelerated(cam)
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+    _LOG.warning("accelerate: %s is left as it is: %s", type(cam).__name__, reason)
+    return cam
+
+
+def _obstacle(cam):
+    """Why ``cam`` is not sped up; None when it can be."""
+    if type(cam) not in ACCELERATED:
+        return f"only {', '.join(cls.__name__ for cls in ACCELERATED)} themselves are sped up"
+    for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", True)):
+        if getattr(cam, name) is not usual:
+            return f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up"
+    own = sorted(name for name in vars(cam) if hasattr(type(cam), name))
+    return f"the instance has its own {', '.join(own)}" if own else None
+
+
+def _accelerated(cam):
+    fast = object.__new__(ACCELERATED[type(cam)])
+    hooks = cam.activations_and_grads
+    vars(fast).update(vars(cam))
+    fast.activations_and_grads = HeadActivationsAndGradients(
+        cam.model, list(cam.target_layers), hooks.reshape_transform, hooks.handles
+    )
+    if hasattr(cam, "outputs"):
+        fast.outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, cam.outputs)
+    return fast
+
+
+class HeadActivationsAndGradients(ActivationsAndGradients):
+    """What a CAM of this module has as ``activations_and_grads``: `HeadCapture` instead of hooks that stay.
+
+    Args:
+        model, target_layers, reshape_transform: as for `HeadCapture`.
+        foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
+
+    Attributes:
+        activations, gradients: lists of one tensor per target layer of the latest `capture`, detached, on the model's
+            device.
+    """
+
+    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=()):
+        super().__init__(model, [], reshape_transform)
+        self._captured = HeadCapture(model, target_layers, reshape_transform)
+        self._foreign_hooks = foreign_hooks
+        self._told = False
+
+    def __call__(self, x):
+        """The model's outputs, detached, as leaves that take a gradient.
+
+        FinerCAM and the like call this, build their targets from the outputs and run a backward, which then has
+        nothing to go through and fills no parameter's ``.grad``; the gradients proper come with the targets in
+        ``compute_cam_per_layer``, at the price of a second forward.
+        """
+        with self._undisturbed(), torch.inference_mode(False), torch.no_grad():
+            outputs = self.model(x)
+        return tree_map_only(torch.Tensor, _as_leaf, outputs)
+
+    def capture(self, input_tensor, targets):
+        """The `Capture` of one pass, the model in eval mode meanwhile.
+
+        Returns:
+            outputs; and for each layer (activations, gradients, shape): both (B, C, h, w) and shape (h, w), or for
+            5-D inputs (B, C, d, h * w) and (d, h, w).
+        """
+        volumes = []
+        captured = self._captured
+        if isinstance(input_tensor, torch.Tensor) and input_tensor.dim() == 5:
+            captured = HeadCapture(captured.model, captured.target_layers, self._flattening(volumes))
+        with self._undisturbed():
+            capture = captured(input_tensor, targets)
+        self._warn_of_repeated_layers(captured)
+        self.activations, self.gradients = list(capture.activations), list(capture.gradients)
+        shapes = volumes or [activations.shape[2:] for activations in capture.activations]
+        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes))
+
+    def _flattening(self, volumes):
+        """A reshape_transform that makes grids of volumes, and notes their shapes: the activations' come first."""
+
+        def transform(output):
+            volume = output if self.reshape_transform is None else self.reshape_transform(output)
+            volumes.append(volume.shape[2:])
+            return volume.flatten(3) if volume.dim() == 5 else volume
+
+        return transform
+
+    def _warn_of_repeated_layers(self, captured):
+        repeated = [layer for layer, count in captured._last_call.items() if count > 1]
+        if repeated and not self._told:
+            self._told = True
+            _LOG.warning(
+                "target layer %r runs %d times in a forward pass: its last run is explained (pytorch-grad-cam"
+                " explains its first)",
+                captured._names[repeated[0]],
+                captured._last_call[repeated[0]],
+            )
+
+    @contextmanager
+    def _undisturbed(self):
+        with _evaluated(self.model), _off_the_model(self._foreign_hooks):
+            yield
+
+
+class HeadOnlyCAM:
+    """What the CAM classes of this module share: the pass, the scaling and the smoothing.
+
+    Subclasses are also subclasses of pytorch-grad-cam's ``BaseCAM`` and define ``channel_weights``. The call is that
+    library's: ``cam(input_tensor, targets=None, aug_smooth=False, eigen_smooth=False)`` gives NumPy float32,
+    C-contiguous, (B, H, W), in [0, 1): of each layer the positive part, scaled to (x - min) / (1e-7 + max), resized
+    bilinearly, averaged over the layers and scaled again. `maps` gives the same on the model's device.
+
+    Args:
+        model, target_layers, reshape_transform: as for `HeadCapture`. A layer that runs several times in a forward
+            pass counts with its last run (the original: its first); a log line says so.
+
+    Attributes:
+        outputs: the model's outputs of the latest call, detached; of ``aug_smooth``, those of its last view.
+        batch_size: the most images of one pass; None, the default, for no limit. ``aug_smooth`` puts all its views
+            (six, unless ``tta_transforms`` was set) in one batch.
+
+    Raises:
+        TypeError, ValueError: as `HeadCapture`; also a layer of a single grid cell (the original: a map of zeros).
+
+    Video and volumes: inputs (B, C, D, H, W) with layers that give (B, C, d, h, w) are supported, with maps
+    (B, D, H, W); these are resized on the host, by SciPy's spline, as the original does.
+
+    Targets may be class indices as well as the library's callables. Not copied from pytorch-grad-cam 1.5.7:
+
+    - fewer targets than images, where ``zip`` leaves maps of zeros: here a ValueError;
+    - ``model.eval()`` for good: here for the length of a call, and every module's flag is then as before;
+    - ``model.zero_grad()`` and filled ``.grad`` of all parameters: here neither is touched;
+    - ``__exit__`` prints an IndexError of the ``with`` block and goes on: here it is raised;
+    - on the CPU, activations share memory with the layer's output, so that a later in-place operation (a ReLU, a
+      residual sum) changes them: here they are those of the layer;
+    - no gradients for frozen models and under ``torch.no_grad``, no NumPy for bfloat16, hooks passed by in a model
+      that was compiled and called before: here all of these work, and half precision is computed in float32.
+
+    Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM`` and ``utils.image.scale_cam_image``.
+    """
+
+    outputs = None
+    batch_size = None
+
+    def __init__(self, model, target_layers, reshape_transform=None):
+        hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
+        with _evaluated(model):  # the original's constructor calls model.eval()
+            super().__init__(model, target_layers, reshape_transform)
+        self.activations_and_grads.release()
+        self.activations_and_grads = hook_free
+
+    def channel_weights(self, activations, gradients):
+        """Weights (B, C), or (B, C, h, w) for a weight of each cell, from activations and gradients (B, C, h, w)."""
+        raise NotImplementedError(f"{type(self).__name__} must define channel_weights")
+
+    def __call__(self, input_tensor, targets=None, aug_smooth=False, eigen_smooth=False):
+        """The maps as NumPy float32; see `maps`."""
+        return _to_numpy(self.maps(input_tensor, targets, aug_smooth, eigen_smooth))
+
+    def forward(self, input_tensor, targets=None, eigen_smooth=False):
+        """The maps as NumPy float32, without augmentation."""
+        return _to_numpy(self.maps(input_tensor, targets, eigen_smooth=eigen_smooth))
+
+    def forward_augmentation_smoothing(self, input_tensor, targets=None, eigen_smooth=False):
+        """The mean of the maps of the views of ``tta_transforms``, as NumPy float32."""
+        return _to_numpy(self.maps(input_tensor, targets, True, eigen_smooth))
+
+    def maps(self, input_tensor, targets=None, aug_smooth=False, eigen_smooth=False):
+        """The maps on the model's device: (B, H, W) float32 (float64 for a float64 model), or (B, D, H, W).
+
+        Args:
+            input_tensor: (B, C, H, W) or (B, C, D, H, W), floating point.
+            targets: None for the top class of each image (and of each view), or one class index or callable per
+                image; as for `HeadCapture`.
+            aug_smooth: the mean over the views of ``tta_transforms``, in one batched pass.
+            eigen_smooth: the first principal component of the weighted activations instead of their sum. Its sign is
+                that of LAPACK's singular vectors, as in the original, so this part runs on the host.
+        """
+        if aug_smooth:
+            return self._smoothed(input_tensor, targets, eigen_smooth)
+        layers = self._scaled_layers(input_tensor, targets, eigen_smooth)
+        return _scaled(torch.stack(layers).mean(0))
+
+    def compute_cam_per_layer(self, input_tensor, targets, eigen_smooth=False):
+        """List of each layer's scaled maps, NumPy (B, 1, H, W), from a pass of its own."""
+        return [_to_numpy(layer[:, None]) for layer in self._scaled_layers(input_tensor, targets, eigen_smooth)]
+
+    def _scaled_layers(self, input_tensor, targets, eigen_smooth):
+        passes = []
+        for images, chosen in self._chunks(input_tensor, targets):
+            outputs, layers = self.activations_and_grads.capture(images, chosen)
+            passes.append((outputs, [self._grid(*layer, eigen_smooth) for layer in layers]))
+        outputs, grids = zip(*passes)
+        self.outputs = outputs[0] if len(outputs) == 1 else _join(outputs)
+        grids = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
+        if input_tensor.dim() == 5:
+            size = self.get_target_width_height(input_tensor)
+            scaled = (torch.from_numpy(scale_cam_image(_to_numpy(grid), size)) for grid in grids)
+            return [maps.relu_().to(grid.device) for maps, grid in zip(scaled, grids)]  # a spline goes below zero
+        return [torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]) for grid in grids]
+
+    def _chunks(self, input_tensor, targets):
+        if self.batch_size is None or len(input_tensor) <= self.batch_size:
+            return [(input_tensor, targets)]
+        targets = _check_targets(targets, len(input_tensor))
+        starts = range(0, len(input_tensor), self.batch_size)
+        rows = [slice(start, start + self.batch_size) for start in starts]
+        return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
+
+    def _grid(self, activations, gradients, shape, eigen_smooth):
+        """The non-negative map of one layer on its own grid: (B, *shape)."""
+        # A caller's autocast is for the model; the maps are computed in float32.
+        with torch.no_grad(), torch.autocast(activations.device.type, enabled=False):
+            activations, gradients = _computed(activations), _computed(gradients)
+            weights = self.channel_weights(activations, gradients)
+            if activations.device.type == "cpu" or eigen_smooth:
+                # The weights first, as in the original: of two layouts the product takes the first one's.
+                terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * activations
+                grid = (principal_projection(terms) if eigen_smooth else _sum(terms, 1)).relu_()
+            else:
+                grid = _backend(activations).class_grid(activations, weights)
+        return grid.reshape(len(grid), *shape)
+
+    def _smoothed(self, input_tensor, targets, eigen_smooth):
+        batch = len(input_tensor)
+        targets = _check_targets(targets, batch)
+        transforms = list(self.tta_transforms)
+        views = [transform.augment_image(input_tensor) for transform in transforms]
+        if len({view.shape for view in views}) == 1:
+            repeated = None if targets is None else _repeat(targets, len(views))
+            maps = self.maps(torch.cat(views), repeated, eigen_smooth=eigen_smooth).split(batch)
+            self.outputs = _last_images(self.outputs, batch, len(views) * batch)
+        else:
+            maps = [self.maps(view, targets, eigen_smooth=eigen_smooth) for view in views]
+        back = [transform.deaugment_mask(view[:, None])[:, 0] for transform, view in zip(transforms, maps)]
+        return torch.stack(back).mean(0)
+
+    def __exit__(self, *exception):
+        self.activations_and_grads.release()
+
+    def __del__(self):
+        """Nothing to do: no hook stays on the model."""
+
+
+class CFCAM(HeadOnlyCAM, BaseCAM):
+    """CF-CAM as a method of pytorch-grad-cam.
+
+    Args:
+        model, target_layers, reshape_transform: see `HeadOnlyCAM`.
+        config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`; ``config.normalize`` has no effect,
+            because the maps are scaled as that library scales them.
+
+    >>> cam = CFCAM(model, [model.layer4[-1]])
+    >>> cam(images, targets=[ClassifierOutputTarget(285)] * 2, aug_smooth=True).shape  # images (2, 3, 224, 224)
+    (2, 224, 224)
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layers,
+        reshape_transform=None,
+        *,
+        config=None,
+        backend="auto",
+        clustering="auto",
+        check_finite=None,
+    ):
+        self.config = pipeline.check_config(config)
+        pipeline.choose(backend, clustering)
+        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        super().__init__(model, target_layers, reshape_transform)
+
+    def channel_weights(self, activations, gradients):
+        """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""
+        weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+        return weights.to(activations.dtype)
+
+    def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
+        """The weights as NumPy (B, C), of NumPy activations and gradients (B, C, h, w)."""
+        return _to_numpy(self.channel_weights(torch.as_tensor(activations), torch.as_tensor(grads)))
+
+
+class GradCAM(HeadOnlyCAM, original.GradCAM):
+    """pytorch-grad-cam's GradCAM on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w[c] = mean of g[c] over the grid. Source: Selvaraju et al., ICCV 2017, equation 1."""
+        return _sum(gradients, (2, 3)) / gradients[0, 0].numel()
+
+
+class HiResCAM(HeadOnlyCAM, original.HiResCAM):
+    """pytorch-grad-cam's HiResCAM on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w[c, i, j] = g[c, i, j]. Source: Draelos and Carin, arXiv 2011.08891, equation 4."""
+        return gradients
+
+    def maps(self, input_tensor, targets=None, aug_smooth=False, eigen_smooth=False):
+        """As `HeadOnlyCAM.maps`; warns, where the original prints, that eigen_smooth voids HiResCAM's guarantee."""
+        if eigen_smooth and not aug_smooth:
+            warnings.warn("HiResCAM's faithfulness guarantees do not hold with eigen_smooth", stacklevel=3)
+        return super().maps(input_tensor, targets, aug_smooth, eigen_smooth)
+
+
+class GradCAMElementWise(HeadOnlyCAM, original.GradCAMElementWise):
+    """pytorch-grad-cam's GradCAMElementWise on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w = g where g * A > 0, else 0, so that w * A = max(g * A, 0).
+
+        Source: ``grad_cam_elementwise.py`` of pytorch-grad-cam 1.5.7.
+        """
+        return torch.where(gradients * activations > 0, gradients, 0)
+
+
+class GradCAMPlusPlus(HeadOnlyCAM, original.GradCAMPlusPlus):
+    """pytorch-grad-cam's GradCAMPlusPlus on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w[c] = sum of max(g, 0) * alpha over the grid, alpha = g^2 / (2 g^2 + sum(A[c]) g^3 + 1e-6), 0 where g = 0.
+
+        Source: Chattopadhay et al., arXiv 1710.11063, equation 19; the sum of A is over the grid, and 1e-6 is
+        pytorch-grad-cam's.
+        """
+        square = gradients**2
+        total = _sum(activations, (2, 3))[:, :, None, None]
+        alpha = square / (2 * square + total * (square * gradients) + 1e-6)
+        return _sum(gradients.relu() * torch.where(gradients != 0, alpha, 0), (2, 3))
+
+
+class XGradCAM(HeadOnlyCAM, original.XGradCAM):
+    """pytorch-grad-cam's XGradCAM on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w[c] = sum of g * A / (sum(A[c]) + 1e-7) over the grid. Source: Fu et al., arXiv 2008.02312, equation 8."""
+        total = _sum(activations, (2, 3))[:, :, None, None]
+        return _sum(gradients * activations / (total + 1e-7), (2, 3))
+
+
+class LayerCAM(HeadOnlyCAM, original.LayerCAM):
+    """pytorch-grad-cam's LayerCAM on a head-only backward."""
+
+    def channel_weights(self, activations, gradients):
+        """w[c, i, j] = max(g[c, i, j], 0). Source: Jiang et al., IEEE TIP 2021, equation 5."""
+        return gradients.relu()
+
+
+ACCELERATED = {
+    getattr(original, fast.__name__): fast
+    for fast in (GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM, LayerCAM)
+}
+"""pytorch-grad-cam's class -> ours."""
+
+
+def principal_projection(terms):
+    """The first principal component of terms (B, C, h, w) over the cells: (B, h, w), NaN taken as 0.
+
+    On the host, with NumPy: the sign of a singular vector is LAPACK's choice, and the original's maps hang on it.
+    Source: ``utils.svd_on_activations.get_2d_projection`` of pytorch-grad-cam 1.5.7, which computes all C x C right
+    singular vectors where one is used.
+    """
+    projections = []
+    for image in torch.where(terms.isnan(), 0, terms).flatten(2).cpu().numpy():
+        cells = image.T - image.T.mean(axis=0)
+        _, _, components = np.linalg.svd(cells, full_matrices=False)
+        projections.append(cells @ components[0])
+    return torch.from_numpy(np.stack(projections)).view(len(terms), *terms.shape[2:]).to(terms.device)
+
+
+def _computed(tensor):
+    """In the dtype of the arithmetic; in its own memory layout, on which the order of NumPy's sums depends."""
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def _sum(values, dims):
+    """The sum over ``dims``; on a CPU by NumPy, in its order.
+
+    The original's float32 sums over 2048 channels carry rounding errors of up to 1e-5 of the map's maximum
+    (GradCAMElementWise on a Swin), five times what its numbers are to be reproduced to, and XGradCAM divides by sums
+    that may cancel. The same order of addition gives the same numbers. On a device the order is the kernel's own.
+    """
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy().sum(dims))
+    return values.sum(dims)
+
+
+def _backend(activations):
+    """The module whose ``class_grid`` is fastest for these activations."""
+    backend, _ = pipeline.choose("auto", "auto", activations)
+    return pipeline._module(backend)
+
+
+def _scaled(maps):
+    return scale_as_grad_cam(maps.flatten(2)).view_as(maps)
+
+
+def _to_numpy(maps):
+    return maps.detach().float().contiguous().cpu().numpy()
+
+
+def _as_leaf(tensor):
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _repeat(targets, times):
+    return targets.repeat(times) if isinstance(targets, torch.Tensor) else targets * times
+
+
+def _join(outputs):
+    """The outputs of several passes as those of one."""
+    if isinstance(outputs[0], list):
+        return list(chain.from_iterable(outputs))
+    return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0], *outputs)
+
+
+def _last_images(outputs, batch, total):
+    """The part of the last ``batch`` of ``total`` images."""
+    if isinstance(outputs, list) and len(outputs) == total:
+        return outputs[-batch:]
+    return tree_map_only(torch.Tensor, lambda t: t[-batch:] if t.dim() and len(t) == total else t, outputs)
+
+
+@contextmanager
+def _evaluated(model):
+    """The model in eval mode; every module's flag as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
+    try:
+        if any(training for _, training in flags):
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            if module.training != training:
+                module.training = training
+
+
+@contextmanager
+def _off_the_model(handles):
+    """The hooks of ``handles`` off their modules, and back in their places afterwards."""
+    before = {}
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            before.setdefault(id(hooks), (hooks, dict(hooks)))
+            del hooks[handle.id]
+    try:
+        yield
+    finally:
+        if handles:  # emptied if their owner was let go of meanwhile
+            for hooks, items in before.values():
+                hooks.clear()
+                hooks.update(items)

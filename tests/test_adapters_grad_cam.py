@@ -1,0 +1,621 @@
+"""pytorch-grad-cam's contract: the same numbers as its own classes, `CFCAM` inside it, and what it gets wrong."""
+
+import gc
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: grad-cam)")
+import pytorch_grad_cam as original
+import ttach
+from pytorch_grad_cam.base_cam import BaseCAM
+from pytorch_grad_cam.metrics.arcc import ARCC
+from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence
+from pytorch_grad_cam.metrics.road import ROADCombined
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputReST, ClassifierOutputTarget
+
+import cfcam_gpu
+from cfcam_gpu import CFCAMConfig, accelerate, cf_cam
+from cfcam_gpu.adapters import pytorch_grad_cam as adapter
+
+TOLERANCE = 2e-6
+"""Largest difference from the original's maps, which reach 1; on a CPU, where the order of addition is the same."""
+
+METHODS = ("GradCAM", "HiResCAM", "GradCAMElementWise", "GradCAMPlusPlus", "XGradCAM", "LayerCAM")
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # the library's metrics
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The inputs are small: threads that wait for a busy core would take many times longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def categories(*indices):
+    return [ClassifierOutputTarget(index) for index in indices]
+
+
+def assert_same(actual, expected, tolerance=TOLERANCE):
+    """Fail unless the maps agree; fail as well where that says nothing, the expected maps being all zero or flat."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.float32
+    assert actual.flags.c_contiguous
+    error = np.abs(actual - expected).max()
+    assert error <= tolerance, f"error {error:.3g}"
+    assert expected.max() > 0.1, "maps of zeros agree with everything"
+    shifted = np.roll(actual, actual.shape[-1] // 2, axis=-1)
+    assert np.abs(shifted - expected).max() > 1e-2, "a shifted map must not pass"
+
+
+def swap_tokens(tokens):
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+
+
+def channels_first(grid):
+    return grid.permute(0, 3, 1, 2)
+
+
+# name -> (constructor, three layers from early to late, reshape_transform, height). densenet121's last layer is the
+# one before norm5: the in-place ReLU after norm5 changes the original's activations, see the in-place test.
+NETWORKS = {
+    "resnet18": (torchvision.models.resnet18, ["layer2.1", "layer3.1", "layer4.1"], None, 96),
+    "resnet50": (torchvision.models.resnet50, ["layer2.3", "layer3.5", "layer4.2"], None, 96),
+    "densenet121": (
+        torchvision.models.densenet121,
+        ["features.transition2", "features.denseblock3", "features.denseblock4"],
+        None,
+        96,
+    ),
+    "vgg16": (torchvision.models.vgg16, ["features.16", "features.23", "features.29"], None, 96),
+    "mobilenet_v3_large": (
+        torchvision.models.mobilenet_v3_large,
+        ["features.8", "features.12", "features.16"],
+        None,
+        96,
+    ),
+    "swin_t": (torchvision.models.swin_t, ["features.3", "features.5", "norm"], channels_first, 96),
+    "vit_b_16": (
+        lambda weights: torchvision.models.vit_b_16(weights=weights, image_size=64),
+        [f"encoder.layers.encoder_layer_{index}.ln_1" for index in (5, 8, 11)],
+        swap_tokens,
+        64,
+    ),
+}
+
+
+def build(name):
+    """A network with random weights, its layers, its reshape_transform and the height of its inputs."""
+    constructor, layers, reshape_transform, height = NETWORKS[name]
+    model = constructor(weights=None).eval()
+    # torchvision initialises ViT's head with zeros, which makes every map zero.
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.normal_(head.weight, std=0.1)
+    return model, [model.get_submodule(layer) for layer in layers], reshape_transform, height
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_originals_numbers(seed, network):
+    """Six methods; batch 1 with targets from the outputs and batch 5 with given ones; one layer and three."""
+    model, layers, reshape_transform, height = build(network)
+    compared = 0
+    for batch, chosen, target_layers in ((1, None, layers[-1:]), (5, range(5), layers)):
+        images = torch.rand(batch, 3, height, 64)
+        targets = chosen and categories(*chosen)
+        for method in METHODS:
+            slow = getattr(original, method)(model, target_layers, reshape_transform)
+            fast = accelerate(slow)
+            expected, actual = slow(images, targets), fast(images, targets)
+            # Of a single image's class the weights may all be negative, and the map zero in both.
+            if batch == 1 and not expected.any():
+                assert not actual.any()
+                continue
+            assert_same(actual, expected)
+            compared += 1
+            np.testing.assert_allclose(fast.outputs.numpy(), slow.outputs.detach().numpy(), atol=1e-5)
+    assert compared >= len(METHODS)
+
+
+@pytest.fixture
+def resnet18(seed):
+    return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def images(seed):
+    return torch.randn(2, 3, 96, 64)
+
+
+class Small(nn.Sequential):
+    """A small network with activations around zero, so that maps have both signs and tests compare at any seed."""
+
+    def __init__(self, inplace=False):
+        super().__init__(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+            nn.ReLU(inplace),
+            nn.Conv2d(24, 8, 3),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(3),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(72, 5),
+        )
+
+
+@pytest.fixture
+def small(seed):
+    return Small().eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_classes_by_themselves(small, images, method):
+    """Our class constructed directly is the original's subclass, and equals it; float64 models too."""
+    cls, theirs = getattr(adapter, method), getattr(original, method)
+    with cls(small, [small[2]]) as cam:
+        assert isinstance(cam, theirs) and isinstance(cam, BaseCAM)
+        assert_same(cam(images, [1, 2]), theirs(small, [small[2]])(images, categories(1, 2)))
+    assert_same(cam(input_tensor=images), theirs(small, [small[2]])(images, None))
+    small.double()
+    cam = cls(small, [small[2]])
+    assert_same(cam(images.double()), theirs(small, [small[2]])(images.double(), None))
+    assert cam.maps(images.double()).dtype == torch.float64
+
+
+def test_accelerate_keeps_the_object(small, images):
+    slow = original.GradCAM(small, [small[2]], reshape_transform=torch.abs)
+    slow.tta_transforms = ttach.Compose([ttach.VerticalFlip()])
+    slow.note = "mine"
+    slow(images, None)
+    fast = accelerate(slow)
+    assert type(fast) is adapter.GradCAM and isinstance(fast, type(slow)) and fast is not slow
+    assert vars(fast).keys() == vars(slow).keys()
+    for name in vars(slow).keys() - {"activations_and_grads", "outputs"}:
+        assert getattr(fast, name) is getattr(slow, name), name
+    assert torch.equal(fast.outputs, slow.outputs) and not fast.outputs.requires_grad
+    assert accelerate(fast) is fast
+    assert_same(fast(images, None), slow(images, None))
+    hooks = fast.activations_and_grads
+    for kept in ("activations", "gradients"):
+        (ours,), (theirs,) = getattr(hooks, kept), getattr(slow.activations_and_grads, kept)
+        assert torch.equal(ours, theirs)
+
+
+def test_hooks_of_the_accelerated_object(small, images):
+    """They cost the fast object nothing, stay in their order for the slow one, and go with it."""
+    seen = []
+    first = small[2].register_forward_hook(lambda *_: seen.append("first"))
+    slow = original.GradCAM(small, [small[2]])
+    small[2].register_forward_hook(lambda *_: seen.append("last"))
+    order = list(small[2]._forward_hooks.items())
+    fast = accelerate(slow)
+    fast(images)
+    assert seen == ["first", "last"], "the user's own hooks run"
+    assert slow.activations_and_grads.activations == [], "the original's do not"
+    assert list(small[2]._forward_hooks.items()) == order
+    with pytest.raises(ValueError):
+        fast(images, [1])
+    assert list(small[2]._forward_hooks.items()) == order
+    assert_same(slow(images, None), fast(images))
+    first.remove()
+    del slow
+    gc.collect()
+    assert len(small[2]._forward_hooks) == 1
+    fast(images)
+    del fast
+    assert len(small[2]._forward_hooks) == 1
+
+
+class Own(original.GradCAM):
+    def get_cam_weights(self, *arguments):
+        return -super().get_cam_weights(*arguments)
+
+
+def with_attribute(cam, name, value):
+    setattr(cam, name, value)
+    return cam
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda *args: original.EigenCAM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.ScoreCAM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.FinerCAM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: Own(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: with_attribute(original.GradCAM(*args), "detach", False), "detach is False"),
+        (
+            lambda *args: with_attribute(original.GradCAM(*args), "compute_input_gradient", True),
+            "compute_input_gradient is True",
+        ),
+        (
+            lambda *args: with_attribute(original.GradCAM(*args), "get_cam_weights", lambda *_: None),
+            "the instance has its own get_cam_weights",
+        ),
+        (lambda model, layers: original.GradCAM(model, [nn.ReLU()]), "one of the modules of Small"),
+    ],
+)
+def test_accelerate_leaves_the_rest_as_it_is(small, caplog, make, reason):
+    cam = make(small, [small[2]])
+    before = dict(vars(cam))
+    with caplog.at_level(logging.WARNING, logger="cfcam_gpu"):
+        assert accelerate(cam) is cam
+    assert vars(cam) == before
+    (line,) = caplog.messages
+    assert line.startswith(f"accelerate: {type(cam).__name__} is left as it is: ") and reason in line
+
+
+@pytest.mark.parametrize(
+    "thing, name",
+    [(object(), "builtins.object"), (None, "NoneType"), (nn.ReLU(), "ReLU"), (original.GradCAM, "class .*GradCAM")],
+)
+def test_accelerate_refuses_what_is_no_cam(thing, name):
+    with pytest.raises(TypeError, match=f"pytorch-grad-cam, torch-cam or captum, got .*{name}"):
+        accelerate(thing)
+
+
+def test_our_own_core_class_is_no_cam_of_theirs(small):
+    with pytest.raises(TypeError, match="got cfcam_gpu.cam.CFCAM"):
+        accelerate(cfcam_gpu.CFCAM(small, [small[2]]))
+
+
+def test_nothing_is_imported_before_it_is_needed():
+    code = (
+        "import sys, cfcam_gpu\n"
+        "sys.modules['pytorch_grad_cam'] = None\n"
+        "try:\n    cfcam_gpu.accelerate(3)\nexcept TypeError as error:\n    print(error)\n"
+        "print(sorted({'cv2', 'ttach', 'torchcam', 'captum'} & set(sys.modules)))\n"
+        "try:\n    import cfcam_gpu.adapters.pytorch_grad_cam\nexcept ImportError as error:\n    print(error)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    dispatch, imported, missing = output.splitlines()
+    assert "got builtins.int" in dispatch and imported == "[]"
+    assert 'pip install "cfcam_gpu[grad-cam]"' in missing
+
+
+# CF-CAM in the contract.
+
+
+def test_cf_cam_in_the_originals_pipeline(resnet18, images):
+    """`CFCAM` equals the original's base class fed with CF-CAM's weights."""
+
+    class Theirs(BaseCAM):
+        def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
+            return cf_cam(torch.from_numpy(activations), torch.from_numpy(grads), config=config).weights.numpy()
+
+    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
+    for config in (None, CFCAMConfig.paper()):
+        expected = Theirs(resnet18, layers)(images, categories(1, 2))
+        cam = adapter.CFCAM(resnet18, layers, config=config)
+        assert_same(cam(images, categories(1, 2)), expected)
+        # The package's own class has the same contract; its sums are added in another order.
+        assert_same(cfcam_gpu.CFCAM(resnet18, layers, config=config)(images, [1, 2]), expected, 1e-5)
+        np.testing.assert_allclose(cam.outputs.numpy(), resnet18(images).detach().numpy(), atol=1e-5)
+    hooks = cam.activations_and_grads
+    arrays = [tensors[0].numpy() for tensors in (hooks.activations, hooks.gradients)]
+    weights = cam.get_cam_weights(images, layers[0], None, *arrays)
+    assert weights.shape == (2, 256) and weights.dtype == np.float32 and weights.any()
+
+
+def test_cf_cam_options(small, images):
+    with pytest.raises(TypeError, match="config must be a CFCAMConfig"):
+        adapter.CFCAM(small, [small[2]], config="paper")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        adapter.CFCAM(small, [small[2]], backend="cuda")
+    expected = adapter.CFCAM(small, [small[2]])(images)
+    for options in ({"backend": "reference"}, {"backend": "torch", "clustering": "sklearn"}):
+        assert_same(adapter.CFCAM(small, [small[2]], **options)(images), expected, 1e-5)
+    small.double()
+    assert_same(adapter.CFCAM(small, [small[2]])(images.double()), expected, 1e-5)
+
+
+def test_meta_methods_and_metrics(small, images):
+    """RefineCAM, FinerCAM, SESS, ARCC, ROAD with the fast classes, against the same with the slow ones."""
+    layers, targets = [small[0], small[2]], categories(1, 2)
+    for meta, theirs, options in (
+        (original.RefineCAM, original.GradCAMPlusPlus, {}),
+        (original.FinerCAM, original.GradCAM, {}),
+        (original.SESS, original.GradCAM, {"scales": [64, 80]}),
+    ):
+        for chosen in (targets, None):
+            expected = meta(small, layers, base_method=theirs, **options)(images, chosen)
+            fast = meta(small, layers, base_method=getattr(adapter, theirs.__name__), **options)
+            # RefineCAM multiplies the maps and divides by the product's maximum; SESS resizes by cv2 on top.
+            assert_same(fast(images, chosen), expected, 1e-5)
+            assert meta(small, layers, base_method=adapter.CFCAM, **options)(images, chosen).any()
+        assert original.RefineCAM(small, layers, base_method=adapter.CFCAM, config=CFCAMConfig.paper())(images).any()
+    slow, fast = original.GradCAM(small, layers), adapter.GradCAM(small, layers)
+    for metric in (ROADCombined([20, 40]), DropInConfidence()):
+        assert np.isfinite(metric(images, adapter.CFCAM(small, layers)(images), targets, small)).all()
+    scores = []
+    for cam in (slow, fast, adapter.CFCAM(small, layers)):
+        torch.manual_seed(0)  # ROAD adds noise
+        scores.append(ARCC(cam, [20, 40])(images, cam(images, targets), targets, small))
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3)
+    assert scores[2].shape == (2,) and np.isfinite(scores[2]).all()
+
+
+def test_finer_cam_fills_no_gradients(small, images):
+    expected = original.FinerCAM(small, [small[2]])(images)
+    assert small[9].weight.grad is not None
+    small.zero_grad()
+    assert_same(original.FinerCAM(small, [small[2]], base_method=adapter.GradCAM)(images), expected)
+    assert all(parameter.grad is None for parameter in small.parameters())
+
+
+# Smoothing, batches, volumes.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_aug_smooth(resnet18, images, method):
+    layers = [resnet18.layer2[-1], resnet18.layer3[-1]]
+    slow = getattr(original, method)(resnet18, layers)
+    fast = accelerate(slow)
+    forwards = []
+    resnet18.register_forward_hook(lambda *_: forwards.append(1))
+    for targets in (categories(1, 2), None):
+        actual = fast(images, targets, aug_smooth=True)
+        assert forwards == [1], "the six views are one batch"
+        assert_same(actual, slow(images, targets, aug_smooth=True), 1e-5)
+        np.testing.assert_allclose(fast.outputs.numpy(), slow.outputs.detach().numpy(), atol=1e-4)
+        forwards.clear()
+    with pytest.raises(ValueError, match="expected 2, got 1"):
+        fast(images, [1], aug_smooth=True)
+
+
+def test_aug_smooth_with_other_views(small, images):
+    """Views of another size go through the model one by one."""
+    slow = original.GradCAM(small, [small[2]])
+    slow.tta_transforms = ttach.Compose([ttach.Rotate90([0, 90])])
+    assert_same(accelerate(slow)(images, None, aug_smooth=True), slow(images, None, aug_smooth=True), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:HiResCAM's faithfulness")
+@pytest.mark.parametrize("method", METHODS)
+def test_eigen_smooth(resnet18, images, method):
+    """More channels than cells, and fewer: LAPACK takes different ways, the signs are the same."""
+    for layers in ([resnet18.layer4[-1]], [resnet18.layer1[-1], resnet18.layer3[-1]]):
+        slow = getattr(original, method)(resnet18, layers)
+        assert_same(accelerate(slow)(images, None, eigen_smooth=True), slow(images, None, eigen_smooth=True), 1e-4)
+    # In float64: the network rounds differently in a batch of six views, and where two singular values are close, a
+    # last digit of float32 turns the component.
+    resnet18.double()
+    both = accelerate(slow)(images[:1].double(), None, aug_smooth=True, eigen_smooth=True)
+    assert_same(both, slow(images[:1].double(), None, aug_smooth=True, eigen_smooth=True), 1e-4)
+
+
+def test_hirescam_warns_of_eigen_smooth(small, images):
+    with pytest.warns(UserWarning, match="guarantees do not hold"):
+        adapter.HiResCAM(small, [small[2]])(images, eigen_smooth=True)
+
+
+@pytest.mark.parametrize("method", ["CFCAM", "GradCAM"])
+def test_batch_size(small, method):
+    images = torch.randn(5, 3, 32, 32)
+    cam = getattr(adapter, method)(small, [small[2]])
+    sizes = []
+    small.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    for targets in (None, [0, 1, 2, 3, 4], categories(0, 1, 2, 3, 4)):
+        cam.batch_size = None
+        expected, outputs = cam(images, targets), cam.outputs
+        cam.batch_size = 2
+        sizes.clear()
+        assert_same(cam(images, targets), expected, 1e-5)
+        assert sizes == [2, 2, 1]
+        torch.testing.assert_close(cam.outputs, outputs)
+    with pytest.raises(ValueError, match="expected 5, got 4"):
+        cam(images, [0, 1, 2, 3])
+
+
+class Volumes(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv3d(2, 6, 3, padding=1), nn.MaxPool3d(2), nn.Conv3d(6, 9, 3, padding=1), nn.Tanh(),
+            nn.AdaptiveAvgPool3d(2), nn.Flatten(), nn.Linear(72, 4),
+        )  # fmt: skip
+
+
+def test_volumes(seed):
+    """5-D inputs: GradCAM's and the others' numbers on (B, D, H, W), two layers of different sizes."""
+    model, volumes = Volumes().eval(), torch.rand(2, 2, 8, 12, 10)
+    for method in METHODS:
+        slow = getattr(original, method)(model, [model[0], model[2]])
+        fast = accelerate(slow)
+        expected = slow(volumes, categories(1, 2))
+        assert expected.shape == (2, 8, 12, 10)
+        assert_same(fast(volumes, categories(1, 2)), expected, 1e-5)
+    assert_same(fast(volumes, None, aug_smooth=True), slow(volumes, None, aug_smooth=True), 1e-5)
+    assert adapter.CFCAM(model, [model[2]])(volumes).any()
+
+
+# What the original gets wrong.
+
+
+def state(model):
+    return [
+        (name, module.training, dict(module._forward_hooks), dict(module._backward_hooks))
+        for name, module in model.named_modules()
+    ] + [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("method", ["CFCAM", "GradCAM"])
+def test_nothing_is_left_behind(small, images, method):
+    expected = getattr(adapter, method)(small, [small[2]])(images)
+    small.train()
+    small[3].eval()
+    small[0].weight.requires_grad_(False)
+    small[9].weight.grad = torch.ones_like(small[9].weight)
+    before = state(small)
+    with getattr(adapter, method)(small, [small[2]]) as cam:
+        assert state(small) == before
+        for smooth in ({}, {"aug_smooth": True}, {"eigen_smooth": True}):
+            cam(images, **smooth)
+            assert state(small) == before
+        assert_same(cam(images), expected)  # in eval mode, without dropout
+        for bad in (
+            {"targets": [1]},
+            {"targets": categories(1)},
+            {"targets": [1, 5]},
+            {"targets": [lambda output: 1 / 0] * 2},
+            {"input_tensor": torch.zeros(0, 3, 64, 64)},
+            {"input_tensor": torch.zeros(1, 3, 64, 64, dtype=torch.int64)},
+        ):
+            with pytest.raises((ValueError, TypeError, ZeroDivisionError)):
+                cam(**{"input_tensor": images, **bad})
+            assert state(small) == before
+    assert (small[9].weight.grad == 1).all()
+
+
+def test_too_few_targets_are_an_error(small, images):
+    """The original gives a map of zeros to the image without a target."""
+    slow = original.GradCAM(small, [small[2]])
+    maps = slow(images, categories(1))
+    assert maps[0].any() and not maps[1].any()
+    with pytest.raises(ValueError, match="expected 2, got 1"):
+        accelerate(slow)(images, categories(1))
+
+
+def test_errors_leave_the_with_block(small):
+    """The original prints an IndexError and goes on."""
+    with original.GradCAM(small, [small[2]]):
+        raise IndexError
+    for cam in (adapter.GradCAM(small, [small[2]]), adapter.CFCAM(small, [small[2]])):
+        with pytest.raises(IndexError, match="mine"), cam:
+            raise IndexError("mine")
+
+
+def test_in_place_operations_after_the_layer(seed, images):
+    """The original takes the activations as the ReLU after the layer has left them."""
+    twin, in_place = Small().eval(), Small(inplace=True).eval()
+    in_place.load_state_dict(twin.state_dict())
+    for method in METHODS:
+        cls, theirs = getattr(adapter, method), getattr(original, method)
+        expected = theirs(twin, [twin[2]])(images, categories(1, 2))
+        assert_same(cls(in_place, [in_place[2]])(images, categories(1, 2)), expected)
+        if method == "GradCAM":
+            wrong = theirs(in_place, [in_place[2]])(images, categories(1, 2))
+            assert np.abs(wrong - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["CFCAM", *METHODS])
+def test_half_precision(small, images, method):
+    expected = getattr(adapter, method)(small, [small[2]])(images, [1, 2])
+    cam = getattr(adapter, method)(small, [small[2]])
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = cam(images, [1, 2])
+        assert cam.outputs.dtype == torch.bfloat16
+    small.bfloat16()
+    bfloat16 = cam(images.bfloat16(), [1, 2])
+    for maps in (autocast, bfloat16):
+        assert maps.dtype == np.float32 and np.isfinite(maps).all() and maps.max() > 0.99
+        # CF-CAM's clustering is no continuous function of the activations, and XGradCAM divides by sums that cancel.
+        if method not in ("CFCAM", "XGradCAM"):
+            assert np.median(np.abs(maps - expected)) < 0.05  # bfloat16 has 8 bits
+    if method == "GradCAM":
+        with pytest.raises(TypeError, match="BFloat16"):
+            original.GradCAM(small, [small[2]])(images.bfloat16(), categories(1, 2))
+
+
+def test_frozen_models_and_callers_without_grad(small, images):
+    expected = original.GradCAM(small, [small[2]])(images, None)
+    cams = adapter.GradCAM(small, [small[2]]), accelerate(original.GradCAM(small, [small[2]]))
+    small.requires_grad_(False)
+    for cam in cams:
+        assert_same(cam(images), expected)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert_same(cam(images), expected)
+                assert_same(cam(images, aug_smooth=True), cam(images, None, aug_smooth=True))
+    with pytest.raises((RuntimeError, AttributeError, IndexError)):
+        original.GradCAM(small, [small[2]])(images, categories(1, 2))
+
+
+def test_compiled_model(small, images):
+    expected = original.GradCAM(small, [small[2]])(images, None)
+    compiled = torch.compile(small, backend="eager")
+    compiled(images)
+    for layer in (small[2], compiled._orig_mod[2]):
+        cam = adapter.GradCAM(compiled, [layer])
+        assert_same(cam(images), expected)
+        assert_same(accelerate(original.GradCAM(compiled, [layer]))(images), expected)
+    compiled(images)
+
+
+def test_layers_that_run_twice(seed, images, caplog):
+    """Their last run counts, as everywhere in this package, and a line says so once."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 6, 3, stride=4), nn.Conv2d(6, 6, 3, padding=1), Head()
+
+        def forward(self, x):
+            return self.head(self.block(self.block(self.stem(x)).tanh()))
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x):
+            return x.sigmoid().mean((2, 3)) @ self.weight
+
+    model = Twice().eval()
+    cam = adapter.GradCAM(model, [model.block])
+    with caplog.at_level(logging.WARNING, logger="cfcam_gpu"):
+        cam(images)
+        cam(images)
+    assert caplog.messages == [
+        "target layer 'block' runs 2 times in a forward pass: its last run is explained (pytorch-grad-cam explains"
+        " its first)"
+    ]
+
+
+def test_other_targets_and_outputs(small, images):
+    """Callables of the library, and a model that returns a dictionary."""
+    targets = [ClassifierOutputReST(1), ClassifierOutputReST(3)]
+    expected = original.GradCAM(small, [small[2]])(images, targets)
+    assert_same(adapter.GradCAM(small, [small[2]])(images, targets), expected)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small
+
+        def forward(self, x):
+            return {"logits": self.model(x), "scale": 2.0}
+
+    model = Wrapped().eval()
+    cam = adapter.GradCAM(model, [small[2]])
+    targets = [lambda output: output["logits"][1], lambda output: output["logits"][3]]
+    expected = original.GradCAM(small, [small[2]])(images, categories(1, 3))
+    assert_same(cam(images, targets), expected)
+    cam.batch_size = 1
+    assert_same(cam(images, targets), expected, 1e-5)
+    assert cam.outputs["logits"].shape == (2, 5)
+    cam(images, targets, aug_smooth=True)
+    assert cam.outputs["logits"].shape == (2, 5)
+
+
+def test_bad_constructions(small):
+    for arguments, error in (
+        ((small, []), ValueError),
+        ((small, [nn.ReLU()]), ValueError),
+        ((small, small[2]), TypeError),
+        ((None, [small[2]]), TypeError),
+        ((small, [small[2]], 3), TypeError),
+    ):
+        for cls in (adapter.CFCAM, adapter.GradCAM):
+            with pytest.raises(error):
+                cls(*arguments)
+    assert not small[2]._forward_hooks

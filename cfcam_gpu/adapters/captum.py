@@ -1,0 +1,240 @@
+"""captum's layer attributions: CF-CAM, and LayerGradCam without a graph of the trunk.
+
+captum 0.9 differentiates the output down to the layer, no further. What it still pays for is autograd's record of
+everything before the layer; here that part runs without autograd, which saves memory more than time.
+
+What a caller can notice: attributions come without a graph (captum's carry that of the layer's activations), and the
+model runs in eager code, also where it is compiled. Faults of captum 0.9.0 that are not copied: it fails under
+``torch.inference_mode`` and for models that were compiled and have run, whose hooks it does not reach; and it leaves
+``requires_grad`` set on the caller's input where that is what the layer gets or returns.
+"""
+
+import copy
+import logging
+
+import torch
+from torch import nn
+
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.capture import _eager_without_grad
+
+try:
+    import captum.attr as original
+    from captum._utils.common import _run_forward
+    from captum._utils.gradient import compute_layer_gradients_and_eval
+    from captum.attr._utils.attribution import Attribution, GradientAttribution, LayerAttribution
+    from captum.log import log_usage
+except ImportError as error:
+    raise ImportError('captum 0.9 or later is not installed; pip install "cfcam_gpu[captum]"') from error
+
+logger = logging.getLogger("cfcam_gpu")
+
+
+class LayerGradCam(original.LayerGradCam):
+    """captum's ``LayerGradCam``, with the same arguments and numbers, and no graph of the trunk.
+
+    captum's own code runs, with its results and its errors, where there is nothing to save: DataParallel and
+    ``device_ids``, ``grad_kwargs`` with ``create_graph``, layers that do not give floating-point tensors, and outputs
+    that need a target and have none.
+
+    >>> attribution = LayerGradCam(model, model.layer4).attribute(images, target=3)  # images (2, 3, 224, 224)
+    >>> attribution.shape
+    torch.Size([2, 1, 7, 7])
+    """
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs,
+        target=None,
+        additional_forward_args=None,
+        attribute_to_layer_input=False,
+        relu_attributions=False,
+        attr_dim_summation=True,
+        grad_kwargs=None,
+    ):
+        """(N, 1, h, w), signed, or a tuple of them for a layer with several tensors; arguments as in captum."""
+        taken = (inputs, target, additional_forward_args, attribute_to_layer_input)
+        captured = _capture(self, *taken, grad_kwargs)
+        if captured is None:
+            return super().attribute(*taken, relu_attributions, attr_dim_summation, grad_kwargs)
+        maps = []
+        with torch.no_grad():
+            for gradients, activations in zip(*captured):
+                # captum's order of operations: a fused sum rounds differently, by up to 3e-6 where terms cancel.
+                result = _pooled(gradients) * activations
+                maps.append(result.sum(1, keepdim=True) if attr_dim_summation else result)
+        return _finished(maps, relu_attributions)
+
+
+class CFCAM(LayerAttribution, GradientAttribution):
+    """CF-CAM as a layer attribution of captum.
+
+    Args:
+        forward_func, layer, device_ids: as for captum's ``LayerGradCam``.
+        config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`.
+
+    Raises:
+        TypeError, ValueError: a choice that is unknown or cannot run.
+
+    >>> attribution = CFCAM(model, model.layer4).attribute(images, target=[3, 7])  # images (2, 3, 224, 224)
+    >>> attribution.shape
+    torch.Size([2, 1, 7, 7])
+    """
+
+    def __init__(
+        self,
+        forward_func,
+        layer,
+        device_ids=None,
+        *,
+        config=None,
+        backend="auto",
+        clustering="auto",
+        check_finite=None,
+    ):
+        LayerAttribution.__init__(self, forward_func, layer, device_ids)
+        GradientAttribution.__init__(self, forward_func)
+        self.config = pipeline.check_config(config)
+        pipeline.choose(backend, clustering)
+        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs,
+        target=None,
+        additional_forward_args=None,
+        attribute_to_layer_input=False,
+        relu_attributions=False,
+        attr_dim_summation=True,
+        grad_kwargs=None,
+    ):
+        """CF-CAM's weighted sum over the channels, signed, on the layer's grid.
+
+        Args:
+            inputs, target, additional_forward_args, grad_kwargs: as for captum's ``LayerGradCam``.
+            attribute_to_layer_input: explain what the layer gets, not what it returns.
+            relu_attributions: keep the positive part only, as the published maps do.
+            attr_dim_summation: False gives each channel's term, (N, C, h, w).
+
+        Returns:
+            (N, 1, h, w) in the dtype of the layer's (N, C, h, w); a tuple of them where the layer has several tensors.
+
+        Raises:
+            ValueError: the layer has no (N, C, h, w), or NaN.
+            AssertionError, RuntimeError: as captum raises them: targets that do not fit, a layer that did not run.
+        """
+        taken = (target, additional_forward_args, attribute_to_layer_input)
+        captured = _capture(self, inputs, *taken, grad_kwargs)
+        if captured is None:
+            captured = compute_layer_gradients_and_eval(
+                self.forward_func,
+                self.layer,
+                inputs if isinstance(inputs, tuple) else (inputs,),
+                target,
+                additional_forward_args,
+                device_ids=self.device_ids,
+                attribute_to_layer_input=attribute_to_layer_input,
+                grad_kwargs=grad_kwargs,
+            )
+        maps = []
+        for gradients, activations in zip(*captured):
+            activations, gradients = activations.detach(), gradients.detach()
+            weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            if attr_dim_summation:
+                result = torch_backend.class_grid(activations, weights, relu=False)[:, None]
+            else:
+                result = weights[:, :, None, None] * activations
+            maps.append(result.to(activations.dtype))
+        return _finished(maps, relu_attributions)
+
+
+def accelerate(attribution):
+    """A copy of a captum attribution that is faster: same attributes, arguments and numbers.
+
+    ``LayerGradCam`` gets this module's subclass. Every other attribution is returned as it is, the same object, with a
+    warning of the logger "cfcam_gpu".
+
+    Raises:
+        TypeError: ``attribution`` is no attribution of captum.
+    """
+    if isinstance(attribution, (LayerGradCam, CFCAM)):
+        return attribution
+    if type(attribution) is original.LayerGradCam:
+        attribution = copy.copy(attribution)
+        attribution.__class__ = LayerGradCam
+        return attribution
+    if not isinstance(attribution, Attribution):
+        raise TypeError(f"attribution must be an attribution of captum, got {type(attribution).__name__}")
+    logger.warning("accelerate() leaves captum's %s as it is: it has no faster form here", type(attribution).__name__)
+    return attribution
+
+
+class _NotHere(Exception):
+    """The layer's tensors are left to captum."""
+
+
+def _capture(attribution, inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs):
+    """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run."""
+    forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
+    if (
+        isinstance(forward_func, nn.DataParallel)
+        or attribution.device_ids is not None
+        or not isinstance(layer, nn.Module)
+        or grad_kwargs.get("create_graph")
+    ):
+        return None
+    starts = []
+
+    def tap(module, layer_inputs, layer_output=None):
+        found = layer_inputs if attribute_to_layer_input else layer_output
+        tensors = found if isinstance(found, (tuple, list)) else (found,)
+        if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
+            raise _NotHere
+        torch.set_grad_enabled(True)
+        starts[:] = [_start(tensor) for tensor in tensors]  # of a layer that runs more than once the last run counts
+        # The model goes on with copies, so that no in-place operation behind the layer reaches the activations.
+        copies = [tensor.clone() for tensor in starts]
+        if not isinstance(found, (tuple, list)):
+            return copies[0]
+        if hasattr(found, "_fields"):
+            return type(found)(*copies)
+        return copies if isinstance(found, list) else tuple(copies)
+
+    register = layer.register_forward_pre_hook if attribute_to_layer_input else layer.register_forward_hook
+    with _eager_without_grad():
+        if isinstance(target, torch.Tensor) and target.is_inference():
+            target = target.clone()  # autograd refuses to keep it for the backward
+        handle = register(tap)
+        try:
+            output = _run_forward(forward_func, inputs, target, additional_forward_args)
+            # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer.
+            usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
+            if not (usable and output.ndim and len(output) and output[0].numel() == 1):
+                return None
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(torch.unbind(output), starts, **grad_kwargs)
+            return gradients, tuple(tensor.detach() for tensor in starts)
+        except _NotHere:
+            return None
+        finally:
+            handle.remove()
+
+
+def _start(tensor):
+    """``tensor`` as a place to differentiate to: itself in a graph, else a leaf on its memory."""
+    if tensor.is_inference():
+        tensor = tensor.clone()
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _pooled(gradients):
+    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves."""
+    return gradients.mean(tuple(range(2, gradients.ndim)), keepdim=True) if gradients.ndim > 2 else gradients
+
+
+def _finished(maps, relu_attributions):
+    """captum's result: one tensor, or a tuple where the layer has several."""
+    maps = tuple(result.relu() for result in maps) if relu_attributions else tuple(maps)
+    return maps if len(maps) > 1 else maps[0]

@@ -1,0 +1,276 @@
+"""torch-cam's life cycle and maps: CF-CAM, and its Grad-CAM family without a graph of the trunk.
+
+torch-cam 0.5 lets the user run the model and differentiates the scores down to the target layers, no further. What
+it still pays for is autograd's record of everything before the layer. The extractors here run that part without
+autograd: a hook on the model's call switches it off, one on the target layer starts the graph there. The rest is
+the library's own code, so the numbers are the same. It saves memory more than time: resnet50, batch 8 on a CPU, layer4:
+116 MiB beside the model where torch-cam takes 652.
+
+What a caller can notice, while the hooks are enabled:
+
+- The scores of a model in eval mode carry the graph of the head alone. A backward from them into the trunk raises a
+  RuntimeError. In train mode, or when an input requires gradients, the trunk keeps the graph it has without us.
+- Under ``torch.no_grad`` and ``torch.inference_mode`` the scores carry the head's graph too, and maps can be had.
+- ``torch.compile(model)``: give the extractor the compiled model, and it runs in eager code, also where it has been
+  compiled before (torch-cam then finds no activations). Hooks that are compiled into the model, by ``model.compile()``,
+  work as torch-cam's do and save nothing.
+- ``cam(..., retain_graph=False)`` frees the head's graph, as in torch-cam.
+- KeyboardInterrupt in the middle of a forward pass runs no hook: ``remove_hooks()``, the end of the ``with`` block, or
+  the next pass puts autograd back.
+
+Faults of torch-cam 0.5.0 that are not copied: frozen models and callers under ``no_grad`` fail; stored activations
+share memory with the model's, and gradients are those of the changed tensor, after an in-place operation behind the
+layer (`GradCAM` of a convolution before ``ReLU(inplace=True)`` is silently that of the ReLU); `GradCAMpp`, see there.
+
+>>> with GradCAM(model, "layer4") as cam:
+...     scores = model(images)  # images (2, 3, 224, 224)
+...     maps = cam([285, 282], scores)
+>>> maps[0].shape
+torch.Size([2, 7, 7])
+"""
+
+import logging
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
+
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.capture import _eager_without_grad, _Root
+
+try:
+    import torchcam.methods as original
+    from torchcam.methods.core import _CAM
+    from torchcam.methods.gradient import _CAMWrapper
+except ImportError as error:
+    raise ImportError('torch-cam 0.5 or later is not installed; pip install "cfcam_gpu[torchcam]"') from error
+
+logger = logging.getLogger("cfcam_gpu")
+
+
+class _TrunkEnd(_Root):
+    """Where the graph starts; a backward that wants to go on from here must not end in silence."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError(
+            "the layers before the CAM's target layer ran without autograd, so there is no gradient to send them: call"
+            " the model with the extractor's hooks disabled (disable_hooks()), in train mode, or with an input that"
+            " requires gradients"
+        )
+
+
+class _HeadOnly:
+    """Mixin before a gradient extractor of torch-cam: graphs start at the target layers."""
+
+    _scope = None  # open while the model runs: autograd as the trunk needs it
+    _pass_inputs = ()
+    _tapped = False
+    _grad_from_start = False
+
+    def __init__(self, model, target_layer=None, input_shape=(3, 224, 224), **kwargs):
+        super().__init__(model, target_layer, input_shape, **kwargs)
+        self._watch_model()
+
+    def _watch_model(self):
+        # The hook that ends the pass comes before those of earlier extractors: scopes close in reverse order.
+        self.hook_handles += [
+            self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
+            self.model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True, prepend=True),
+        ]
+
+    def _begin_pass(self, model, args, kwargs):
+        if not self._hooks_enabled or torch.compiler.is_compiling():
+            return
+        self._close()
+        self._pass_inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tracked = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        tracked = tracked and (model.training or any(tensor.requires_grad for tensor in self._pass_inputs))
+        with ExitStack() as scope:
+            scope.enter_context(_eager_without_grad())
+            scope.enter_context(torch.set_grad_enabled(tracked or self._grad_from_start))
+            self._tapped = False
+            self._scope = scope.pop_all()
+
+    def _end_pass(self, model, args, kwargs, output):
+        if torch.compiler.is_compiling():
+            return None
+        # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer: it has put
+        # back what it found, and must find autograd on.
+        switched_off = self._scope is not None and self._tapped and not torch.is_grad_enabled()
+        try:
+            if switched_off and output is not None and not self._grad_from_start and not model.training:
+                self._grad_from_start = True
+                with torch.enable_grad():
+                    return model.forward(*args, **kwargs)
+        finally:
+            self._close()
+
+    def _close(self):
+        scope, self._scope, self._pass_inputs = self._scope, None, ()
+        if scope is not None:
+            scope.close()
+
+    def remove_hooks(self):
+        """Take every hook off the model."""
+        super().remove_hooks()
+        self._close()
+
+    def _hook_a(self, module, inputs, output, idx=0):
+        super()._hook_a(module, inputs, output, idx)
+        if self._hooks_enabled:
+            self.hook_a[idx] = self.hook_a[idx].clone()
+
+    def _hook_g(self, module, inputs, output, idx=0):
+        if torch.compiler.is_compiling():
+            return super()._hook_g(module, inputs, output, idx)
+        in_pass = self._scope is not None
+        if not (self._hooks_enabled and isinstance(output, torch.Tensor) and (in_pass or torch.is_grad_enabled())):
+            return super()._hook_g(module, inputs, output, idx)
+        foreign = self._pass_inputs if in_pass else inputs  # not ours to put into a graph
+        with torch.enable_grad():
+            # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
+            copied = output._is_view() or output.is_inference() or isinstance(output, nn.Parameter)
+            copied = copied or any(output is tensor for tensor in foreign)
+            tensor = output.clone() if copied else output
+            if not tensor.requires_grad:
+                tensor = _TrunkEnd.apply(torch.zeros((), requires_grad=True), tensor)
+            self._hook_outputs[idx] = get_gradient_edge(tensor)
+        self._tapped = True
+        if in_pass:
+            torch.set_grad_enabled(True)
+        return None if tensor is output else tensor
+
+    def _backprop(self, *args, **kwargs):
+        with torch.inference_mode(False), torch.enable_grad():
+            super()._backprop(*args, **kwargs)
+
+
+class GradCAM(_HeadOnly, original.GradCAM):
+    """torch-cam's ``GradCAM``, with the same arguments, call and numbers, and no graph of the trunk."""
+
+
+class XGradCAM(_HeadOnly, original.XGradCAM):
+    """torch-cam's ``XGradCAM``, with the same arguments, call and numbers, and no graph of the trunk."""
+
+
+class LayerCAM(_HeadOnly, original.LayerCAM):
+    """torch-cam's ``LayerCAM``, with the same arguments, call and numbers, and no graph of the trunk."""
+
+
+class GradCAMpp(_HeadOnly, original.GradCAMpp):
+    """Grad-CAM++ by its definition, in torch-cam's contract; its numbers are not those of torch-cam's ``GradCAMpp``.
+
+    The weight of channel k is sum_ij alpha_ij relu(g_ij) with alpha_ij = g_ij^2 / (2 g_ij^2 + g_ij^3 sum_ab A_ab)
+    where g_ij is not 0, else 0. It is computed as 1 / (2 + g_ij sum_ab A_ab), which does not underflow.
+
+    Known faults, not copied (torch-cam 0.5.0, ``GradCAMpp._get_weights``): alpha is divided as
+    ``alpha[idx][mask].div_(...)``, which divides the copy that the boolean index makes, so the weights are
+    sum_ij g_ij^2 relu(g_ij); and the denominator that is meant sums A_ab g_ab^3, not A_ab g_ij^3.
+
+    Source: Chattopadhay et al., WACV 2018, equation 19.
+    """
+
+    def _get_weights(self, class_idx, scores, eps=0.0, **kwargs):
+        """Weights (N, C) per layer; ``eps`` is added to the denominator 2 + g sum A."""
+        self._backprop(scores, class_idx, **kwargs)
+        weights = []
+        for activations, gradients in zip(self.hook_a, self.hook_g):
+            total = activations.flatten(2).sum(-1, keepdim=True)
+            gradients = gradients.flatten(2)
+            weights.append((gradients.relu() / (2 + gradients * total + eps)).nan_to_num(0.0).sum(-1))
+        return weights
+
+
+class CFCAM(GradCAM):
+    """CF-CAM in torch-cam's contract: ``scores = model(images)``, then ``maps = cam(class_idx, scores)``.
+
+    Args:
+        model, target_layer, input_shape: as for torch-cam's extractors; of None the layer is found by a pass on zeros.
+        config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`.
+        kwargs: ``enable_hooks`` and ``reshape_transform``, as there.
+
+    The call returns one (N, h, w) per layer, on the layer's grid and device and in its dtype, from 0 to 1 as torch-cam
+    scales ((x - min) / (max + 1e-8)) unless ``normalized=False``.
+
+    Raises:
+        TypeError, ValueError: as torch-cam and `cfcam_gpu.cf_cam` raise them.
+
+    >>> with CFCAM(model, ["layer3", "layer4"]) as cam:
+    ...     scores = model(images)  # images (2, 3, 224, 224)
+    ...     fused = cam.fuse_cams(cam(285, scores))
+    >>> fused.shape
+    torch.Size([2, 14, 14])
+    """
+
+    def __init__(
+        self,
+        model,
+        target_layer=None,
+        input_shape=(3, 224, 224),
+        *,
+        config=None,
+        backend="auto",
+        clustering="auto",
+        check_finite=None,
+        **kwargs,
+    ):
+        self.config = pipeline.check_config(config)
+        pipeline.choose(backend, clustering)
+        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        super().__init__(model, target_layer, input_shape, **kwargs)
+
+    def _get_weights(self, class_idx, scores, **kwargs):
+        self._backprop(scores, class_idx, **kwargs)
+        return [
+            pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            for activations, gradients in zip(self.hook_a, self.hook_g)
+        ]
+
+    def compute_cams(self, class_idx=None, scores=None, normalized=True, *, targets=None, **kwargs):
+        """The maps without the checks of the arguments, as in torch-cam."""
+        if targets is not None:
+            kwargs["targets"] = targets
+        weights = self._get_weights(class_idx, scores, **kwargs)
+        maps = []
+        with torch.no_grad():
+            for activations, weight in zip(self.hook_a, weights):
+                grid = torch_backend.class_grid(activations, weight)
+                maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
+        return maps
+
+
+_ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+
+
+def accelerate(cam):
+    """A torch-cam extractor, made faster in place: the same object with the same hooks, attributes and numbers.
+
+    ``GradCAM``, ``XGradCAM`` and ``LayerCAM`` become this module's subclasses. All other extractors are returned as
+    they are, with a warning of the logger "cfcam_gpu"; among them ``GradCAMpp``, because the right formula would change
+    its numbers (`GradCAMpp`), ``SmoothGradCAMpp``, and the wrappers ``RefineCAM`` and ``FinerCAM``, whose ``base_cam``
+    can be accelerated.
+
+    Raises:
+        TypeError: ``cam`` is no extractor of torch-cam.
+    """
+    if isinstance(cam, _HeadOnly):
+        return cam
+    if type(cam) in _ACCELERATED:
+        hooked = bool(cam.hook_handles)
+        cam.remove_hooks()
+        cam.__class__ = _ACCELERATED[type(cam)]
+        if hooked:
+            for hook in (cam._hook_a, cam._hook_g):
+                for index, name in enumerate(cam.target_names):
+                    handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
+                    cam.hook_handles.append(handle)
+            cam._watch_model()
+        return cam
+    if not isinstance(cam, (_CAM, _CAMWrapper)):
+        raise TypeError(f"cam must be an extractor of torch-cam, got {type(cam).__name__}")
+    logger.warning("accelerate() leaves torch-cam's %s as it is: it has no faster form here", type(cam).__name__)
+    return cam

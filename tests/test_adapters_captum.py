@@ -1,0 +1,368 @@
+"""captum's contract: the same numbers as its own LayerGradCam, `CFCAM` inside it, and where the original fails."""
+
+import importlib
+import logging
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+import torchvision
+from compare import assert_close
+from torch import nn
+
+pytest.importorskip("captum", reason="captum is not installed (extra: captum)")
+import captum.attr as original
+
+from cfcam_gpu import CFCAMConfig, cf_cam
+from cfcam_gpu.adapters import captum as adapter
+
+LAYERS = {
+    "resnet18": ["layer2", "layer3", "layer4"],
+    "densenet121": ["features.denseblock4"],
+    "vgg16": ["features.28"],  # an in-place ReLU follows
+    "mobilenet_v3_large": ["features.16"],
+    "swin_t": ["features.5"],
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(seed):
+    """The inputs are small: threads that wait for a busy core would take many times longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def resnet18():
+    return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 64, 96)
+
+
+def assert_same(actual, expected, tolerance=2e-6):
+    """Fail unless attributions agree to the tolerance, scaled by max|expected|; and where that would say nothing."""
+    assert type(actual) is type(expected)
+    if isinstance(actual, tuple):
+        assert len(actual) == len(expected)
+        for ours, theirs in zip(actual, expected):
+            assert_same(ours, theirs, tolerance)
+        return
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype and not actual.requires_grad
+    actual, expected = actual.double(), expected.detach().double()
+    scale = expected.abs().max()
+    assert scale > 0, "attributions of zeros agree with everything"
+    assert (actual - expected).abs().max() <= tolerance * scale
+    assert (actual.roll(1, -1) - expected).abs().max() > 1e3 * tolerance * scale, "a shifted answer must not pass"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_numbers(name):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    for layer in LAYERS[name]:
+        theirs = original.LayerGradCam(model, model.get_submodule(layer))
+        ours = adapter.accelerate(theirs)
+        for batch, target in ((1, 7), (5, [1, 2, 3, 5, 999])):
+            batch_images = torch.rand(batch, 3, 64, 96)
+            for options in ({}, {"relu_attributions": True, "attr_dim_summation": False}):
+                expected = theirs.attribute(batch_images, target, **options)
+                assert_same(ours.attribute(batch_images, target, **options), expected)
+
+
+class Grid(nn.Module):
+    """(B, 3, H, W), and optionally a second input and a factor, to (B, 5, 4)."""
+
+    def __init__(self, inplace=False, kind=None):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 24, 3, stride=8)
+        self.split = Split(kind)
+        self.relu = nn.ReLU(inplace)
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, x, other=None, factor=1.0):
+        x = x if other is None else x + 2 * other
+        first, second = self.split(self.convolution(x))
+        return self.head((self.relu(first) + second * factor).tanh().mean((2, 3))).unflatten(1, (5, 4))
+
+
+class Split(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind or tuple
+
+    def forward(self, x):
+        return self.kind((x * 2, x - 1))
+
+
+def pair(values):
+    return namedtuple("Pair", "first second")(*values)
+
+
+TARGETS = {
+    "tuple": (2, 3),
+    "list of tuples": [(2, 3), (0, 1)],
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("kind", [tuple, list], ids=lambda kind: kind.__name__)
+def test_targets_of_three_dimensions_and_tuples_of_tensors(images, target, kind):
+    model = Grid(kind=kind)
+    inputs = (images, torch.rand_like(images))
+    for layer, to_input, n_results in ((model.split, False, 2), (model.convolution, True, 1), (model.relu, True, 1)):
+        for call in (
+            {"inputs": images},
+            {"inputs": inputs, "additional_forward_args": 0.5},
+            {"inputs": images, "additional_forward_args": (inputs[1], 2.0)},
+        ):
+            call.update(target=target, attribute_to_layer_input=to_input)
+            expected = original.LayerGradCam(model, layer).attribute(**call)
+            images.requires_grad_(False), inputs[1].requires_grad_(False)
+            actual = adapter.LayerGradCam(model, layer).attribute(**call)
+            assert_same(actual, expected)
+            assert (len(actual) if isinstance(actual, tuple) else 1) == n_results
+            assert not images.requires_grad and images.is_leaf
+            ours = adapter.CFCAM(model, layer).attribute(**call)
+            assert (len(ours) if isinstance(ours, tuple) else 1) == n_results
+
+
+def test_named_tuples_stay_what_they_are(images):
+    model = Grid(kind=pair)
+    assert len(adapter.LayerGradCam(model, model.split).attribute(images, (0, 1))) == 2
+
+
+@pytest.mark.parametrize(
+    "target", [3, torch.tensor(3), torch.tensor([3]), [3, 5], torch.tensor([3, 5])], ids=lambda t: repr(t)
+)
+def test_targets_of_two_dimensions(resnet18, images, target):
+    expected = original.LayerGradCam(resnet18, resnet18.layer3).attribute(images, target)
+    assert_same(adapter.LayerGradCam(resnet18, resnet18.layer3).attribute(images, target), expected)
+
+
+def test_no_target(resnet18, images):
+    def forward(x):
+        return resnet18(x)[:, 3]
+
+    expected = original.LayerGradCam(forward, resnet18.layer3).attribute(images)
+    assert_same(adapter.LayerGradCam(forward, resnet18.layer3).attribute(images), expected)
+
+
+def test_layers_without_a_grid(resnet18, images):
+    expected = original.LayerGradCam(resnet18, resnet18.fc).attribute(images, 3)
+    torch.testing.assert_close(adapter.LayerGradCam(resnet18, resnet18.fc).attribute(images, 3), expected.detach())
+    with pytest.raises(ValueError, match=r"\(B, C, h, w\), got \(2, 1000\)"):
+        adapter.CFCAM(resnet18, resnet18.fc).attribute(images, 3)
+
+
+@pytest.mark.parametrize("make", [adapter.LayerGradCam, adapter.CFCAM])
+@pytest.mark.parametrize(
+    "target, error", [(None, AssertionError), ([1], AssertionError), ((1, 2), Exception), (5000, Exception)]
+)
+def test_errors_are_the_originals(resnet18, images, make, target, error):
+    with pytest.raises(error) as theirs:
+        original.LayerGradCam(resnet18, resnet18.layer4).attribute(images, target)
+    with pytest.raises(type(theirs.value)):
+        make(resnet18, resnet18.layer4).attribute(images, target)
+
+
+def test_a_layer_that_does_not_run(resnet18, images):
+    for make in (original.LayerGradCam, adapter.LayerGradCam, adapter.CFCAM):
+        with pytest.raises(AssertionError, match="did not obtain"):
+            make(resnet18, nn.ReLU()).attribute(images, 3)
+
+
+def saved_bytes(function):
+    total = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t):
+        function()
+    return sum(total)
+
+
+def test_the_trunk_has_no_graph(resnet18, images):
+    theirs = original.LayerGradCam(resnet18, resnet18.layer4)
+    ours = adapter.accelerate(theirs)
+    assert saved_bytes(lambda: ours.attribute(images, 3)) < saved_bytes(lambda: theirs.attribute(images, 3)) / 2
+
+
+@pytest.mark.parametrize("circumstance", ["frozen", "no_grad", "inference_mode", "compiled"])
+def test_works_in_all_circumstances(resnet18, images, circumstance):
+    expected = original.LayerGradCam(resnet18, resnet18.layer3).attribute(images, torch.tensor([1, 2]))
+    model = resnet18
+    if circumstance == "frozen":
+        model.requires_grad_(False)
+    if circumstance == "compiled":
+        torch._dynamo.reset()
+        model = torch.compile(resnet18, backend="eager")
+        model(images)
+    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(circumstance, torch.enable_grad)
+    with mode():
+        ours = adapter.LayerGradCam(model, resnet18.layer3)
+        assert_same(ours.attribute(images.clone(), torch.tensor([1, 2])), expected)
+        assert torch.is_grad_enabled() == (circumstance not in ("no_grad", "inference_mode"))
+        assert torch.is_inference_mode_enabled() == (circumstance == "inference_mode")
+        if circumstance == "inference_mode":
+            with pytest.raises(RuntimeError):
+                original.LayerGradCam(model, resnet18.layer3).attribute(images.clone(), [1, 2])
+
+
+def test_half_precision(resnet18, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = original.LayerGradCam(resnet18, resnet18.layer3).attribute(images, 3)
+        actual = adapter.LayerGradCam(resnet18, resnet18.layer3).attribute(images, 3)
+    assert_same(actual, expected)
+    resnet18.bfloat16()
+    for make in (adapter.LayerGradCam, adapter.CFCAM):
+        actual = make(resnet18, resnet18.layer3).attribute(images.bfloat16(), 3)
+        assert actual.dtype == torch.bfloat16 and actual.isfinite().all()
+
+
+def test_in_place_behind_the_layer(images):
+    plain, in_place = Grid(False), Grid(True)
+    in_place.load_state_dict(plain.state_dict())
+    expected = original.LayerGradCam(plain, plain.split).attribute(images, (1, 2))
+    assert_same(adapter.LayerGradCam(in_place, in_place.split).attribute(images, (1, 2)), expected)
+
+
+@pytest.mark.parametrize("block", [torch.enable_grad, torch.no_grad])
+def test_a_model_that_switches_autograd_itself(resnet18, images, block):
+    class Switching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Sequential(*list(resnet18.children())[:6])
+            self.rest = nn.Sequential(*list(resnet18.children())[6:9], nn.Flatten(), resnet18.fc)
+
+        def forward(self, x):
+            with block():
+                x = self.trunk(x)
+            return self.rest(x)
+
+    model = Switching().eval()
+    expected = original.LayerGradCam(resnet18, resnet18.layer3).attribute(images, 3)
+    assert_same(adapter.LayerGradCam(model, model.rest[0]).attribute(images, 3), expected)
+    if block is torch.enable_grad:
+        expected = original.LayerGradCam(model, model.trunk[5]).attribute(images, 3)
+        actual = adapter.LayerGradCam(model, model.trunk[5]).attribute(images, 3)
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("options", [{"device_ids": [0]}, {"grad_kwargs": {"create_graph": True}}, {"layer": "embed"}])
+def test_what_is_left_to_captum(resnet18, images, options):
+    layer = resnet18.layer3
+    model, target = resnet18, 3
+    if "layer" in options:
+
+        class Counting(nn.Module):
+            def forward(self, x):
+                return x.round().long()
+
+        layer = Counting()
+        model = nn.Sequential(layer, nn.Flatten())
+        for make in (original.LayerGradCam, adapter.LayerGradCam):
+            with pytest.raises(RuntimeError):
+                make(model, layer).attribute(images, target)
+        return
+    grad_kwargs = options.get("grad_kwargs")
+    results = []
+    for make in (original.LayerGradCam, adapter.LayerGradCam, adapter.CFCAM):
+        attribution = make(model, layer, options.get("device_ids"))
+        results.append(attribution.attribute(images, target, grad_kwargs=grad_kwargs))
+    assert torch.equal(results[0], results[1]) and results[1].requires_grad
+    assert_same(results[2], adapter.CFCAM(model, layer).attribute(images, target))
+
+
+def state(model):
+    return [
+        (name, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ] + [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("make", [adapter.LayerGradCam, adapter.CFCAM])
+def test_state_is_as_before(resnet18, images, make):
+    resnet18.layer1.train()
+    resnet18.conv1.weight.requires_grad_(False)
+    resnet18.fc.weight.grad = torch.ones_like(resnet18.fc.weight)
+    before = state(resnet18)
+    attribution = make(resnet18, resnet18.layer3)
+    attribution.attribute(images, 3)
+    for bad in ((torch.zeros(2, 5, 64, 64), 3), (images, "cat"), (images, None)):
+        with pytest.raises((RuntimeError, AssertionError)):
+            attribution.attribute(*bad)
+        assert state(resnet18) == before and torch.is_grad_enabled()
+    resnet18.fc, fc = nn.Linear(7, 2), resnet18.fc  # fails behind the layer
+    with pytest.raises(RuntimeError):
+        attribution.attribute(images, 3)
+    resnet18.fc = fc
+    assert state(resnet18) == before and (resnet18.fc.weight.grad == 1).all() and torch.is_grad_enabled()
+    assert not images.requires_grad
+
+
+@pytest.mark.parametrize("config", [None, CFCAMConfig.paper()])
+def test_cf_cam(resnet18, images, config):
+    attribution = adapter.CFCAM(resnet18, resnet18.layer3, config=config)
+    assert isinstance(attribution, original.LayerAttribution)
+    assert attribution.attribute.__wrapped__ is adapter.CFCAM.attribute.__wrapped__
+    signed = attribution.attribute(images, [3, 5])
+    layer = original.LayerGradientXActivation(resnet18, resnet18.layer3, multiply_by_inputs=False)
+    gradients = layer.attribute(images, [3, 5]).detach()
+    activations = original.LayerActivation(resnet18, resnet18.layer3).attribute(images).detach()
+    weights = cf_cam(activations, gradients, None, config, backend="reference").weights[:, :, None, None]
+    terms = weights * activations.double()
+    assert signed.shape == (2, 1, 4, 6) and signed.any()
+    assert_close(signed, terms.sum(1, keepdim=True))
+    assert torch.equal(attribution.attribute(images, [3, 5], relu_attributions=True), signed.relu())
+    assert_close(attribution.attribute(images, [3, 5], attr_dim_summation=False), terms)
+    assert attribution.interpolate(signed, (64, 96), "bilinear").shape == (2, 1, 64, 96)
+
+
+def test_cf_cam_choices(resnet18):
+    for options, error in (({"config": "paper"}, TypeError), ({"backend": "gpu"}, ValueError)):
+        with pytest.raises(error):
+            adapter.CFCAM(resnet18, resnet18.layer4, **options)
+
+
+def test_accelerate(resnet18, images, caplog):
+    caplog.set_level(logging.INFO, logger="cfcam_gpu")
+    theirs = original.LayerGradCam(resnet18, resnet18.layer3)
+    theirs.note = "kept"
+    fast = adapter.accelerate(theirs)
+    assert isinstance(fast, original.LayerGradCam) and vars(fast) == vars(theirs) and fast is not theirs
+    assert type(theirs) is original.LayerGradCam and adapter.accelerate(fast) is fast
+    assert fast.get_name() == theirs.get_name()
+    wrapped = type(fast).attribute.__wrapped__(fast, images, 3)
+    assert torch.equal(wrapped, fast.attribute(images, 3)) and not caplog.records
+
+    class Own(original.LayerGradCam):
+        pass
+
+    for make in (original.GuidedGradCam, original.LayerActivation, original.LayerGradientXActivation, Own):
+        attribution = make(resnet18, resnet18.layer3)
+        content = dict(vars(attribution))
+        caplog.clear()
+        assert adapter.accelerate(attribution) is attribution and vars(attribution) == content
+        assert f"{make.__name__} as it is" in caplog.text
+    assert adapter.accelerate(saliency := original.Saliency(resnet18)) is saliency
+    for other in (resnet18, None, original.LayerGradCam):
+        with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
+            adapter.accelerate(other)
+
+
+def test_guided_grad_cam_takes_it_in(resnet18, images):
+    guided = original.GuidedGradCam(resnet18, resnet18.layer3)
+    expected = guided.attribute(images, 3)
+    guided.grad_cam = adapter.accelerate(guided.grad_cam)
+    torch.testing.assert_close(guided.attribute(images, 3), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "captum"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "captum", None)
+    monkeypatch.delitem(sys.modules, "cfcam_gpu.adapters.captum")
+    with pytest.raises(ImportError, match=r'pip install "cfcam_gpu\[captum\]"'):
+        importlib.import_module("cfcam_gpu.adapters.captum")

@@ -26,3 +26,19 @@ def seed(request):
 def rng(seed):
     """NumPy generator on the test's seed."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def one_thread():
+    """For small inputs: threads that wait for a busy core would take many times longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def resnet18(seed):
+    """torchvision's ResNet-18 with random weights, in eval mode."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+    return torchvision.models.resnet18(weights=None).eval()

@@ -33,13 +33,7 @@ METHODS = ("GradCAM", "HiResCAM", "GradCAMElementWise", "GradCAMPlusPlus", "XGra
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # the library's metrics
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The inputs are small: threads that wait for a busy core would take many times longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
 
 def categories(*indices):
@@ -123,11 +117,6 @@ def test_the_originals_numbers(seed, network):
             compared += 1
             np.testing.assert_allclose(fast.outputs.numpy(), slow.outputs.detach().numpy(), atol=1e-5)
     assert compared >= len(METHODS)
-
-
-@pytest.fixture
-def resnet18(seed):
-    return torchvision.models.resnet18(weights=None).eval()
 
 
 @pytest.fixture

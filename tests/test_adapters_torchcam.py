@@ -27,18 +27,7 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(seed):
-    """The inputs are small: threads that wait for a busy core would take many times longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def resnet18():
-    return torchvision.models.resnet18(weights=None).eval()
+pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
 
 @pytest.fixture

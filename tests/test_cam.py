@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import torchvision
 from compare import assert_close
 from torch import nn
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, torch_backend
 from cfcam_gpu.cam import scale_as_grad_cam
 from cfcam_gpu.capture import HeadCapture
-
-
-@pytest.fixture
-def resnet18(seed):
-    return torchvision.models.resnet18(weights=None).eval()
 
 
 @pytest.fixture

@@ -309,3 +309,23 @@ def test_real_activations_of_photographs():
         assert torch.equal(labels, by_sklearn)
         assert labels.max() >= 0
     assert_labels_close_to_reference(activations, CFCAMConfig())
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_product_of_low_precision_is_noticed(precision, rng):
+    """A program may let float32 products round to bfloat16: the labels must stay those of the distances."""
+    rows = torch.from_numpy(np.maximum(rng.normal(size=(770, 49)), 0) * rng.random((770, 1))).float()
+    expected, expected_eps = cluster_host.cluster_image(rows, CFCAMConfig(), "sklearn")
+    exact = rows @ rows.T
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        is_rounded = (rows @ rows.T - exact).abs().max() > 1e-4 * exact.max()
+        certified = cluster_host.certified_neighbours(rows, CFCAMConfig())
+        labels, eps = cluster_host.cluster_image(rows, CFCAMConfig(), "host")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    print(f"the product is {'rounded' if is_rounded else 'exact'} on this processor")
+    assert certified is None or not is_rounded
+    np.testing.assert_array_equal(labels, expected)
+    assert eps == expected_eps

@@ -58,10 +58,10 @@ def filter_gradients(gradients, labels, config):
 
 
 def refusal(activations):
-    """Why the kernels do not take these activations (B, C, h, w), a TypeError or ValueError; None when they do."""
+    """Why the kernels do not take these activations (B, C, h, w), a ValueError; None when they do."""
     if activations.dtype not in launch.DTYPES:
         names = ", ".join(str(dtype) for dtype in launch.DTYPES)
-        return TypeError(f'backend="triton" takes {names}, got {activations.dtype}; use backend="torch"')
+        return ValueError(f'backend="triton" takes {names}, got {activations.dtype}; use backend="torch"')
     n_channels, n_cells = activations.shape[1], activations.shape[2] * activations.shape[3]
     for what, most, got in (
         ("channels", launch.MAX_CHANNELS, n_channels),

@@ -122,7 +122,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
 @pytest.mark.parametrize(
     "activations, error, message",
     [
-        (A.double(), TypeError, "takes torch.float16, torch.bfloat16, torch.float32, got torch.float64; use backend"),
+        (A.double(), ValueError, "takes torch.float16, torch.bfloat16, torch.float32, got torch.float64; use backend"),
         (torch.rand(1, 4097, 1, 2), ValueError, "at most 4096 channels, got 4097"),
         (torch.rand(1, 1, 257, 256), ValueError, "at most 65536 grid cells, got 65792"),
     ],

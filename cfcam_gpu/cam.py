@@ -41,9 +41,8 @@ class CFCAM:
         check_finite=None,
     ):
         self.config = pipeline.check_config(config)
-        pipeline.choose(backend, clustering)
+        self._choices = pipeline.check_choices(backend, clustering, check_finite)
         self.outputs = None
-        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
         self._capture = HeadCapture(model, target_layers, reshape_transform)
 
     def maps(self, input_tensor, targets=None):

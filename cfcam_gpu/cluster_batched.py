@@ -1,7 +1,7 @@
 """Stage 2 for a batch on any device: fixed shapes, no host synchronisation, no data-dependent loop.
 
 Every image is padded to the same number of rows. The padding has infinite distance to everything, so it
-never is a neighbour, and it is subtracted again where points are counted. Memory grows with the square of
+never is a neighbour, and masks keep it out of counts and clusters. Memory grows with the square of
 the rows: callers bound the batch (`bytes_per_image`).
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from cfcam_gpu.config import EPS_FLOOR
 from cfcam_gpu.labels import NOISE
-from cfcam_gpu.ranks import radius_ranks
+from cfcam_gpu.ranks import rank_table
 
 FLOAT32_LENGTH = 256
 """Longest descriptor whose float32 distances stay within 1e-6 of exact, even if a device sums one by one."""
@@ -111,14 +111,7 @@ def _upper_triangle(n, device):
 
 @lru_cache(maxsize=32)
 def _rank_table(n_max, config, device, dtype):
-    """For every number of rows 0..n_max: low, high, fraction of `radius_ranks`, and min_samples.
-
-    A table, because the number of rows is known on the device only; and cached there, because copying it from
-    the host on every call would make the host wait.
-    """
-    ranks = [(0, 0, 0.0)] * 2 + [radius_ranks(n, config.eps_percentile) for n in range(2, n_max + 1)]
-    low, high, fraction = zip(*ranks[: n_max + 1])
-    min_samples = [config.min_samples(n) for n in range(n_max + 1)]
-    integers = (torch.tensor(column, device=device) for column in (low, high, min_samples))
-    low, high, min_samples = integers
+    """`rank_table` as tensors; cached, because copying them from the host on every call would make the host wait."""
+    *ranks, fraction, min_samples = rank_table(n_max, config)
+    low, high, min_samples = (torch.tensor(column, device=device) for column in (*ranks, min_samples))
     return low, high, torch.tensor(fraction, device=device, dtype=dtype), min_samples

@@ -198,6 +198,15 @@ def choose(backend, clustering, activations=None):
     return backend, clustering
 
 
+def check_choices(backend, clustering, check_finite):
+    """The choices of `cf_cam` as its keyword arguments, for objects that are made before the tensors are there.
+
+    Raises what `choose` raises for choices that cannot run on any tensors here.
+    """
+    choose(backend, clustering)
+    return {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+
+
 def _module(backend):
     """The module whose ``cf_cam`` and ``cluster_channels`` are the backend's; imported when it is first asked for."""
     return torch_backend if backend == "torch" else importlib.import_module(f"cfcam_gpu.{backend}_backend")

@@ -26,3 +26,13 @@ def radius_ranks(n_points, percentile):
     position = (n_ordered - 1) * (percentile / 100)
     floor = math.floor(position)
     return floor // 2, min(floor + 1, n_ordered - 1) // 2, position - floor
+
+
+def rank_table(max_points, config):
+    """For every number of points 0..max_points: lists of low, high, fraction of `radius_ranks`, and min_samples.
+
+    For devices, on which alone the number of points is known.
+    """
+    ranks = [(0, 0, 0.0)] * 2 + [radius_ranks(n, config.eps_percentile) for n in range(2, max_points + 1)]
+    low, high, fraction = zip(*ranks[: max_points + 1])
+    return low, high, fraction, [config.min_samples(n) for n in range(max_points + 1)]

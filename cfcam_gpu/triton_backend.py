@@ -21,7 +21,7 @@ from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.order_statistic import refine
 from cfcam_gpu.kernels.pairwise_distances import TILE, distance_matrices, pairwise_distances
-from cfcam_gpu.ranks import dominant_rank, radius_ranks
+from cfcam_gpu.ranks import dominant_rank, rank_table
 
 WORKSPACE_BYTES = 4 * 2**30
 """Device memory the distances and masks of one launch may take; larger batches go in chunks."""
@@ -167,14 +167,11 @@ def _pooling(height, width, sigma, boundary, device):
 @lru_cache(maxsize=64)
 def _rank_table(max_rows, config, device):
     """For every number of rows 0..max_rows: the low rank and the fraction of eps, and min_samples."""
-    ranks = [(0, 0, 0.0)] * 2 + [radius_ranks(n, config.eps_percentile) for n in range(2, max_rows + 1)]
-    ranks = ranks[: max_rows + 1]
-    low = torch.tensor([low for low, _, _ in ranks], dtype=torch.int32, device=device)
+    low, high, fraction, min_samples = rank_table(max_rows, config)
     # Where both ends are the same rank there is nothing to interpolate.
-    fraction = [fraction if low != high else 0.0 for low, high, fraction in ranks]
-    min_samples = [config.min_samples(n) for n in range(max_rows + 1)]
+    fraction = [0.0 if below == above else part for below, above, part in zip(low, high, fraction)]
     return (
-        low,
+        torch.tensor(low, dtype=torch.int32, device=device),
         torch.tensor(fraction, dtype=torch.float32, device=device),
         torch.tensor(min_samples, dtype=torch.int32, device=device),
     )

@@ -96,8 +96,7 @@ class CFCAM(LayerAttribution, GradientAttribution):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)
         self.config = pipeline.check_config(config)
-        pipeline.choose(backend, clustering)
-        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        self._choices = pipeline.check_choices(backend, clustering, check_finite)
 
     @log_usage(part_of_slo=True)
     def attribute(

@@ -270,7 +270,7 @@ class HeadOnlyCAM:
                 terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * activations
                 grid = (principal_projection(terms) if eigen_smooth else _sum(terms, 1)).relu_()
             else:
-                grid = _backend(activations).class_grid(activations, weights)
+                grid = pipeline.class_grid(activations, weights)
         return grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
@@ -319,8 +319,7 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
         check_finite=None,
     ):
         self.config = pipeline.check_config(config)
-        pipeline.choose(backend, clustering)
-        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        self._choices = pipeline.check_choices(backend, clustering, check_finite)
         super().__init__(model, target_layers, reshape_transform)
 
     def channel_weights(self, activations, gradients):
@@ -435,12 +434,6 @@ def _sum(values, dims):
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy().sum(dims))
     return values.sum(dims)
-
-
-def _backend(activations):
-    """The module whose ``class_grid`` is fastest for these activations."""
-    backend, _ = pipeline.choose("auto", "auto", activations)
-    return pipeline._module(backend)
 
 
 def _scaled(maps):

@@ -38,7 +38,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu import pipeline
 from cfcam_gpu.capture import _eager_without_grad, _Root
 
 try:
@@ -219,8 +219,7 @@ class CFCAM(GradCAM):
         **kwargs,
     ):
         self.config = pipeline.check_config(config)
-        pipeline.choose(backend, clustering)
-        self._choices = {"backend": backend, "clustering": clustering, "check_finite": check_finite}
+        self._choices = pipeline.check_choices(backend, clustering, check_finite)
         super().__init__(model, target_layer, input_shape, **kwargs)
 
     def _get_weights(self, class_idx, scores, **kwargs):
@@ -238,7 +237,7 @@ class CFCAM(GradCAM):
         maps = []
         with torch.no_grad():
             for activations, weight in zip(self.hook_a, weights):
-                grid = torch_backend.class_grid(activations, weight)
+                grid = pipeline.class_grid(activations, weight)
                 maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
         return maps
 

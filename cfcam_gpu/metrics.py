@@ -247,8 +247,7 @@ def ssim(maps, other_maps):
         maps, other_maps: (B, H, W), floating point, in [0, 1], H and W at least 6.
 
     Returns:
-        (B,) float64: variances are differences of nearly equal numbers, which float32, and TF32 all the more, would
-        leave to rounding in flat parts of a map.
+        (B,) float64, computed in float32 on a CPU (float64 for float64 maps).
 
     Raises:
         TypeError, ValueError: the maps are no floating-point (B, H, W) of one shape and device, too small, outside
@@ -267,9 +266,12 @@ def ssim(maps, other_maps):
     maps, other_maps = _check_pair(maps, other_maps, unit_range=True)
     if min(maps.shape[1:]) <= SSIM_RADIUS:
         raise ValueError(f"maps must be at least {SSIM_RADIUS + 1} pixels high and wide, got {tuple(maps.shape)}")
+    # A variance is a difference of nearly equal numbers: the TF32 of a GPU's convolutions would leave flat parts of a
+    # map to rounding. Float64 is safe from it, but costs nine times as much as float32 on a CPU.
+    dtype = torch.promote_types(maps.dtype, torch.float32) if maps.device.type == "cpu" else torch.float64
     with plain_arithmetic(maps.device):
-        pair = (each.double()[:, None] for each in (maps, other_maps))
-        return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+        pair = (each.to(dtype)[:, None] for each in (maps, other_maps))
+        return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").double()
 
 
 @torch.no_grad()
@@ -599,7 +601,7 @@ def pointing_game(maps, cells):
     cells = _classes(cells, batch, maps.device, n_classes=4, name="cells")
     positive = maps.clamp_min(0).double().view(batch, 2, height // 2, 2, width // 2)
     energy, peak = (each.flatten(1) for each in (positive.sum((2, 4)), positive.amax((2, 4))))  # (B, 4)
-    total, right = energy.sum(1), F.one_hot(cells, 4).bool()
+    total, right = energy.sum(1), cells[:, None] == torch.arange(4, device=maps.device)
     inside = (energy * right).sum(1)
     hit = peak.masked_fill(~right, -torch.inf).amax(1) > peak.masked_fill(right, -torch.inf).amax(1)
     return PointingGame(inside / total, hit, total == 0)
@@ -642,7 +644,9 @@ def bootstrap_ci(values, minus=None, *, confidence=0.95, resamples=10_000, seed=
     Interval(mean=0.021, low=0.004, high=0.039, n=200)
     """
     values, *others = (
-        np.asarray(torch.as_tensor(each).detach().cpu().double()) for each in (values, minus) if each is not None
+        np.asarray(torch.as_tensor(each, dtype=torch.float64).detach().cpu())
+        for each in (values, minus)
+        if each is not None
     )
     if values.ndim != 1:
         raise ValueError(f"values must have shape (B,), got {values.shape}")

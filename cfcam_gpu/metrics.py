@@ -100,7 +100,7 @@ def insertion_deletion(
         TypeError: an argument is of the wrong kind.
         ValueError: shapes or devices that do not match, an empty batch, NaN, a class, a count or a name out of range.
 
-    Source: Petsiuk et al., RISE, BMVC 2018, section 4.3. Departures: RISE blurs with an 11 x 11 kernel, which leaves
+    Source: Petsiuk et al., RISE, BMVC 2018. Departures: RISE blurs with an 11 x 11 kernel, which leaves
     more of the evidence in place. jerryp-hfut/CF-CAM@c227652 metrics/auc.py is steps=100 with "zero" for both.
 
     >>> curves = insertion_deletion(model, images, maps, targets=[285, 282])  # images (2, 3, 224, 224)
@@ -183,7 +183,7 @@ def average_drop(model, images, maps, targets=None, *, variant="standard", fill=
     Raises:
         TypeError, ValueError: as for `insertion_deletion`; also maps outside [0, 1], an unknown variant.
 
-    Source: Chattopadhay et al., Grad-CAM++, WACV 2018, section 4.1; jerryp-hfut/CF-CAM@c227652 metrics/ad.py.
+    Source: Chattopadhay et al., Grad-CAM++, WACV 2018; jerryp-hfut/CF-CAM@c227652 metrics/ad.py.
 
     >>> average_drop(model, images, maps, targets=[285, 282])  # images (2, 3, 224, 224)
     tensor([0.1042, 0.0000])
@@ -217,7 +217,7 @@ def increase_in_confidence(model, images, maps, targets=None, *, variant="standa
     Raises:
         TypeError, ValueError: as for `average_drop`.
 
-    Source: Chattopadhay et al., Grad-CAM++, WACV 2018, section 4.1; jerryp-hfut/CF-CAM@c227652 metrics/ai.py.
+    Source: Chattopadhay et al., Grad-CAM++, WACV 2018; jerryp-hfut/CF-CAM@c227652 metrics/ai.py.
 
     >>> increase_in_confidence(model, images, maps, targets=[285, 282])  # images (2, 3, 224, 224)
     tensor([0., 1.])
@@ -334,6 +334,7 @@ def class_sensitivity(maps, other_maps):
     >>> bootstrap_ci(result.ssim_distance).mean, int(result.zero.sum())
     (0.68, 0)
     """
+    maps, other_maps = _check_pair(maps, other_maps, unit_range=True)
     similarity, ranks = ssim(maps, other_maps), rank_correlation(maps, other_maps)
     zero = _is_zero(maps) | _is_zero(other_maps)
     return ClassSensitivity(*((1 - each).masked_fill(zero, torch.nan) for each in (similarity, ranks)), zero)
@@ -406,7 +407,7 @@ def _noise_stability(maps_of, tensor, scale, stds, draws, generator):
         raise ValueError(f"stds must be one or more numbers >= 0, got {stds}")
     draws = _check_count("draws", draws)
     tensor = tensor.detach()
-    clean = maps_of(tensor).detach()
+    clean = _check_maps("maps", maps_of(tensor))
     total = torch.zeros(len(tensor), len(stds), dtype=torch.float64, device=clean.device)
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     for _ in range(draws):
@@ -454,7 +455,7 @@ def parameter_randomization(maps_of_model, model, images, layers=None, *, cascad
     Raises:
         TypeError, ValueError, ImportError: as for `ssim`; a layer that is not in the model, no layer.
 
-    Source: Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018, section 4.
+    Source: Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018.
 
     >>> maps_of = lambda model, images: CFCAM(model, [model.layer4]).maps(images, classes)
     >>> parameter_randomization(maps_of, resnet18, images).layers
@@ -469,11 +470,11 @@ def parameter_randomization(maps_of_model, model, images, layers=None, *, cascad
     if not layers:
         raise ValueError("layers must name one module or more, got none")
     changed, random = deepcopy(model), _randomized(model, seed)
-    clean = maps_of_model(changed, images).detach()
+    clean = _check_maps("maps", maps_of_model(changed, images))
     columns = []
     for name in layers:
         _copy_weights(random, changed, name)
-        maps = maps_of_model(changed, images).detach()
+        maps = _check_maps("maps", maps_of_model(changed, images))
         zero = _is_zero(clean) | _is_zero(maps)
         measures = ssim(clean, maps), rank_correlation(clean, maps)
         columns.append((*(measure.masked_fill(zero, torch.nan) for measure in measures), zero))
@@ -533,8 +534,8 @@ def mosaics(images, classes, n, rng, *, shrink=False):
         TypeError: an argument is of the wrong kind.
         ValueError: a wrong number of classes, fewer than four different ones, n < 1, a size that cannot be halved.
 
-    Source: Böhle et al., Convolutional Dynamic Alignment Networks, CVPR 2021, section 4.2, who take the images that the
-    network is surest of; which images to pass is the caller's choice here.
+    Source: Böhle et al., Convolutional Dynamic Alignment Networks, CVPR 2021. Departures: the grid is 2 x 2 always, and
+    which images to pass (there: those that the network is surest of) is the caller's choice.
 
     >>> grids = mosaics(images, classes, n=100, rng=0)  # images (50, 3, 224, 224)
     >>> grids.images.shape, grids.classes.shape
@@ -587,8 +588,8 @@ def pointing_game(maps, cells):
         TypeError: an argument is of the wrong kind.
         ValueError: shapes that do not match, an odd size, NaN, a cell that is not 0 to 3.
 
-    Source: Böhle et al., CVPR 2021, section 4.2, the localisation metric: energy. The peak: Zhang et al., Top-down
-    neural attention by excitation backprop, ECCV 2016.
+    Source: the energy is the localisation metric of Böhle et al., CVPR 2021; the peak is the pointing game of Zhang et
+    al., Top-down Neural Attention by Excitation Backprop, ECCV 2016, with cells for objects.
 
     >>> maps = cam.maps(grids.images, targets=grids.classes[:, 0])  # of the class at the top left
     >>> pointing_game(maps, cells=[0] * len(maps)).energy.shape
@@ -638,7 +639,7 @@ def bootstrap_ci(values, minus=None, *, confidence=0.95, resamples=10_000, seed=
     Raises:
         ValueError: fewer than two values, shapes that do not match, infinity, a confidence out of range.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
     >>> bootstrap_ci(curves.insertion, minus=other_curves.insertion)
     Interval(mean=0.021, low=0.004, high=0.039, n=200)

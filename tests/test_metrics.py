@@ -654,6 +654,9 @@ def test_other_libraries_arrays_and_half_precision(problem):
     expected = metrics.insertion_deletion(model, images, maps, targets, steps=4)
     result = metrics.insertion_deletion(model, images, maps.numpy(), targets, steps=4)
     assert torch.equal(result.insertion, expected.insertion)
+    assert metrics.class_sensitivity(maps.numpy(), maps.numpy()).ssim_distance.abs().max() < 1e-6
+    stability = metrics.input_noise_stability(lambda noisy: noisy.mean(1).sigmoid().numpy(), images, [0.0])
+    assert_close(stability.ssim, torch.ones(3, 1))
     half = metrics.average_drop(model.bfloat16(), images.bfloat16(), maps.bfloat16(), targets)
     assert half.dtype == torch.float32 and half.isfinite().all()
 

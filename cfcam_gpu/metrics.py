@@ -136,7 +136,6 @@ def pixel_ranks(maps):
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand_as(order)).view_as(maps)
 
 
-@torch.no_grad()
 def blurred(images, sigma_pixels=BLUR_SIGMA_PIXELS):
     """Images under a Gaussian filter, the edge pixels continued outwards: (B, C, H, W), dtype of the images.
 
@@ -156,7 +155,8 @@ def blurred(images, sigma_pixels=BLUR_SIGMA_PIXELS):
         _constant(filter_matrix, (size, float(sigma_pixels), "nearest"), images.device, images.dtype)
         for size in images.shape[2:]
     )
-    return filter_grids(images.flatten(0, 1), rows, columns).view_as(images)
+    with plain_arithmetic(images.device):
+        return filter_grids(images.flatten(0, 1), rows, columns).view_as(images)
 
 
 @torch.no_grad()
@@ -236,7 +236,6 @@ def increase_in_confidence(model, images, maps, targets=None, *, variant="standa
 # Similarity of maps, and class sensitivity.
 
 
-@torch.no_grad()
 def ssim(maps, other_maps):
     """Structural similarity of two maps, per image: (B,), 1 for equal maps.
 
@@ -297,7 +296,7 @@ def rank_correlation(maps, other_maps):
 
 def _centred_ranks(values):
     """Average ranks of each row, less their mean: (B, N) -> float64 (B, N)."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
+    values = values.contiguous()
     ordered = values.sort(dim=1).values
     # An entry's equals lie between these two places; their average rank is the middle.
     below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
@@ -377,7 +376,7 @@ def gradient_noise_stability(activations, gradients, method, stds, *, draws=5, g
     """
     if gradients.shape != activations.shape:
         raise ValueError(f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}")
-    # In float64: the squares of gradients of 1e-20 would vanish in float32.
+    # In float64: the squares of gradients of 1e-25 would vanish in float32.
     scale = gradients.detach().double().flatten(1).square().mean(1).sqrt()
     return _noise_stability(lambda noisy: method(activations, noisy), gradients, scale, stds, draws, generator)
 

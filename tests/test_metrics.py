@@ -201,7 +201,8 @@ def test_baselines(problem):
     model, images, maps, targets = problem
     scipy = pytest.importorskip("scipy.ndimage", reason="SciPy is not installed (extra: reference)")
     blur = scipy.gaussian_filter(images.numpy(), 10, axes=(2, 3), mode="nearest")
-    assert_close(metrics.blurred(images), blur)
+    with torch.autocast("cpu"):
+        assert_close(metrics.blurred(images), blur)
     means = images.numpy().mean((2, 3), keepdims=True) + np.zeros_like(blur)
     for name, values in (("blurred", blur), ("mean", means), ("zero", 0 * blur)):
         expected = probabilities(model, torch.from_numpy(values), targets)
@@ -340,6 +341,32 @@ def test_ssim_as_scikit_image(dtype, shape, rng):
     assert abs(actual[0] - 1) < 1e-6 and actual[2] < 0.6
 
 
+@pytest.mark.parametrize(
+    "device, dtype, computed",
+    [
+        ("cpu", torch.float32, torch.float32),
+        ("cpu", torch.bfloat16, torch.float32),
+        ("cpu", torch.float64, torch.float64),
+        ("meta", torch.float32, torch.float64),  # stands for a GPU, whose convolutions would round to TF32
+    ],
+)
+def test_arithmetic_of_ssim(device, dtype, computed, monkeypatch):
+    import torchmetrics.functional.image as home
+
+    seen, original = [], home.structural_similarity_index_measure
+
+    def spy(first, second, **options):
+        assert device == "meta" or not torch.is_autocast_enabled(device)
+        seen.extend((first.dtype, second.dtype))
+        return original(first, second, **options)
+
+    monkeypatch.setattr(home, "structural_similarity_index_measure", spy)
+    maps = torch.rand(2, 8, 8, dtype=dtype, device=device)
+    with torch.autocast("cpu"):
+        result = metrics.ssim(maps, maps)
+    assert seen == [computed, computed] and result.dtype == torch.float64 and result.shape == (2,)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 5, 10**6])  # constant; half and half; many ties; hardly any
 def test_rank_correlation_as_scipy(levels, rng):
     scipy = pytest.importorskip("scipy.stats", reason="SciPy is not installed (extra: reference)")
@@ -356,9 +383,10 @@ def test_rank_correlation_as_scipy(levels, rng):
             assert abs(actual[index].item() - expected) < 1e-12
 
 
+@pytest.mark.filterwarnings("error")  # searchsorted warns of strides
 def test_rank_correlation_in_half_precision_and_of_views(seed):
-    maps, other = torch.rand(9, 7, 2).permute(2, 0, 1), torch.rand(2, 9, 7)
-    for dtype in (torch.float16, torch.bfloat16):
+    maps, other = torch.rand(9, 7, 2).permute(2, 0, 1), torch.rand(4, 9, 7)[::2]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         rounded = maps.to(dtype), other.to(dtype)
         expected = metrics.rank_correlation(*(each.double() for each in rounded))
         assert_close(metrics.rank_correlation(*rounded), expected, torch.float64)
@@ -395,7 +423,7 @@ def grad_cam(activations, gradients):
 
 def test_gradient_noise_stability(seed):
     activations, gradients = torch.rand(3, 16, 8, 8), torch.rand(3, 16, 8, 8)
-    gradients *= torch.tensor([1e-20, 1.0, 1e4])[:, None, None, None]
+    gradients *= torch.tensor([1e-25, 1.0, 1e4])[:, None, None, None]
     stds, draws, seen = [0.0, 0.5, 2.0], 4, []
 
     def method(given, noisy):
@@ -424,7 +452,7 @@ def test_gradient_noise_stability(seed):
         assert (noise.mean((0, 2, 3, 4)).abs() <= 0.1 * std * rms).all()
         assert std == 0 or len({each.double().sum().item() for each in noises}) == draws
     assert_close(result[:, 0], [1, 1, 1])
-    assert (result[:, 2] < result[:, 1]).all() and (result[:, 1] < 0.999).all()
+    assert (result[:, 2] < result[:, 1]).all() and (result[:, 1] < 0.9999).all()
     assert torch.equal(run(grad_cam), result) and not torch.equal(run(grad_cam, seed=4), result)
     assert_close(run(lambda given, noisy: grad_cam(given, given)), torch.ones(3, 3))  # what ignores the gradient
 
@@ -475,8 +503,8 @@ class Named(nn.Module):
 
 def class_maps(model, images):
     with torch.no_grad():
-        grid = torch.einsum("c,bchw->bhw", model.head.weight[1], model.features(images)).relu()
-        return grid / grid.amax((1, 2), keepdim=True).clamp_min(1e-30)
+        grid = torch.einsum("c,bchw->bhw", model.head.weight[1], model.features(images)).abs()  # never all zero
+        return grid / grid.amax((1, 2), keepdim=True)
 
 
 CHILDREN = ("head", "scale", "norm", "stem")
@@ -508,10 +536,11 @@ def test_parameter_randomization_of_maps_that_depend_on_the_weights(seed):
     model, images = Named().eval(), torch.randn(3, 3, 32, 32)
     result = metrics.parameter_randomization(class_maps, model, images, seed=5)
     assert result.ssim.shape == result.rank.shape == result.zero.shape == (3, 4)
-    assert (result.ssim.nan_to_num(0) < 0.9).all()
+    assert not result.zero.any()
+    assert (result.ssim < 0.99).all() and (result.rank < 0.99).all()
     again, other = (metrics.parameter_randomization(class_maps, model, images, seed=each) for each in (5, 6))
-    assert torch.equal(result.ssim.nan_to_num(9), again.ssim.nan_to_num(9))
-    assert not torch.equal(result.ssim.nan_to_num(9), other.ssim.nan_to_num(9))
+    assert torch.equal(result.ssim, again.ssim) and torch.equal(result.rank, again.rank)
+    assert not torch.equal(result.ssim, other.ssim)
     only = metrics.parameter_randomization(class_maps, model, images, ["stem"], seed=5)
     assert only.layers == ("stem",) and only.ssim.shape == (3, 1)
 

@@ -100,8 +100,8 @@ def insertion_deletion(
         TypeError: an argument is of the wrong kind.
         ValueError: shapes or devices that do not match, an empty batch, NaN, a class, a count or a name out of range.
 
-    Source: Petsiuk et al., RISE, BMVC 2018. Departures: RISE blurs with an 11 x 11 kernel, which leaves
-    more of the evidence in place. jerryp-hfut/CF-CAM@c227652 metrics/auc.py is steps=100 with "zero" for both.
+    Source: Petsiuk et al., RISE, BMVC 2018. Departure: RISE blurs with an 11 x 11 kernel, which leaves more of the
+    evidence in place. jerryp-hfut/CF-CAM@c227652 metrics/auc.py is close to steps=100 with "zero" for both.
 
     >>> curves = insertion_deletion(model, images, maps, targets=[285, 282])  # images (2, 3, 224, 224)
     >>> curves.insertion.shape, curves.insertion_curve.shape

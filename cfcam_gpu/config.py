@@ -20,6 +20,9 @@ FLAT_RANGE = 1e-6
 MAX_SIGMA_CELLS = 1024.0
 """Largest sigma: a filter far wider than any grid only wastes memory."""
 
+MAX_AFFINITY_POWER = 16.0
+"""Largest affinity_power: it multiplies the rounding of the cosine, and beyond it hardly a cell is alike to another."""
+
 
 @dataclass(frozen=True)
 class CFCAMConfig:
@@ -41,6 +44,10 @@ class CFCAMConfig:
             a softmax over the kept channels, as published. Pooled gradients are so small that the softmax
             is nearly uniform: such maps hardly depend on the class.
         normalize: "minmax" maps to [0, 1]; "max" divides by the maximum, as published.
+        affinity_power: averages the weighted sum of the channels over the cells with alike features before the
+            ReLU: cell q counts for cell p with max(0, cos(a_p, a_q))^affinity_power, a_p being p's activations in
+            all channels; in [0, 16], 0 for no averaging. The data-dependent filter of this package, not published.
+            Time and memory traffic grow with the square of the grid's cells.
 
     Raises:
         TypeError: a number is not a real number, or a choice is not a string.
@@ -60,6 +67,7 @@ class CFCAMConfig:
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
+    affinity_power: float = 0.0
 
     def __post_init__(self):
         for name, low, high in (
@@ -67,6 +75,7 @@ class CFCAMConfig:
             ("eps_percentile", 0.0, 100.0),
             ("min_samples_fraction", 0.0, 1.0),
             ("sigma", 0.0, MAX_SIGMA_CELLS),
+            ("affinity_power", 0.0, MAX_AFFINITY_POWER),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):

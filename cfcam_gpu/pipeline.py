@@ -106,19 +106,20 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     return restore(labels), restore(eps)
 
 
-def class_grid(activations, weights, relu=True):
+def class_grid(activations, weights, relu=True, affinity_power=0.0):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w), floating point, any strides.
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own; on the same device.
+        affinity_power: as in `CFCAMConfig`; 0 for the sum as it is.
 
     Returns:
         float32, or float64 for float64 activations.
     """
     backend, _ = choose("auto", "auto", activations)
     with plain_arithmetic(activations.device):
-        return _module(backend).class_grid(activations, weights, relu)
+        return _module(backend).class_grid(activations, weights, relu, affinity_power)
 
 
 @contextmanager

@@ -131,8 +131,20 @@ def channel_weights(filtered, labels, config):
 
 def class_map(activations, weights, output_size, config):
     """The normalised map of one image: (H, W) in [0, 1]."""
-    grid = np.maximum(np.tensordot(weights, activations, 1), 0)
-    return normalize(resize(grid, output_size), config)
+    grid = np.tensordot(weights, activations, 1)
+    if config.affinity_power > 0:
+        grid = average_alike_cells(grid, activations, config.affinity_power)
+    return normalize(resize(np.maximum(grid, 0), output_size), config)
+
+
+def average_alike_cells(grid, activations, power):
+    """Each cell's mean of grid (h, w) over all cells, weighted by max(0, cos)^power of their activations (C, h, w)."""
+    cells = activations.reshape(len(activations), -1).T
+    norms = np.linalg.norm(cells, axis=1, keepdims=True)
+    cells = cells / np.where(norms > 0, norms, 1)
+    affinity = np.maximum(cells @ cells.T, 0) ** power
+    total = affinity.sum(1)  # 0 for a cell without features
+    return (affinity @ grid.ravel() / np.where(total > 0, total, 1)).reshape(grid.shape)
 
 
 def resize(grid, output_size):

@@ -19,6 +19,9 @@ from cfcam_gpu.ranks import dominant_rank, radius_ranks
 CHUNK_BYTES = 512 * 2**20
 """Extra memory the batched clustering may take at once; larger batches go in chunks."""
 
+AFFINITY_BYTES = 32 * 2**20
+"""Memory the affinities between cells may take at once."""
+
 
 def cf_cam(activations, gradients, output_size, config, engine):
     """All five stages for a batch.
@@ -195,15 +198,16 @@ def _constant(function, args, device, dtype):
 
 def class_map(activations, weights, output_size, config):
     """The normalised maps of a batch: (B, H, W) in [0, 1]."""
-    return normalize(resize(class_grid(activations, weights), output_size), config)
+    return normalize(resize(class_grid(activations, weights, True, config.affinity_power), output_size), config)
 
 
-def class_grid(activations, weights, relu=True):
+def class_grid(activations, weights, relu=True, affinity_power=0.0):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w).
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
+        affinity_power: above 0, the sum is averaged over alike cells first (`average_alike_cells`).
     """
     activations, weights = as_computed(activations), weights.detach()
     if weights.ndim == 4:
@@ -211,7 +215,32 @@ def class_grid(activations, weights, relu=True):
     else:
         grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2))
         grid = grid.view(len(grid), *activations.shape[2:])
+    if affinity_power > 0:
+        grid = average_alike_cells(grid, activations, affinity_power)
     return grid.relu_() if relu else grid
+
+
+def average_alike_cells(grids, activations, power):
+    """Each cell's mean of grids (B, h, w) over all cells, weighted by max(0, cos)^power of their (B, C, h, w)."""
+    cells = as_computed(activations).flatten(2)
+    norms = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
+    cells = cells / torch.where(norms > 0, norms, 1)
+    values = grids.flatten(1)[:, :, None]
+    # In blocks of images, or of cells: the affinities of a large grid or batch would not fit in memory at once.
+    # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
+    n_cells = values.shape[1]
+    row_bytes = n_cells * values.element_size()
+    images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // (n_cells * row_bytes))
+    rows = max(1, min(n_cells, AFFINITY_BYTES // row_bytes))
+    averaged = torch.empty_like(values)
+    for image in range(0, len(cells), images):
+        chunk = slice(image, image + images)
+        for row in range(0, n_cells, rows):
+            block = slice(row, row + rows)
+            affinity = torch.bmm(cells[chunk, :, block].transpose(1, 2), cells[chunk]).clamp_min_(0).pow_(power)
+            mass = affinity.sum(2, keepdim=True)  # 0 for a cell without features
+            averaged[chunk, block] = torch.bmm(affinity, values[chunk]) / torch.where(mass > 0, mass, 1)
+    return averaged.view_as(grids)
 
 
 def resize(grid, output_size):

@@ -13,6 +13,7 @@ from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
 from cfcam_gpu.gaussian import pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
+from cfcam_gpu.kernels.affinity_sum import affinity_sum
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.channel_weights import channel_weights
 from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum
@@ -98,16 +99,22 @@ def _cf_cam(activations, gradients, output_size, config, engine):
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
     cells = transposed.transpose(1, 2)
-    grid = weighted_sum(cells, weights[:, :, None].expand_as(cells)).view(-1, height, width)
+    grid = _sum(cells, weights[:, :, None].expand_as(cells), True, config.affinity_power).view(-1, height, width)
     return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize == "minmax"), labels, weights, eps
 
 
-def class_grid(activations, weights, relu=True):
+def class_grid(activations, weights, relu=True, affinity_power=0.0):
     """The weighted sum over channels on the layer's own grid, as `torch_backend.class_grid`, by the kernel."""
     weights = weights.detach()
     weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, activations[0, 0].numel())
-    grid = weighted_sum(activations.detach().flatten(2), weights, relu)
+    grid = _sum(activations.detach().flatten(2), weights, relu, affinity_power)
     return grid.view(len(grid), *activations.shape[2:])
+
+
+def _sum(activations, weights, relu, affinity_power):
+    if affinity_power > 0:
+        return affinity_sum(activations, weights, affinity_power, relu)
+    return weighted_sum(activations, weights, relu)
 
 
 def _cluster_channels(activations, config, engine):

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 KERNELS = {
     "adjacency_kernel",
+    "affinity_sum_kernel",
     "channel_statistics_kernel",
     "channel_weights_kernel",
     "connected_components_kernel",

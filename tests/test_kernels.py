@@ -269,6 +269,35 @@ def test_map_kernels_equal_torch(old, new, channels, seed):
         assert_close(maps, torch_backend.normalize(torch_backend.resize(expected, new), config))
 
 
+@pytest.mark.parametrize("shape", [(3, 37, 3, 5), (2, 70, 9, 8), (1, 20, 17, 16)])  # one block, several, large blocks
+@pytest.mark.parametrize("power", [0.5, 1.0, 4.0])
+def test_affinity_sum_equals_the_torch_backend(shape, power, seed):
+    activations = torch.randn(shape).relu()
+    activations[0, :, 0, 0] = 0  # a cell without features
+    for weights in (torch.randn(shape[:2]), torch.randn(shape)):  # of a channel, of a cell
+        for relu in (True, False):
+            expected = torch_backend.class_grid(activations.double(), weights.double(), relu, power)
+            for layout in (activations, activations.to(memory_format=torch.channels_last)):
+                assert_close(triton_backend.class_grid(layout.to(DEVICE), weights.to(DEVICE), relu, power), expected)
+
+
+@pytest.mark.parametrize("dtype", launch.DTYPES)
+@pytest.mark.parametrize("shape", [(3, 70, 7, 7), (1, 33, 17, 16)])
+def test_affinity_equals_the_reference(shape, dtype, seed):
+    activations, gradients = activations_like(shape, dtype=dtype), torch.randn(shape).to(dtype)
+    compare_with_reference(activations, gradients, CFCAMConfig(affinity_power=3.0))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("shape", [(64, 2048, 7, 7), (3, 512, 14, 14), (1, 256, 56, 56)])
+def test_affinity_at_real_shapes(shape, seed):
+    activations, weights = activations_like(shape), torch.randn(shape[:2])
+    expected = torch_backend.class_grid(activations.double(), weights.double(), True, 4.0)
+    first, second = (triton_backend.class_grid(activations.cuda(), weights.cuda(), True, 4.0) for _ in range(2))
+    assert torch.equal(first, second), "two runs must be bit-identical"
+    assert_close(first, expected)
+
+
 def launched(monkeypatch, run=True):
     """Counts kernel launches; ``run=False`` skips them."""
     from cfcam_gpu.kernels.class_map import weighted_sum_kernel
@@ -284,13 +313,14 @@ def launched(monkeypatch, run=True):
     return names
 
 
+@pytest.mark.parametrize("affinity_power", [0.0, 4.0])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_at_most_ten_launches_a_batch(batch, seed, monkeypatch):
+def test_at_most_ten_launches_a_batch(batch, affinity_power, seed, monkeypatch):
     names = launched(monkeypatch)
-    shape = (batch, 20, 3, 3)
-    arguments = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), CFCAMConfig(), "batched"
-    triton_backend.cf_cam(*arguments)
+    shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_power=affinity_power)
+    triton_backend.cf_cam(activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), config, "batched")
     assert 1 <= len(names) <= 10, names
+    assert ("affinity_sum_kernel" in names) == (affinity_power > 0)
 
 
 def test_launchers_never_wait(seed, monkeypatch):

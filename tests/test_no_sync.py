@@ -37,7 +37,10 @@ class NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("config", [CFCAMConfig(), CFCAMConfig.paper(), CFCAMConfig(descriptor="unit")])
+@pytest.mark.parametrize(
+    "config",
+    [CFCAMConfig(), CFCAMConfig(affinity_power=4.0), CFCAMConfig.paper(), CFCAMConfig(descriptor="unit")],
+)
 def test_device_path_never_waits(config, seed):
     activations, gradients = activations_like((3, 60, 5, 5)), torch.randn(3, 60, 5, 5)
     arguments = (activations, gradients, (32, 32), config)

@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from compare import assert_close
 from problems import activations_like
 from scipy.ndimage import gaussian_filter
+from sklearn.metrics.pairwise import cosine_similarity
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
 from cfcam_gpu.config import BOUNDARIES
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 
-PRESETS = {"default": CFCAMConfig(), "paper": CFCAMConfig.paper()}
+PRESETS = {
+    "default": CFCAMConfig(),
+    "affinity": CFCAMConfig(affinity_power=4.0),
+    "paper": CFCAMConfig.paper(),
+}
 
 
 def compare_with_reference(activations, gradients, config, output_size=(33, 47)):
@@ -43,6 +48,7 @@ def test_equals_the_reference(preset, boundary, descriptor, shape, seed):
             sigma=sigma,
             weighting=PRESETS[preset].weighting,
             normalize=PRESETS[preset].normalize,
+            affinity_power=PRESETS[preset].affinity_power,
         )
         result = compare_with_reference(activations_like(shape), torch.randn(shape), config)
         assert result.maps.shape == (shape[0], 33, 47)
@@ -57,6 +63,47 @@ def test_dtypes(dtype, preset, seed):
     gradients = (torch.randn(shape) * 1e-3).to(dtype)
     result = compare_with_reference(activations_like(shape, dtype=dtype), gradients, PRESETS[preset])
     assert result.maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 4.0, 16.0])
+@pytest.mark.parametrize("shape", [(2, 40, 7, 7), (2, 16, 9, 14), (1, 5, 1, 2)])
+def test_average_of_alike_cells_equals_scikit_learn(shape, power, seed):
+    activations, grids = torch.randn(shape).relu(), torch.randn(shape[0], *shape[2:])
+    activations[0, :, 0, 0] = 0  # a cell without features: its average is 0
+    averaged = torch_backend.average_alike_cells(grids.double(), activations.double(), power)
+    for image in range(shape[0]):
+        affinity = cosine_similarity(activations[image].flatten(1).T.double()).clip(0) ** power
+        mass = affinity.sum(1)
+        expected = np.where(mass > 0, affinity @ grids[image].double().flatten().numpy() / np.maximum(mass, 1e-30), 0)
+        assert_close(averaged[image].flatten(), expected, torch.float64)
+    if power <= 4:  # the power multiplies the rounding of the cosine
+        assert_close(torch_backend.average_alike_cells(grids, activations, power), averaged)
+    assert (averaged - grids).abs().max() > 0.1 * grids.abs().max()
+    constant = torch_backend.average_alike_cells(torch.ones_like(grids), activations + 1, power)
+    assert_close(constant, torch.ones_like(grids))
+
+
+def test_average_of_alike_cells_in_blocks(seed, monkeypatch):
+    activations, grids = torch.randn(3, 20, 9, 5), torch.randn(3, 9, 5)
+    whole = torch_backend.average_alike_cells(grids, activations, 2.0)
+    for block_bytes in (1, 7 * 45 * 4):  # a cell, some cells at a time
+        monkeypatch.setattr(torch_backend, "AFFINITY_BYTES", block_bytes)
+        assert_close(torch_backend.average_alike_cells(grids, activations, 2.0), whole)
+
+
+@pytest.mark.parametrize("power", [1.0, 4.0])
+def test_affinity_equals_the_reference(power, seed):
+    for shape in ((3, 127, 7, 7), (2, 40, 12, 5)):
+        config = CFCAMConfig(affinity_power=power)
+        compare_with_reference(activations_like(shape), torch.randn(shape), config)
+
+
+def test_affinity_takes_extreme_values(seed):
+    """Squares that underflow make a cell without features; nothing becomes NaN."""
+    activations, gradients = activations_like((2, 64, 5, 5)), torch.randn(2, 64, 5, 5)
+    for scale in (1e-30, 1e-18, 1e15):
+        maps = cf_cam(activations * scale, gradients, (9, 9), CFCAMConfig(affinity_power=4.0)).maps
+        assert maps.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -213,7 +213,11 @@ def class_grid(activations, weights, relu=True, affinity_power=0.0):
     if weights.ndim == 4:
         grid = (activations * weights).sum(1)
     else:
-        grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2))
+        weights, cells = weights.to(activations.dtype), activations.flatten(2)
+        if cells.device.type == "cpu":  # the rounding of a batched product depends on the size of the batch
+            grid = torch.stack([of_image @ image_cells for of_image, image_cells in zip(weights, cells)])
+        else:
+            grid = torch.bmm(weights[:, None, :], cells)
         grid = grid.view(len(grid), *activations.shape[2:])
     if affinity_power > 0:
         grid = average_alike_cells(grid, activations, affinity_power)

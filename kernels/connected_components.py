@@ -18,6 +18,9 @@ from cfcam_gpu.kernels.launch import next_power_of_2
 WORDS_PER_STEP = 8192
 """Mask words that one step of a loop over rows holds in registers."""
 
+ROWS_PER_STEP = 128
+"""Most rows of a step: with more, and short ones, some versions of the compiler spill a register or two."""
+
 
 @triton.jit
 def lowest_bit(words, word):
@@ -205,7 +208,7 @@ def connected_components(
         max_rows,
         n_words,
         TILE=tile,
-        ROWS=min(WORDS_PER_STEP // (block_r // 32), block_r),
+        ROWS=min(WORDS_PER_STEP // (block_r // 32), block_r, ROWS_PER_STEP),
         BLOCK_R=block_r,
         LOG_BLOCK_R=block_r.bit_length() - 1,
         num_warps=16,

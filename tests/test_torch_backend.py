@@ -113,8 +113,10 @@ def test_every_image_is_its_own_problem(preset, seed):
     batch = cf_cam(activations, gradients, (32, 32), PRESETS[preset])
     for image in range(5):
         alone = cf_cam(activations[image : image + 1], gradients[image : image + 1], (32, 32), PRESETS[preset])
-        for of_batch, of_one in zip(batch, alone):
+        for of_batch, of_one in zip(batch[1:], alone[1:]):
             assert torch.equal(of_batch[image], of_one[0])
+        # Not to the last bit: a BLAS may round differently by where in memory its operands lie.
+        torch.testing.assert_close(batch.maps[image], alone.maps[0], rtol=0, atol=2e-6)
 
 
 def test_memory_format_does_not_matter(seed):

@@ -10,6 +10,7 @@ engine that cannot run here gets a row that says why, and no time.
 import argparse
 from pathlib import Path
 
+import growth
 import rows
 import torch
 
@@ -18,9 +19,7 @@ from cfcam_gpu.bench import timing
 
 
 def measure(channels, batch, device, rounds):
-    torch.manual_seed(0)
-    activations = torch.randn(batch, channels, 7, 7).relu() * torch.rand(batch, channels, 1, 1)
-    activations = activations.to(device)
+    activations, _ = growth.problem((batch, channels, 7, 7), device)
     engines = {"auto": None, "cuml": pipeline.clustering_unavailable("cuml"), "sklearn": None}
     runs = {
         engine: lambda engine=engine: cluster_channels(activations, clustering=engine)[0]

@@ -248,8 +248,12 @@ def run_bench(args):
     here = rows.about(*bench.PACKAGES, device=device)
     with tqdm(total=len(subjects) * len(args.batch), unit="point", disable=None, file=sys.stderr) as bar:
         for name, subject in subjects.items():
-            options = {"time_limit_s": args.time_limit, "skip": skip, "progress": bar.set_postfix_str}
-            for point in bench.sweep(subject, args.batch, names, **options):
+            options = {
+                "time_limit_s": args.time_limit,
+                "skip": skip,
+                "progress": lambda text: bar.set_postfix_str(text, refresh=False),
+            }
+            for point in bench.sweep(subject, dict.fromkeys(args.batch, names), **options):
                 first = point[0]
                 if args.out is not None:
                     list(rows.append(args.out, ({**row, **here} for row in point)))

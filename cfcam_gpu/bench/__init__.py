@@ -8,8 +8,8 @@ within one run are worth comparing; a provider whose maps do not agree with its 
 [('forward', 1.0), ('cfcam', 1.08), ('pytorch-grad-cam', 3.1)]
 """
 
-from cfcam_gpu.bench.measure import PACKAGES, UNIT, measure, sweep, table
 from cfcam_gpu.bench.providers import PROVIDERS, select
+from cfcam_gpu.bench.run import PACKAGES, UNIT, measure, over_limit, sweep, table
 from cfcam_gpu.bench.subjects import MODELS, subject
 
-__all__ = ["MODELS", "PACKAGES", "PROVIDERS", "UNIT", "measure", "select", "subject", "sweep", "table"]
+__all__ = ["MODELS", "PACKAGES", "PROVIDERS", "UNIT", "measure", "over_limit", "select", "subject", "sweep", "table"]

@@ -61,7 +61,7 @@ def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, pro
             function, found[name] = _prepare(subject, PROVIDERS[name], judges, time_limit_s)
             ready[name] = function
         except Exception as error:  # whatever a peer raises is its row, not the end of the run
-            found[name] = {"not_measured": _reason(error)}
+            found[name] = {"not_measured": reason_of(error)}
             if isinstance(error, torch.OutOfMemoryError):
                 error.__traceback__ = None  # its frames hold the memory
                 torch.cuda.empty_cache()
@@ -85,26 +85,33 @@ def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, pro
     return [{**_point(subject, PROVIDERS[name]), **found[name]} for name in names]
 
 
-def sweep(subject, batches, names=None, skip=None, **options):
+def sweep(subject, plan, skip=None, **options):
     """The rows of `measure` for one batch size after the other: yields a list per batch.
 
     What ran out of time or memory at one batch is not tried at the later ones; where that is the unit, they are left
     out.
 
     Args:
-        batches: in ascending order.
-        names, skip, options: as for `measure`.
+        plan: {batch: names}, ascending.
+        skip, options: as for `measure`.
     """
     skip = dict(skip or {})
-    for batch in batches:
-        rows = measure(subject.with_batch(batch), names, skip=skip, **options)
-        yield rows
-        for row in rows:
-            reason = row.get("not_measured", "")
-            if reason.startswith((TIME_LIMIT, OUT_OF_MEMORY)) and row["provider"] not in skip:
-                skip[row["provider"]] = f"{reason} at batch {batch}"
+    for batch, names in plan.items():
         if UNIT in skip:
             return
+        rows = measure(subject.with_batch(batch), names, skip=skip, **options)
+        yield rows
+        skip = {**over_limit(rows), **skip}
+
+
+def over_limit(rows):
+    """{provider: reason} of those that ran out of time or memory, and would at every larger batch."""
+    return {
+        row["provider"]: f"{row['not_measured']} at batch {row['batch']}"
+        for row in rows
+        if row.get("not_measured", "").startswith((TIME_LIMIT, OUT_OF_MEMORY))
+        and " at batch " not in row["not_measured"]
+    }
 
 
 def _point(subject, provider):
@@ -157,7 +164,7 @@ def _agreement(subject, provider, maps, judges):
     judge, expected = judges[provider.method]
     if tuple(maps.shape) != tuple(subject.images[:, 0].shape):
         raise _NoNumber(f"no agreement: maps {tuple(maps.shape)} for images {tuple(subject.images.shape)}")
-    difference = float((_scaled(maps[:n_images]) - expected).abs().max())
+    difference = float((scaled(maps[:n_images]) - expected).abs().max())
     if not difference <= TOLERANCE:  # also refuses NaN
         raise _NoNumber(f"no agreement with {judge}: the maps differ by {difference:.2g}")
     return {"judge": judge, "max_difference": difference}
@@ -167,9 +174,9 @@ def _judge(subject, method):
     """The name and the scaled maps of the method's first judge that can run."""
     for name in JUDGES[method]:
         try:
-            expected = _scaled(PROVIDERS[name].build(subject)())
+            expected = scaled(PROVIDERS[name].build(subject)())
         except Exception as error:
-            reason = _reason(error)
+            reason = reason_of(error)
             continue
         if not expected.amax() > 0:
             raise _NoNumber(f"no agreement: every map of {name} is flat, so that it would agree with anything")
@@ -177,7 +184,7 @@ def _judge(subject, method):
     raise _NoNumber(f"no agreement: nothing to compare with, {name}: {reason}")
 
 
-def _scaled(maps):
+def scaled(maps):
     """Maps (B, H, W) of any kind as float64 from 0 to 1 on the host; flat ones as zeros.
 
     The libraries scale differently, and captum not at all: its maps may be as small as 1e-8.
@@ -187,7 +194,7 @@ def _scaled(maps):
     return maps / maps.amax((1, 2), True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
-def _reason(error):
+def reason_of(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return OUT_OF_MEMORY
     lines = str(error).strip().splitlines()

@@ -39,7 +39,7 @@ def plan():
     }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=rows.RESULTS, help="folder of the rows")
@@ -50,7 +50,7 @@ def main():
     add("--models", nargs="*", default=list(bench.MODELS), help="of the plan's; none: growth alone")
     add("--no-growth", action="store_true")
     add("--again", action="store_true", help="measure points again whose rows are there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     here = rows.about(*bench.PACKAGES, device=args.device)
     end = time.monotonic() + args.deadline

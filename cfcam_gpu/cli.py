@@ -132,6 +132,7 @@ def _add_bench(commands):
         metavar="S",
         help="seconds for the calls of one provider at one batch; what cannot make three is left out (default: 6)",
     )
+    add("--rounds", type=_positive, default=30, metavar="N", help="most calls of a provider at one batch (default: 30)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", type=Path, metavar="FILE", help="also append the rows to this file, one line of JSON each")
     bench.set_defaults(run=run_bench)
@@ -250,6 +251,7 @@ def run_bench(args):
         for name, subject in subjects.items():
             options = {
                 "time_limit_s": args.time_limit,
+                "rounds": args.rounds,
                 "skip": skip,
                 "progress": lambda text: bar.set_postfix_str(text, refresh=False),
             }

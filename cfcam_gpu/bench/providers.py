@@ -46,10 +46,15 @@ BACKENDS = {
 
 def _choices(subject, backend, engine):
     """The two as keyword arguments, after a look whether they can run on this device."""
-    if backend == "triton" and subject.device.type == "cpu":
-        raise Unavailable("needs a GPU")  # also where the interpreter is on: its times would mean nothing
+    if backend == "triton" or engine == "cuml":
+        _need_gpu(subject)  # also where Triton's interpreter is on: its times would mean nothing
     pipeline.choose(backend, engine, torch.empty(1, 1, 1, 1, device=subject.device))
     return {"backend": backend, "clustering": engine}
+
+
+def _need_gpu(subject):
+    if subject.device.type != "cuda":
+        raise Unavailable("needs a GPU")
 
 
 def _cam(subject, **choices):
@@ -78,8 +83,7 @@ def _call(subject):
 
 
 def _captured(subject):
-    if subject.device.type != "cuda":
-        raise Unavailable("needs a GPU")
+    _need_gpu(subject)
     targets = torch.tensor(subject.targets, device=subject.device)
     replay = _cam(subject).capture(subject.images, targets)
     return lambda: replay(subject.images, targets)

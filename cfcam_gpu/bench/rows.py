@@ -27,6 +27,7 @@ def about(*packages, device=None):
         except metadata.PackageNotFoundError:
             continue
     return {
+        "device_type": "cuda" if on_gpu else "cpu",
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         **versions,

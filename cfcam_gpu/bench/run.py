@@ -35,7 +35,7 @@ def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, pro
         names: of providers (`PROVIDERS`); default: all. The unit, "forward", is measured in any case.
         time_limit_s: for the timed calls of one provider. One that would not come to `timing.MIN_ROUNDS` calls in it is
             not measured.
-        rounds: most calls of a provider.
+        rounds: most calls of a provider; `timing.MIN_ROUNDS` are made in any case.
         skip: {name: reason} of providers not to try.
         progress: called with a text before every step.
 

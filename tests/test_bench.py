@@ -84,6 +84,20 @@ def test_peers_of_one_method_agree(subject):
     measured = measure(subject, *names)
     assert len(names) == 6 and all("ratio" in measured[name] for name in names), measured
     assert {measured[name]["judge"] for name in names} == {"pytorch-grad-cam"}
+    # Nothing of the peers stays on the model, where it would cost the next run time and memory.
+    hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in subject.model.modules()]
+    assert not any(before or after for after, before in hooks)
+
+
+def test_the_gradients_that_pytorch_grad_cam_leaves_count_as_its_memory(subject, monkeypatch):
+    pytest.importorskip("pytorch_grad_cam")
+    parameter = torch.nn.Parameter(torch.ones(16 * 2**18))  # 16 MiB, and so is its gradient
+    subject.model.register_parameter("extra", parameter)
+    subject.model.register_forward_hook(lambda module, inputs, output: output + 0 * parameter.sum())
+    row = measure(subject, "pytorch-grad-cam")["pytorch-grad-cam"]
+    if row["peak_mib"] is None:
+        pytest.skip("peak memory is read from /proc (Linux)")
+    assert row["peak_mib"] > 15
 
 
 @pytest.mark.parametrize(
@@ -145,7 +159,7 @@ def test_the_scale_of_maps_is_the_librarys_own(subject, monkeypatch):
 
 def test_flat_maps_judge_nothing(subject, monkeypatch):
     flat = lambda subject: lambda: torch.zeros(subject.images[:, 0].shape)
-    plant(monkeypatch, "cfcam:reference", flat)
+    plant(monkeypatch, "pipeline:reference", flat)
     assert "is flat" in measure(subject, "cfcam")["cfcam"]["not_measured"]
 
 

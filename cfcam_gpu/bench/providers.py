@@ -1,6 +1,7 @@
 """What is measured on a subject: this package in all its forms, its peers, and the plain forward."""
 
 import fnmatch
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,22 +135,42 @@ def _pipeline(backend="auto", engine="auto"):
 # Peers, imported where they are first needed
 
 
+# A peer's hooks would cost the others time: they are on the model in the peer's own turn alone.
+
+
 def _as_it_is(cam):
     return cam
 
 
-def _pytorch_grad_cam(finish):
-    def build(subject):
-        try:
-            from pytorch_grad_cam import GradCAM
-            from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-        except ImportError as error:
-            raise Unavailable(needs("pytorch-grad-cam", "grad-cam")) from error
-        cam = finish(GradCAM(subject.model, [subject.layer], subject.reshape_transform))
-        targets = [ClassifierOutputTarget(index) for index in subject.targets]
-        return lambda: cam(subject.images, targets)
+def _grad_cam(subject):
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError as error:
+        raise Unavailable(needs("pytorch-grad-cam", "grad-cam")) from error
+    cam = GradCAM(subject.model, [subject.layer], subject.reshape_transform)
+    return cam, [ClassifierOutputTarget(index) for index in subject.targets], ActivationsAndGradients
 
-    return build
+
+def _pytorch_grad_cam(subject):
+    cam, targets, hooks = _grad_cam(subject)
+    cam.activations_and_grads.release()
+
+    def run():
+        cam.activations_and_grads = hooks(subject.model, cam.target_layers, subject.reshape_transform)
+        try:
+            return cam(subject.images, targets)
+        finally:
+            cam.activations_and_grads.release()
+
+    return run
+
+
+def _accelerated_grad_cam(subject):
+    cam, targets, _ = _grad_cam(subject)
+    cam = accelerate(cam)
+    return lambda: cam(subject.images, targets)
 
 
 def _torchcam(finish):
@@ -159,9 +180,7 @@ def _torchcam(finish):
         except ImportError as error:
             raise Unavailable(needs("torch-cam", "torchcam")) from error
         images, targets = subject.images, subject.targets
-        extractor = GradCAM(subject.model, subject.layer, reshape_transform=subject.reshape_transform)
-        extractor = finish(extractor)
-        # Its hooks stay on the model: off but for its own turn, so that they cost the others nothing.
+        extractor = finish(GradCAM(subject.model, subject.layer, reshape_transform=subject.reshape_transform))
         extractor.disable_hooks()
 
         def run():
@@ -172,6 +191,7 @@ def _torchcam(finish):
                 extractor.disable_hooks()
             return F.interpolate(maps[:, None], subject.output_size, mode="bilinear")[:, 0]
 
+        weakref.finalize(run, extractor.remove_hooks)
         return run
 
     return build
@@ -206,8 +226,8 @@ PROVIDERS = {
         Provider("cfcam:capture", CF_CAM, _captured),
         Provider("cfcam:compile", CF_CAM, _compiled_maps),
         Provider("forward:compile", None, _compiled_forward),
-        Provider("pytorch-grad-cam", GRAD_CAM, _pytorch_grad_cam(_as_it_is)),
-        Provider("pytorch-grad-cam:accelerated", GRAD_CAM, _pytorch_grad_cam(accelerate)),
+        Provider("pytorch-grad-cam", GRAD_CAM, _pytorch_grad_cam),
+        Provider("pytorch-grad-cam:accelerated", GRAD_CAM, _accelerated_grad_cam),
         Provider("torch-cam", GRAD_CAM, _torchcam(_as_it_is)),
         Provider("torch-cam:accelerated", GRAD_CAM, _torchcam(accelerate)),
         Provider("captum", GRAD_CAM, _captum(_as_it_is)),
@@ -220,7 +240,10 @@ PROVIDERS = {
 ":compile" has the trunk compiled by torch.compile, ":accelerated" is the peer's object after `accelerate`, and
 "pipeline" is ``cf_cam`` alone, on the layer's activations and gradients."""
 
-JUDGES = {CF_CAM: ("cfcam:reference", "cfcam:torch+batched"), GRAD_CAM: ("pytorch-grad-cam", "torch-cam", "captum")}
+JUDGES = {
+    CF_CAM: ("pipeline:reference", "pipeline:torch+batched"),
+    GRAD_CAM: ("pytorch-grad-cam", "torch-cam", "captum"),
+}
 """Whose maps the others' of a method are compared with: the first of these that can run."""
 
 

@@ -123,7 +123,7 @@ def _point(subject, provider):
         "layer": subject.layer_name,
         "batch": len(subject.images),
         "size": subject.images.shape[-1],
-        "shape": list(subject.captured[0].shape),
+        "shape": [len(subject.images), *subject.layer_shape],
         "dtype": str(subject.images.dtype).removeprefix("torch."),
     }
 
@@ -134,6 +134,8 @@ class _NoNumber(Exception):
 
 def _prepare(subject, provider, judges, time_limit_s):
     """The function to time, warmed up and compared; its row so far, with ``warm_s``, the time of one call."""
+    # pytorch-grad-cam leaves a gradient at every parameter; the next call frees them and would seem to need no memory.
+    subject.model.zero_grad(set_to_none=True)
     allocated = torch.cuda.memory_allocated(subject.device) if subject.device.type == "cuda" else None
     function = provider.build(subject)
     results = []
@@ -147,6 +149,7 @@ def _prepare(subject, provider, judges, time_limit_s):
     warm_s = timing.seconds(function, subject.device)
     if warm_s * timing.MIN_ROUNDS > time_limit_s:
         raise _NoNumber(_too_slow(warm_s, time_limit_s))
+    subject.model.zero_grad(set_to_none=True)
     row["peak_mib"] = timing.peak_mib(function, subject.device, allocated)
     row["memory"] = timing.MEMORY[subject.device.type]
     return function, {**row, "warm_s": warm_s}
@@ -160,7 +163,7 @@ def _agreement(subject, provider, maps, judges):
     """``judge`` and ``max_difference`` of a provider's maps; raises `_NoNumber` when they do not agree."""
     n_images = min(len(subject.images), JUDGED_IMAGES)
     if provider.method not in judges:
-        judges[provider.method] = _judge(subject.with_batch(n_images), provider.method)
+        judges[provider.method] = _judge(subject, provider.method, n_images)
     judge, expected = judges[provider.method]
     if tuple(maps.shape) != tuple(subject.images[:, 0].shape):
         raise _NoNumber(f"no agreement: maps {tuple(maps.shape)} for images {tuple(subject.images.shape)}")
@@ -170,11 +173,13 @@ def _agreement(subject, provider, maps, judges):
     return {"judge": judge, "max_difference": difference}
 
 
-def _judge(subject, method):
-    """The name and the scaled maps of the method's first judge that can run."""
+def _judge(subject, method, n_images):
+    """The name of the method's first judge that can run, and its scaled maps of the first images."""
     for name in JUDGES[method]:
+        judge = PROVIDERS[name]
         try:
-            expected = scaled(PROVIDERS[name].build(subject)())
+            seen = subject.first(n_images) if judge.op == "pipeline" else subject
+            expected = scaled(judge.build(seen)()[:n_images])
         except Exception as error:
             reason = reason_of(error)
             continue

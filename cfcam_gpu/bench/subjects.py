@@ -31,6 +31,8 @@ class Subject:
     layer_name: str
     layer: nn.Module
     reshape_transform: Callable | None
+    layer_shape: tuple
+    """(C, h, w)."""
     images: torch.Tensor
     """(B, 3, H, W) of standard normal noise."""
 
@@ -59,6 +61,12 @@ class Subject:
         """The `Halves` of the model, the first one compiled for this batch."""
         return compiled_halves(self.model, self.layer_name, self.images)
 
+    def first(self, n):
+        """The first ``n`` images with what the whole batch's pass gave them: rounding depends on the batch."""
+        part = replace(self, images=self.images[:n])
+        vars(part).update(targets=self.targets[:n], captured=tuple(each[:n] for each in self.captured))
+        return part
+
     def with_batch(self, batch):
         """The same model with another batch size; images come in the same order."""
         return replace(self, images=_noise(batch, self.images.shape[-1], self.device))
@@ -82,7 +90,7 @@ def subject(name, batch=1, size=224, device="cpu"):
     _fill_zero_heads(model)
     images = _noise(batch, size, device)
     target = models.inspect_target_layer(model, images[:1], TARGET_LAYERS.get(name))
-    return Subject(name, model, target.name, target.module, target.reshape_transform, images)
+    return Subject(name, model, target.name, target.module, target.reshape_transform, target.shape, images)
 
 
 def _noise(batch, size, device):

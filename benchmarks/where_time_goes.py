@@ -3,17 +3,19 @@
     python benchmarks/where_time_goes.py                  # the part of this device, between its markers
     python benchmarks/where_time_goes.py --device cuda
 
-Stages are timed in turns; operators are torch.profiler's, by the time spent in them and not in what they call. What was
-done about the costs stands in profile.md too, written by hand. (The file is not called profile.py because that would
-take the place of the standard library's module of that name.)
+Stages are those of one call after the other; operators are torch.profiler's (on a GPU, its kernels), by the time spent in
+them and not in what they call. What was done about the costs stands in profile.md too, written by hand. (The file is
+not called profile.py because that would take the place of the standard library's module of that name.)
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import report
 import rows
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cfcam_gpu import CFCAM, bench, cf_cam, cluster_channels
@@ -27,32 +29,47 @@ N_OPERATORS = 6
 CALLS = 5
 """Calls in a profile."""
 
+WARM_UP = 3
+"""Calls that do not count."""
+
 
 def stages(subject, rounds):
-    """[(stage, its milliseconds)] of one call; the forward and what each further step adds to it."""
+    """{stage: its median milliseconds} of one call, in order; they add up to it. On a GPU each ends with a wait."""
     capture = HeadCapture(subject.model, [subject.layer], subject.reshape_transform)
-    activations, gradients = subject.captured
+    times = {}
 
-    @torch.no_grad()
-    def forward():
-        subject.model(subject.images)
+    def lap(stage):
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize(subject.device)
+        now = time.perf_counter()
+        times.setdefault(stage, []).append(now - lap.last)
+        lap.last = now
 
-    runs = {
-        "forward": forward,
-        "captured": lambda: capture(subject.images, subject.targets),
-        "clustering": lambda: cluster_channels(activations),
-        "pipeline": lambda: cf_cam(activations, gradients, subject.output_size),
-    }
-    for run in runs.values():
-        run()
-    times = timing.interleaved(runs, subject.device, dict.fromkeys(runs, rounds))
-    ms = {name: timing.quantiles_ms(of_run)["median_ms"] for name, of_run in times.items()}
-    return [
-        ("plain forward", ms["forward"]),
-        ("capture: hooks, copies and the head's backward", ms["captured"] - ms["forward"]),
-        ("clustering", ms["clustering"]),
-        ("filter, weights, map, resize", ms["pipeline"] - ms["clustering"]),
+    lap.last = time.perf_counter()
+    hooks = [
+        subject.layer.register_forward_hook(lambda *_: lap("forward up to the target layer")),
+        subject.model.register_forward_hook(lambda *_: lap("forward behind it")),
     ]
+    try:
+        for _ in range(WARM_UP + rounds):
+            lap("before")
+            captured = capture(subject.images, subject.targets)
+            lap("backward through the head, and the capture's own work")
+            cf_cam(captured.activations[0], captured.gradients[0], subject.output_size)
+            lap("pipeline: clustering to map")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del times["before"]
+    return {stage: timing.quantiles_ms(of_stage[WARM_UP:])["median_ms"] for stage, of_stage in times.items()}
+
+
+def clustering_ms(subject, rounds):
+    """Median milliseconds of the clustering alone."""
+    activations, _ = subject.captured
+    runs = {"clustering": lambda: cluster_channels(activations)}
+    times = timing.interleaved(runs, subject.device, {"clustering": WARM_UP + rounds})["clustering"]
+    return timing.quantiles_ms(times[WARM_UP:])["median_ms"]
 
 
 def operators(subject):
@@ -60,25 +77,29 @@ def operators(subject):
     cam = CFCAM(subject.model, [subject.layer], subject.reshape_transform)
     on_gpu = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    for _ in range(3):
+    for _ in range(WARM_UP):
         cam.maps(subject.images, subject.targets)
     with profile(activities=activities) as profiled:
         for _ in range(CALLS):
             cam.maps(subject.images, subject.targets)
         if on_gpu:
             torch.cuda.synchronize(subject.device)
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))
-    return [(event.key, getattr(event, own) / CALLS / 1e3, event.count / CALLS) for event in events]
+    device_type, own = DeviceType.CPU, "self_cpu_time_total"
+    if on_gpu:
+        device_type, own = DeviceType.CUDA, "self_device_time_total"
+    events = [event for event in profiled.key_averages() if event.device_type == device_type]
+    events.sort(key=lambda event: -getattr(event, own))
+    return [(event.key[:60], getattr(event, own) / CALLS / 1e3, event.count / CALLS) for event in events]
 
 
 def section(subject, rounds):
     """The generated part of the page for one batch."""
     parts = stages(subject, rounds)
-    total = sum(ms for _, ms in parts)
+    total = sum(parts.values())
     found = operators(subject)
     whole = sum(ms for _, ms, _ in found)
-    lines = [[name, report.number(ms), f"{ms / total:.1%}"] for name, ms in parts]
+    shown = {**parts, "(clustering alone)": clustering_ms(subject, rounds)}
+    lines = [[name, report.number(ms), f"{ms / total:.1%}"] for name, ms in shown.items()]
     costs = [
         [f"`{name}`", report.number(ms), f"{ms / whole:.1%}", f"{calls:g}"] for name, ms, calls in found[:N_OPERATORS]
     ]

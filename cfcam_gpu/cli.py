@@ -244,8 +244,10 @@ def run_bench(args):
     names = bench.select(args.providers or ["*"])
     skip = {} if args.providers else {name: "only when asked for" for name in names if name.endswith(":compile")}
     subjects = {name: bench.subject(name, size=args.size, device=device) for name in dict.fromkeys(args.model)}
-    if args.out is not None and args.out.is_dir():
-        raise _Refused(f"--out must be a file, got the folder {args.out}")
+    if args.out is not None:
+        if args.out.is_dir():
+            raise _Refused(f"--out must be a file, got the folder {args.out}")
+        list(rows.append(args.out, []))  # what cannot be written is better known before the measurement
     here = rows.about(*bench.PACKAGES, device=device)
     with tqdm(total=len(subjects) * len(args.batch), unit="point", disable=None, file=sys.stderr) as bar:
         for name, subject in subjects.items():

@@ -409,7 +409,7 @@ def test_profile_fills_its_part_and_leaves_the_remarks(benchmarks, net, tmp_path
     benchmarks["where_time_goes"].main(args)
     text = page.read_text()
     assert text.startswith("mine\n") and "\nmy remark\n<!-- table: cuda -->\n<!-- end -->\n" in text
-    assert text.count("| plain forward |") == 2 and "convolution" in text
+    assert text.count("| forward up to the target layer |") == 2 and "convolution" in text
 
 
 def test_rows_are_json_lines(tmp_path):

@@ -221,7 +221,7 @@ def filled(text, results):
 ALT = {
     "latency": "Time over the plain forward of every provider on a ResNet-50, batch 1 and 8",
     "throughput": "Maps per second against the batch size on a ResNet-50",
-    "growth": "Time against channels, grid side, batch and number of target layers",
+    "growth": "Time and memory against channels, grid side, batch and number of target layers",
 }
 
 
@@ -254,11 +254,11 @@ def _measured_kinds(some_rows):
     return [kind for kind in KINDS if any("median_ms" in row for row in some_rows[kind].values())]
 
 
-def _figure(n_panels, width=4.6, height=3.4):
+def _figure(n_columns, width=4.6, height=3.4, n_rows=1):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * n_panels, height))
-    return figure, figure.subplots(1, n_panels, squeeze=False)[0]
+    figure = Figure(figsize=(width * n_columns, height * n_rows))
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False)
 
 
 def _title(some_rows, kind):
@@ -276,7 +276,7 @@ def _latency(results):
     if not panels:
         return None
     figure, axes = _figure(len(panels), height=4.8)
-    for axis, (kind, batch) in zip(axes, panels):
+    for axis, (kind, batch) in zip(axes[0], panels):
         found = [results.row(kind, "resnet50", batch, provider) for provider in bench.PROVIDERS]
         found = [row for row in found if "ratio" in row][::-1]
         unit_ms = results.row(kind, "resnet50", batch, bench.UNIT)["median_ms"]
@@ -288,6 +288,7 @@ def _latency(results):
         axis.barh([row["provider"] for row in found], middle, xerr=spread, color=colours, error_kw={"linewidth": 0.8})
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
         axis.set_xlabel(f"time / plain forward ({number(unit_ms)} ms)")
         axis.set_title(f"{_title(results.bench, kind)}\nResNet-50, batch {batch}", fontsize=9)
     figure.tight_layout()
@@ -299,13 +300,13 @@ def _throughput(results):
     if not kinds:
         return None
     figure, axes = _figure(len(kinds), width=5.5)
-    for axis, kind in zip(axes, kinds):
-        for provider in (bench.UNIT, *PEERS, "cfcam:capture"):
+    for axis, kind in zip(axes[0], kinds):
+        for index, provider in enumerate((bench.UNIT, *PEERS, "cfcam:capture")):
             found = [row for row in results.bench[kind].values() if row["model"] == "resnet50" and "median_ms" in row]
-            found = sorted((row["batch"], row["maps_per_s"]) for row in found if row["provider"] == provider)
-            if len(found) > 1:
-                axis.plot(*zip(*found), marker="o", markersize=3, label=provider)
-        _log_axes(axis, 2, "batch", "maps/s", f"{_title(results.bench, kind)}, ResNet-50")
+            found = [(row["batch"], row["maps_per_s"]) for row in found if row["provider"] == provider]
+            _line(axis, sorted(found), f"C{index}", provider)
+        _log_axes(axis, "batch", "maps/s")
+        axis.set_title(f"{_title(results.bench, kind)}, ResNet-50", fontsize=9)
         axis.legend(fontsize=7)
     figure.tight_layout()
     return figure
@@ -315,28 +316,47 @@ def _growth(results):
     kinds = _measured_kinds(results.growth)
     if not kinds:
         return None
-    panels = (*growth.SHAPES, "layers")
-    figure, axes = _figure(len(panels), width=3.2)
-    for axis, along in zip(axes, panels):
-        for kind in kinds:
-            for way in growth.WAYS:
-                series = results.series(kind, along, way)
-                if len(series) > 1:
-                    points = [(row["x"], row["median_ms"]) for row in series]
-                    axis.plot(*zip(*points), marker="o", markersize=3, label=f"{KINDS[kind]}, {way}")
-        _log_axes(axis, 2, along, "ms", "")
-    axes[0].legend(fontsize=7)
+    columns = (*growth.SHAPES, "layers")
+    figure, axes = _figure(len(columns), 3.2, 2.6, n_rows=2)
+    lines = [(kind, way) for kind in kinds for way in growth.WAYS]
+    for row_of_axes, field, y in zip(axes, ("median_ms", "peak_mib"), ("ms", "peak MiB")):
+        for axis, along in zip(row_of_axes, columns):
+            for index, (kind, way) in enumerate(lines):
+                series = [(row["x"], row[field]) for row in results.series(kind, along, way) if row[field]]
+                _line(axis, series, f"C{index}", f"{KINDS[kind]}, {way}")
+            _log_axes(axis, along, y)
+    axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     return figure
 
 
-def _log_axes(axis, base, x, y, title):
-    axis.set_xscale("log", base=base)
+def _line(axis, points, colour, label):
+    if points:
+        axis.plot(*zip(*points), color=colour, marker="o", markersize=3, label=label)
+
+
+def _log_axes(axis, x, y):
+    from matplotlib.ticker import NullLocator
+
+    axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.set_xticks(sorted({value for line in axis.lines for value in line.get_xdata()}), minor=False)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.tick_params(axis="x", labelsize=7)
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.set_title(title, fontsize=9)
+
+
+def _plain_ticks(axis):
+    """1, 2, 5, 10, ... in full where a decade or two are shown, else the decades."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def main(argv=None):

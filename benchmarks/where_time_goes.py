@@ -3,9 +3,9 @@
     python benchmarks/where_time_goes.py                  # the part of this device, between its markers
     python benchmarks/where_time_goes.py --device cuda
 
-Stages are those of one call after the other; operators are torch.profiler's (on a GPU, its kernels), by the time spent in
-them and not in what they call. What was done about the costs stands in profile.md too, written by hand. (The file is
-not called profile.py because that would take the place of the standard library's module of that name.)
+Stages are those of one call after the other; operators are torch.profiler's (on a GPU, its kernels), by the time spent
+in them and not in what they call. What was done about the costs stands in profile.md too, written by hand. (The file
+is not called profile.py because that would take the place of the standard library's module of that name.)
 """
 
 import argparse

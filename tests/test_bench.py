@@ -70,7 +70,7 @@ def test_bench_prints_and_writes_a_row_of_every_provider(net, tmp_path, capfd):
         if "median_ms" in row:
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["rounds"] >= timing.MIN_ROUNDS
             assert row["maps_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
-            assert row["method"] is None or row["max_difference"] <= run.TOLERANCE
+            assert row["max_difference"] <= run.TOLERANCE and row["judge"] in PROVIDERS
     table, err = capfd.readouterr()
     assert err == "" and f"{net}, 1 (40 x 8 x 8), batch 1, 64 pixels" in table
     assert "not run: needs a GPU" in table or torch.cuda.is_available()
@@ -154,6 +154,11 @@ def test_a_wrong_provider_gets_no_number(subject, monkeypatch, wrong):
     measured = measure(subject, "cfcam", "planted")
     assert "ratio" in measured["cfcam"]
     assert measured["planted"]["not_measured"].startswith("no agreement") and not MEASURED & measured["planted"].keys()
+
+
+def test_a_forward_of_another_model_gets_no_number(subject, monkeypatch):
+    plant(monkeypatch, "planted", lambda subject: lambda: subject.model(subject.images.flip(0)), providers.SCORES)
+    assert measure(subject, "planted")["planted"]["not_measured"].startswith("no agreement with forward")
 
 
 def test_the_scale_of_maps_is_the_librarys_own(subject, monkeypatch):

@@ -12,20 +12,20 @@ from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
 from cfcam_gpu.bench.trunk import Unavailable
 from cfcam_gpu.images import needs
 
-CF_CAM, GRAD_CAM = "CF-CAM", "Grad-CAM"
+CF_CAM, GRAD_CAM, SCORES = "CF-CAM", "Grad-CAM", "scores"
 
 
 class Provider(NamedTuple):
     """Something to measure.
 
     ``build(subject)`` prepares it outside the clock and returns the function that is timed: without arguments, it
-    gives the maps (B, H, W) at the size of the images. It raises `Unavailable`, or what the package raises, when
-    it cannot run.
+    gives the maps (B, H, W) at the size of the images, or the model's scores (B, K). It raises `Unavailable`, or what
+    the package raises, when it cannot run.
     """
 
     name: str
     method: str | None
-    """Providers of one method must give the same maps; None: there are no maps."""
+    """Providers of one method must give the same; None: there is nothing to compare."""
     build: Callable
     op: str = "end to end"
     """What the clock contains: "end to end", forward, backward and maps; "pipeline", activations to maps."""
@@ -219,13 +219,13 @@ def _captum(finish):
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("forward", None, _forward),
+        Provider("forward", SCORES, _forward),
         Provider("cfcam", CF_CAM, _maps()),
         Provider("cfcam:numpy", CF_CAM, _call),
         *(Provider(f"cfcam:{name}", CF_CAM, _maps(*choice)) for name, choice in BACKENDS.items()),
         Provider("cfcam:capture", CF_CAM, _captured),
         Provider("cfcam:compile", CF_CAM, _compiled_maps),
-        Provider("forward:compile", None, _compiled_forward),
+        Provider("forward:compile", SCORES, _compiled_forward),
         Provider("pytorch-grad-cam", GRAD_CAM, _pytorch_grad_cam),
         Provider("pytorch-grad-cam:accelerated", GRAD_CAM, _accelerated_grad_cam),
         Provider("torch-cam", GRAD_CAM, _torchcam(_as_it_is)),
@@ -241,10 +241,11 @@ PROVIDERS = {
 "pipeline" is ``cf_cam`` alone, on the layer's activations and gradients."""
 
 JUDGES = {
+    SCORES: ("forward",),
     CF_CAM: ("pipeline:reference", "pipeline:torch+batched"),
     GRAD_CAM: ("pytorch-grad-cam", "torch-cam", "captum"),
 }
-"""Whose maps the others' of a method are compared with: the first of these that can run."""
+"""With whose results the others' of a method are compared: the first of these that can run."""
 
 
 def select(patterns):

@@ -9,7 +9,7 @@ UNIT = "forward"
 """The provider that the others are a ratio to."""
 
 TOLERANCE = 1e-3
-"""Largest difference between two maps of a method, each scaled to [0, 1]."""
+"""Largest difference between two results of a method, each scaled to [0, 1]."""
 
 JUDGED_IMAGES = 8
 """How many images of a batch are compared."""
@@ -42,8 +42,8 @@ def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, pro
     Returns:
         A list of dictionaries. All have ``op, provider, method, model, layer, batch, size, shape, dtype``. Those that
         were measured also have ``median_ms, p20_ms, p80_ms, rounds``, ``ratio`` (of the medians, over the unit's),
-        ``maps_per_s``, ``peak_mib`` and ``memory`` (`timing.MEMORY`) and, where there are maps, ``judge`` (whom they
-        were compared with) and ``max_difference``; the others ``not_measured``, the reason.
+        ``maps_per_s``, ``peak_mib`` and ``memory`` (`timing.MEMORY`), ``judge`` (whose result theirs was compared with)
+        and ``max_difference``; the others ``not_measured``, the reason.
     """
     names = list(PROVIDERS) if names is None else names
     names = [UNIT, *(name for name in names if name != UNIT)]
@@ -159,17 +159,18 @@ def _too_slow(call_s, time_limit_s):
     return f"{TIME_LIMIT}: one call took {call_s:.2g} s, {timing.MIN_ROUNDS} have {time_limit_s:g} s"
 
 
-def _agreement(subject, provider, maps, judges):
-    """``judge`` and ``max_difference`` of a provider's maps; raises `_NoNumber` when they do not agree."""
+def _agreement(subject, provider, result, judges):
+    """``judge`` and ``max_difference`` of a provider's result; raises `_NoNumber` when they do not agree."""
     n_images = min(len(subject.images), JUDGED_IMAGES)
     if provider.method not in judges:
         judges[provider.method] = _judge(subject, provider.method, n_images)
     judge, expected = judges[provider.method]
-    if tuple(maps.shape) != tuple(subject.images[:, 0].shape):
-        raise _NoNumber(f"no agreement: maps {tuple(maps.shape)} for images {tuple(subject.images.shape)}")
-    difference = float((scaled(maps[:n_images]) - expected).abs().max())
+    shape = (len(subject.images), *expected.shape[1:])
+    if tuple(result.shape) != shape:
+        raise _NoNumber(f"no agreement with {judge}: its shape is {shape}, got {tuple(result.shape)}")
+    difference = float((scaled(result[:n_images]) - expected).abs().max())
     if not difference <= TOLERANCE:  # also refuses NaN
-        raise _NoNumber(f"no agreement with {judge}: the maps differ by {difference:.2g}")
+        raise _NoNumber(f"no agreement with {judge}: they differ by {difference:.2g}")
     return {"judge": judge, "max_difference": difference}
 
 
@@ -183,20 +184,21 @@ def _judge(subject, method, n_images):
         except Exception as error:
             reason = reason_of(error)
             continue
-        if not expected.amax() > 0:
-            raise _NoNumber(f"no agreement: every map of {name} is flat, so that it would agree with anything")
+        if not expected.any():
+            raise _NoNumber(f"no agreement: every {method} result of {name} is flat and would agree with anything")
         return name, expected
     raise _NoNumber(f"no agreement: nothing to compare with, {name}: {reason}")
 
 
-def scaled(maps):
-    """Maps (B, H, W) of any kind as float64 from 0 to 1 on the host; flat ones as zeros.
+def scaled(result):
+    """Maps (B, H, W) or scores (B, K) of any kind as float64 on the host, each from 0 to 1; flat ones as zeros.
 
     The libraries scale differently, and captum not at all: its maps may be as small as 1e-8.
     """
-    maps = torch.as_tensor(maps).detach().double().cpu()
-    maps = maps - maps.amin((1, 2), True)
-    return maps / maps.amax((1, 2), True).clamp_min(torch.finfo(maps.dtype).tiny)
+    result = torch.as_tensor(result).detach().double().cpu()
+    flat = result.flatten(1)
+    flat = flat - flat.amin(1, True)
+    return (flat / flat.amax(1, True).clamp_min(torch.finfo(flat.dtype).tiny)).view_as(result)
 
 
 def reason_of(error):

@@ -322,8 +322,9 @@ def _growth(results):
     for row_of_axes, field, y in zip(axes, ("median_ms", "peak_mib"), ("ms", "peak MiB")):
         for axis, along in zip(row_of_axes, columns):
             for index, (kind, way) in enumerate(lines):
-                series = [(row["x"], row[field]) for row in results.series(kind, along, way) if row[field]]
-                _line(axis, series, f"C{index}", f"{KINDS[kind]}, {way}")
+                series = [(row["x"], row[field]) for row in results.series(kind, along, way)]
+                positive = [(x, y) for x, y in series if y and y > 0]
+                _line(axis, positive, f"C{index}", f"{KINDS[kind]}, {way}")
             _log_axes(axis, along, y)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()

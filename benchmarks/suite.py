@@ -75,7 +75,12 @@ def main(argv=None):
                 "time_limit_s": args.time_limit,
                 "progress": lambda text, model=model: bar.set_postfix_str(f"{model}: {text}", refresh=False),
             }
-            for point in bench.sweep(bench.subject(model, size=args.size, device=args.device), todo, **options):
+            try:
+                subject = bench.subject(model, size=args.size, device=args.device)
+            except (ImportError, OSError, ValueError) as error:
+                bar.write(f"{model}: {error}")
+                continue
+            for point in bench.sweep(subject, todo, **options):
                 rows.write("bench", ({**row, **here} for row in point), args.out)
                 bar.write(f"{model}, batch {point[0]['batch']}, {here['device']}\n{bench.table(point)}\n")
                 bar.update()

@@ -396,6 +396,9 @@ def test_the_suite_goes_on_where_it_was(benchmarks, net, tmp_path, monkeypatch):
     assert len(read()) == 4
     suite.main([*args, "--again"])
     assert len(read()) == 8
+    plan["no_such_net:build"] = {1: ["cfcam"]}
+    suite.main([*args[:4], *args[6:], "--models", net, "no_such_net:build"])
+    assert len(read()) == 8
 
 
 def test_the_plan_has_every_model_and_provider(benchmarks):

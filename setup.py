@@ -22,7 +22,8 @@ DEMO = [
 ]
 PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
 METRICS = ["torchmetrics"]
-TEST = ["pytest", "pytest-benchmark", *REFERENCE, *METRICS, "torchvision", "timm", *sum(PEERS.values(), []), *DEMO]
+BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
+TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
 
 setup(
     name="cfcam_gpu",
@@ -42,6 +43,7 @@ setup(
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,
+        "bench": BENCH,
         "test": TEST,
     },
     entry_points={"console_scripts": ["cfcam = cfcam_gpu.cli:main"]},

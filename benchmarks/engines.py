@@ -8,30 +8,18 @@ engine that cannot run here gets a row that says why, and no time.
 """
 
 import argparse
-import statistics
-import time
 from pathlib import Path
 
+import growth
 import rows
 import torch
 
 from cfcam_gpu import cluster_channels, pipeline
-
-
-def seconds(function, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+from cfcam_gpu.bench import timing
 
 
 def measure(channels, batch, device, rounds):
-    torch.manual_seed(0)
-    activations = torch.randn(batch, channels, 7, 7).relu() * torch.rand(batch, channels, 1, 1)
-    activations = activations.to(device)
+    activations, _ = growth.problem((batch, channels, 7, 7), device)
     engines = {"auto": None, "cuml": pipeline.clustering_unavailable("cuml"), "sklearn": None}
     runs = {
         engine: lambda engine=engine: cluster_channels(activations, clustering=engine)[0]
@@ -40,15 +28,11 @@ def measure(channels, batch, device, rounds):
     }
     labels = [run() for run in runs.values()]  # and the warm-up
     assert all(torch.equal(labels[0], other) for other in labels), "the engines disagree"
-    times = {engine: [] for engine in runs}
-    for _ in range(rounds):
-        for engine, run in runs.items():
-            times[engine].append(1e3 * seconds(run, device))
+    times = timing.interleaved(runs, device, dict.fromkeys(runs, rounds))
     for engine, reason in engines.items():
         row = {"op": "cluster_channels", "engine": engine, "shape": [batch, channels, 7, 7], "dtype": "float32"}
         if reason is None:
-            deciles = statistics.quantiles(times[engine], n=10)
-            row.update(median_ms=deciles[4], p20_ms=deciles[1], p80_ms=deciles[7])
+            row.update(timing.quantiles_ms(times[engine]))
         else:
             row.update(not_measured=str(reason))
         yield row

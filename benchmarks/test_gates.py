@@ -11,22 +11,18 @@ import naive
 import pytest
 import torch
 import torchvision
-from timing import interleaved, two_threads  # noqa: F401, the latter is a fixture
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam
 
-END_TO_END = 1.4
-"""Largest end-to-end time as a multiple of the plain forward pass."""
+END_TO_END = 1.3
+"""Largest end-to-end time as a multiple of the plain forward pass; the goal is 1.15."""
 
 NAIVE_SPEEDUP = 40
 """Smallest speed-up of the pipeline over the authors' approach."""
 
-PIPELINE_MS = 40
-"""Largest time of the pipeline per image at C = 2048, 7 x 7."""
-
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_end_to_end(benchmark, batch):
+def test_end_to_end(gate, batch):
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None).eval()
     images = torch.randn(batch, 3, 224, 224)
@@ -36,8 +32,7 @@ def test_end_to_end(benchmark, batch):
         with torch.no_grad():
             model(images)
 
-    maps, plain = interleaved(benchmark, lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 8)
-    assert maps <= END_TO_END * plain
+    gate(lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 8, at_most=END_TO_END)
 
 
 @pytest.fixture
@@ -48,18 +43,16 @@ def last_layer():
     return activations, torch.randn(1, 2048, 7, 7) * 1e-3
 
 
-def test_pipeline_against_the_authors_approach(benchmark, last_layer):
+def test_pipeline_against_the_authors_approach(gate, last_layer):
     activations, gradients = last_layer
     config = CFCAMConfig.paper()
     expected = naive.class_map(activations[0], gradients[0], (224, 224))
     maps = cf_cam(activations, gradients, (224, 224), config).maps
     torch.testing.assert_close(maps[0], expected, rtol=0, atol=1e-4)  # no agreement, no number
 
-    ours, theirs = interleaved(
-        benchmark,
+    gate(
         lambda: cf_cam(activations, gradients, (224, 224), config),
         lambda: naive.class_map(activations[0], gradients[0], (224, 224)),
         rounds=5,
+        at_most=1 / NAIVE_SPEEDUP,
     )
-    assert NAIVE_SPEEDUP * ours <= theirs
-    assert 1e3 * ours <= PIPELINE_MS

@@ -1,10 +1,11 @@
-"""The command ``cfcam``: heat maps of photographs, and what can run here.
+"""The command ``cfcam``: heat maps of photographs, speed, and what can run here.
 
 Exit status: 0, done; 1, some images could not be read, the others are done; 2, refused, with the reason in one line.
 """
 
 import argparse
 import glob
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,8 @@ def _parser():
     _add_options(demo, out="demo")
     demo.set_defaults(run=lambda args: explain_images(args, [Source("chelsea", _chelsea, "chelsea")]))
 
+    _add_bench(commands)
+
     about = "show which backends, clustering engines and packages can be used here, and why the others cannot"
     doctor_ = commands.add_parser("doctor", help=about, description=about)
     doctor_.set_defaults(run=lambda args: print(doctor.table(doctor.report())) or 0)
@@ -105,6 +108,36 @@ def _add_options(parser, out):
     add("--raw", action="store_true", help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1]")
 
 
+def _add_bench(commands):
+    bench = commands.add_parser(
+        "bench",
+        help="time this package, its peers and the plain forward side by side",
+        description="Time this package in all its forms, pytorch-grad-cam, torch-cam, captum and the plain forward, in "
+        "turns, on noise and random weights. Maps of one method are compared first: no agreement, no number.",
+    )
+    add = bench.add_argument
+    add("--model", nargs="+", default=["resnet50"], metavar="NAME", help="torchvision's, or a SPEC as for explain")
+    add("--batch", type=_batch_sizes, default=[1, 8], metavar="I,J,...", help="batch sizes (default: 1,8)")
+    add("--size", type=_positive, default=224, metavar="N", help="images of N x N pixels (default: 224)")
+    add(
+        "--providers",
+        type=lambda text: [part.strip() for part in text.split(",")],
+        metavar="NAME,...",
+        help="patterns of the names in the table, such as 'cfcam*,captum' (default: all but those that compile)",
+    )
+    add(
+        "--time-limit",
+        type=_seconds,
+        default=6.0,
+        metavar="S",
+        help="seconds for the calls of one provider at one batch; what cannot make three is left out (default: 6)",
+    )
+    add("--rounds", type=_positive, default=30, metavar="N", help="most calls of a provider at one batch (default: 30)")
+    add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--out", type=Path, metavar="FILE", help="also append the rows to this file, one line of JSON each")
+    bench.set_defaults(run=run_bench)
+
+
 def _positive(text):
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
@@ -116,6 +149,21 @@ def _indices(text):
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"expected class indices such as 285,282, got {text!r}")
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _batch_sizes(text):
+    sizes = {_positive(part.strip()) for part in text.split(",")}
+    return sorted(sizes)
+
+
+def _seconds(text):
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return seconds
 
 
 def _device(text):
@@ -175,12 +223,54 @@ def find_sources(inputs):
     return sources
 
 
-def explain_images(args, sources):
-    """Write the pictures of all sources; returns 0, or 1 when some could not be read."""
+def _tqdm():
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(images.needs("tqdm")) from error
+    return tqdm
+
+
+def _default_device(args):
+    return args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_bench(args):
+    """Print a table per model and batch; returns 0."""
+    from cfcam_gpu import bench
+    from cfcam_gpu.bench import rows
+
+    tqdm, device = _tqdm(), _default_device(args)
+    names = bench.select(args.providers or ["*"])
+    skip = {} if args.providers else {name: "only when asked for" for name in names if name.endswith(":compile")}
+    subjects = {name: bench.subject(name, size=args.size, device=device) for name in dict.fromkeys(args.model)}
+    if args.out is not None:
+        if args.out.is_dir():
+            raise _Refused(f"--out must be a file, got the folder {args.out}")
+        list(rows.append(args.out, []))  # what cannot be written is better known before the measurement
+    here = rows.about(*bench.PACKAGES, device=device)
+    with tqdm(total=len(subjects) * len(args.batch), unit="point", disable=None, file=sys.stderr) as bar:
+        for name, subject in subjects.items():
+            options = {
+                "time_limit_s": args.time_limit,
+                "rounds": args.rounds,
+                "skip": skip,
+                "progress": lambda text: bar.set_postfix_str(text, refresh=False),
+            }
+            for point in bench.sweep(subject, dict.fromkeys(args.batch, names), **options):
+                first = point[0]
+                if args.out is not None:
+                    list(rows.append(args.out, ({**row, **here} for row in point)))
+                layer = f"{first['layer']} ({' x '.join(map(str, first['shape'][1:]))})"
+                bar.write(f"{name}, {layer}, batch {first['batch']}, {args.size} pixels, {here['device']}")
+                bar.write(f"{bench.table(point)}\n")
+                bar.update()
+    return 0
+
+
+def explain_images(args, sources):
+    """Write the pictures of all sources; returns 0, or 1 when some could not be read."""
+    tqdm = _tqdm()
     inputs = {Path(source.label).resolve() for source in sources}
     for source in sources:
         if _picture(args, source).resolve() in inputs:
@@ -188,7 +278,7 @@ def explain_images(args, sources):
     if args.out.exists() and not args.out.is_dir():
         raise _Refused(f"--out must be a folder, got the file {args.out}")
     images.get_colormap(args.colormap)
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _default_device(args)
     pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
     loaded = models.load_model(args.model, device)
     if args.layer is not None:

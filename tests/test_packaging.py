@@ -23,7 +23,7 @@ def run(*command, **options):
     return process.stdout
 
 
-EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "test"}
+EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "bench", "test"}
 
 
 @pytest.fixture(scope="module")

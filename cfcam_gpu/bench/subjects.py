@@ -1,0 +1,105 @@
+"""What is measured: a model with random weights, its target layer, and a batch of noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from cfcam_gpu import models
+from cfcam_gpu.bench.trunk import compiled_halves
+from cfcam_gpu.capture import HeadCapture
+
+MODELS = ("resnet18", "resnet50", "densenet121", "mobilenet_v3_large", "convnext_tiny", "vit_b_16", "swin_t")
+"""torchvision's models that the full suite measures; any other name and any spec of `models.load_model` works too."""
+
+TARGET_LAYERS = {
+    # densenet's forward() runs an in-place ReLU on the output of "features", the default. pytorch-grad-cam keeps that
+    # tensor without a copy, so its maps there are of another tensor than its gradients.
+    "densenet121": "features.denseblock4",
+}
+"""Target layers other than the last one that keeps a map of the image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model in evaluation mode and what to explain with it."""
+
+    name: str
+    model: nn.Module
+    layer_name: str
+    layer: nn.Module
+    reshape_transform: Callable | None
+    layer_shape: tuple
+    """(C, h, w)."""
+    images: torch.Tensor
+    """(B, 3, H, W) of standard normal noise."""
+
+    @cached_property
+    def targets(self):
+        """The top class of each image: under random weights, another's map may well be negative everywhere."""
+        with torch.no_grad():
+            return self.model(self.images).argmax(1).tolist()
+
+    @property
+    def device(self):
+        return self.images.device
+
+    @property
+    def output_size(self):
+        return tuple(self.images.shape[2:])
+
+    @cached_property
+    def captured(self):
+        """Activations and gradients (B, C, h, w) of the target layer, contiguous."""
+        capture = HeadCapture(self.model, [self.layer], self.reshape_transform)(self.images, self.targets)
+        return capture.activations[0].contiguous(), capture.gradients[0].contiguous()
+
+    @cached_property
+    def halves(self):
+        """The `Halves` of the model, the first one compiled for this batch."""
+        return compiled_halves(self.model, self.layer_name, self.images)
+
+    def first(self, n):
+        """The first ``n`` images with what the whole batch's pass gave them: rounding depends on the batch."""
+        part = replace(self, images=self.images[:n])
+        vars(part).update(targets=self.targets[:n], captured=tuple(each[:n] for each in self.captured))
+        return part
+
+    def with_batch(self, batch):
+        """The same model with another batch size; images come in the same order."""
+        return replace(self, images=_noise(batch, self.images.shape[-1], self.device))
+
+
+def subject(name, batch=1, size=224, device="cpu"):
+    """A `Subject`: model ``name`` on ``batch`` noise images of ``size`` x ``size`` pixels; the same on every call.
+
+    Args:
+        name: a model of torchvision, which gets random weights, or a spec of `models.load_model`.
+
+    Raises:
+        ValueError, TypeError, ImportError, OSError: as `models.load_model` and `models.inspect_target_layer` do.
+
+    >>> subject("resnet18", batch=2).captured[0].shape
+    torch.Size([2, 512, 7, 7])
+    """
+    spec = name if ":" in name or name == "demo" else f"torchvision:{name}:random"
+    torch.manual_seed(0)
+    model = models.load_model(spec, device).model
+    _fill_zero_heads(model)
+    images = _noise(batch, size, device)
+    target = models.inspect_target_layer(model, images[:1], TARGET_LAYERS.get(name))
+    return Subject(name, model, target.name, target.module, target.reshape_transform, target.shape, images)
+
+
+def _noise(batch, size, device):
+    # Made on the host: the same images whatever the device.
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _fill_zero_heads(model):
+    """Random weights for linear layers that begin as zeros (torchvision's ViT): they would stop every gradient."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cfcam_gpu import cluster_batched, cluster_host, cuml_engine
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 from cfcam_gpu.labels import DOMINANT, NOISE
 from cfcam_gpu.ranks import dominant_rank, radius_ranks
@@ -198,16 +198,18 @@ def class_map(activations, weights, output_size, config):
     return normalize(resize(class_grid(activations, weights), output_size), config)
 
 
-def class_grid(activations, weights, relu=True):
+def class_grid(activations, weights, relu=True, skip_nan=False):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w).
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
+        skip_nan: leave out the terms that are NaN.
     """
     activations, weights = as_computed(activations), weights.detach()
-    if weights.ndim == 4:
-        grid = (activations * weights).sum(1)
+    if weights.ndim == 4 or skip_nan:
+        terms = activations * (weights if weights.ndim == 4 else weights[:, :, None, None])
+        grid = terms.nansum(1) if skip_nan else terms.sum(1)
     else:
         grid = torch.bmm(weights.to(activations.dtype)[:, None, :], activations.flatten(2))
         grid = grid.view(len(grid), *activations.shape[2:])
@@ -217,6 +219,24 @@ def class_grid(activations, weights, relu=True):
 def resize(grid, output_size):
     """Bilinear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
     return F.interpolate(grid[:, None], tuple(output_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def grad_cam_maps(grids, output_size, scale_mean=True):
+    """The mean over layers of their scaled and resized grids (B, h, w), by default scaled again: (B, H, W).
+
+    Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward``.
+    """
+    mean = torch.stack([resize(scale_as_grad_cam(grid), output_size) for grid in grids]).mean(0)
+    return scale_as_grad_cam(mean) if scale_mean else mean
+
+
+def scale_as_grad_cam(images):
+    """Maps (B, H, W), each scaled to (x - min) / (GRAD_CAM_EPSILON + max(x - min)).
+
+    Source: jacobgil/pytorch-grad-cam 1.5.7, ``scale_cam_image``.
+    """
+    shifted = images - images.amin((1, 2), True)
+    return shifted / (GRAD_CAM_EPSILON + shifted.amax((1, 2), True))
 
 
 def normalize(images, config):

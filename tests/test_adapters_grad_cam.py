@@ -4,6 +4,7 @@ import gc
 import logging
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -340,6 +341,75 @@ def test_finer_cam_fills_no_gradients(small, images):
     small.zero_grad()
     assert_same(original.FinerCAM(small, [small[2]], base_method=adapter.GradCAM)(images), expected)
     assert all(parameter.grad is None for parameter in small.parameters())
+
+
+# The path on a device. Tolerance: the order of a kernel's sums is its own, and the maps stretch what rounding leaves.
+DEVICE_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_device_path(small, images, device_path, method):
+    """The sums and the scaling are launches of the two kernels, one each a layer, and the numbers the original's."""
+    small, images = small.to(device_path.device), images.to(device_path.device)
+    for layers in ([small[2]], [small[0], small[2]]):
+        slow = getattr(original, method)(small, layers)
+        fast = accelerate(slow)
+        expected = slow(images, categories(1, 2))
+        device_path.launched.clear()
+        assert_same(fast(images, categories(1, 2)), expected, DEVICE_TOLERANCE)
+        once_a_layer = {"weighted_sum_kernel": len(layers), "resize_normalize_kernel": len(layers)}
+        assert Counter(device_path.launched) == once_a_layer
+        per_layer = slow.compute_cam_per_layer(images, categories(1, 2), False)
+        for ours, theirs in zip(fast.compute_cam_per_layer(images, categories(1, 2)), per_layer):
+            assert_same(ours, np.ascontiguousarray(theirs), DEVICE_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:HiResCAM's faithfulness")
+def test_the_rest_of_the_device_path(small, images, device_path):
+    """The six views of ``aug_smooth`` are one batch; what the kernels do not sum, they scale; what they do not take is
+    left to torch; half precision goes in as it is."""
+    small, images = small.to(device_path.device), images.to(device_path.device)
+    slow = original.GradCAM(small, [small[2]])
+    fast = accelerate(slow)
+    assert fast.maps(images).device.type == device_path.device
+    smoothed = slow(images, None, aug_smooth=True)
+    device_path.launched.clear()
+    assert_same(fast(images, None, aug_smooth=True), smoothed, DEVICE_TOLERANCE)
+    assert device_path.launched == ["weighted_sum_kernel", "resize_normalize_kernel"]
+    eigen = slow(images, None, eigen_smooth=True)
+    device_path.launched.clear()
+    assert_same(fast(images, None, eigen_smooth=True), eigen, 1e-4)
+    assert device_path.launched == ["resize_normalize_kernel"]
+    expected = slow(images, None)
+    small.half() if device_path.device == "cuda" else small.bfloat16()
+    half = images.to(small[0].weight.dtype)
+    device_path.launched.clear()
+    maps = fast(half)
+    assert device_path.launched == ["weighted_sum_kernel", "resize_normalize_kernel"]
+    assert maps.max() > 0.99 and np.median(np.abs(maps - expected)) < 0.05
+    small.double()
+    device_path.launched.clear()
+    assert fast.maps(images.double()).dtype == torch.float64 and not device_path.launched
+
+
+def test_cf_cam_on_the_device_path(small, images, device_path):
+    """`CFCAM`, and the package's own class, equal the original's base class fed with CF-CAM's weights."""
+
+    class Theirs(BaseCAM):
+        def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
+            tensors = (torch.from_numpy(array).to(device_path.device) for array in (activations, grads))
+            return cf_cam(*tensors).weights.cpu().numpy()
+
+    small, images = small.to(device_path.device), images[:, :, :32, :32].to(device_path.device)
+    layers = [small[2]]
+    expected = Theirs(small, layers)(images, categories(1, 2))
+    for cls in (adapter.CFCAM, cfcam_gpu.CFCAM):
+        device_path.launched.clear()
+        assert_same(cls(small, layers)(images, categories(1, 2)), expected, DEVICE_TOLERANCE)
+        assert device_path.launched[-2:] == ["weighted_sum_kernel", "resize_normalize_kernel"]
+        device_path.launched.clear()
+        assert_same(cls(small, layers, backend="torch")(images, categories(1, 2)), expected, 1e-4)
+        assert not device_path.launched, "asked for torch, it stays with torch"
 
 
 # Smoothing, batches, volumes.

@@ -392,6 +392,64 @@ def classes_with_maps(cam, images):
     raise AssertionError("500 classes without a positive map")
 
 
+def weighted_terms(cam):
+    """The terms of torch-cam's sums, float64 (N, C, h, w) a layer, of the weights in their own dtype."""
+    for weights, activations in zip(cam.weights, cam.hook_a):
+        weights = weights.detach().double()
+        yield activations.double() * (weights if weights.ndim == 4 else weights[:, :, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_device_path(resnet18, images, device_path, method, dtype):
+    """A launch of the sum's kernel a layer, and torch-cam's numbers; its signed sums may cancel, so that the error is
+    measured against the terms that were added."""
+    resnet18, images = resnet18.to(device_path.device, dtype), images.to(device_path.device, dtype)
+    layers, rounding = ["layer3", "layer4"], 0 if dtype == torch.float32 else 2**-8
+    with getattr(original, method)(resnet18, layers) as cam:
+        by_theirs = run(cam, images, [1, 2])
+        cam = adapter.accelerate(cam)
+        get_weights = cam._get_weights
+        cam._get_weights = lambda *args, **kwargs: vars(cam).setdefault("weights", get_weights(*args, **kwargs))
+        device_path.launched.clear()
+        maps = run(cam, images, [1, 2])
+        assert device_path.launched == ["weighted_sum_kernel"] * 2
+        for ours, theirs, terms in zip(maps, by_theirs, weighted_terms(cam)):
+            assert ours.shape == theirs.shape and ours.dtype == dtype and ours.device == theirs.device
+            exact, size = terms.nansum(1), terms.abs().nansum(1)
+            assert (ours.double() - exact).abs().le(1e-6 * size + rounding * exact.abs()).all()
+            assert (ours.double() - theirs.double()).abs().le((1e-6 + 4 * rounding) * size).all()
+            assert ours.any() and ours.isfinite().all() and (ours[0] != ours[1]).any()
+        for relu in (True, False):
+            grids = run(cam, images, [1, 2], relu=relu)
+            for ours, grid, signed in zip(run(cam, images, [1, 2], True, relu), grids, maps):
+                assert torch.equal(grid, signed.relu() if relu else signed)
+                if dtype == torch.float32:
+                    assert torch.equal(ours, cam._normalize(grid))
+                assert ours.dtype == dtype and 0 <= ours.min() and ours.max() <= 1
+        resnet18.double()
+        device_path.launched.clear()
+        del cam.weights
+        assert run(cam, images.double(), [1, 2])[0].dtype == torch.float64 and not device_path.launched
+
+
+def test_cf_cam_on_the_device_path(device_path):
+    model = Head(False).eval().to(device_path.device)
+    images = torch.randn(2, 3, 32, 32, device=device_path.device)
+    with adapter.CFCAM(model, "0") as cam:
+        grid = cam([1, 2], model(images), normalized=False)[0]
+        assert device_path.launched[-1] == "weighted_sum_kernel" and "pairwise_distances_kernel" in device_path.launched
+        (activations,), (gradients,) = cam.hook_a, cam.hook_g
+    weights = cf_cam(activations, gradients).weights.double()
+    terms = weights[:, :, None, None] * activations.double()
+    assert grid.any()
+    assert (grid.double() - terms.sum(1).relu()).abs().le(1e-6 * terms.abs().sum(1)).all()
+    device_path.launched.clear()
+    with adapter.CFCAM(model, "0", backend="torch") as cam:
+        cam([1, 2], model(images))
+    assert not device_path.launched, "asked for torch, it stays with torch"
+
+
 def test_cf_cam_choices(resnet18):
     for options, error in (({"config": "paper"}, TypeError), ({"backend": "gpu"}, ValueError)):
         with pytest.raises(error):

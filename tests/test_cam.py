@@ -7,7 +7,6 @@ from compare import assert_close
 from torch import nn
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, torch_backend
-from cfcam_gpu.cam import scale_as_grad_cam
 from cfcam_gpu.capture import HeadCapture
 
 
@@ -112,11 +111,10 @@ def test_several_layers_are_averaged(resnet18, images):
 def grad_cam_with_our_capture(model, layers, images, targets):
     """Grad-CAM by its definition, on this package's capture and with the scaling of `CFCAM.__call__`."""
     captured = HeadCapture(model, layers)(images, targets)
-    scaled = []
+    grids = []
     for activations, gradients in zip(captured.activations, captured.gradients):
-        grid = torch_backend.class_grid(activations, gradients.mean((2, 3)))
-        scaled.append(torch_backend.resize(scale_as_grad_cam(grid), images.shape[-2:]))
-    return scale_as_grad_cam(torch.stack(scaled).mean(0)).numpy()
+        grids.append(torch_backend.class_grid(activations, gradients.mean((2, 3))))
+    return torch_backend.grad_cam_maps(grids, images.shape[-2:]).numpy()
 
 
 @pytest.mark.parametrize("names", [["layer4"], ["layer2", "layer3", "layer4"]])

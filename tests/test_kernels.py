@@ -4,12 +4,11 @@ Labels are exact for the kernels' own distances and eps; everything else is comp
 allocations of the launchers are poisoned, so that a value that no kernel wrote shows.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from compare import assert_close
+from device import DEVICE, GPU, launched, on_gpu_only
 from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random_config
 from scipy.ndimage import gaussian_filter as gaussian_filter_scipy
 from sklearn.cluster import DBSCAN
@@ -18,30 +17,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from cfcam_gpu.kernels import connected_components, launch
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
-from cfcam_gpu.kernels.class_map import resize_normalize
+from cfcam_gpu.kernels.class_map import resize_as_grad_cam, resize_normalize
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend
-from cfcam_gpu.config import BOUNDARIES
+from cfcam_gpu.config import BOUNDARIES, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import filter_matrix
 
-GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
-DEVICE = "cuda" if GPU else "cpu"
-on_gpu_only = pytest.mark.skipif(not GPU, reason="needs a GPU: too large or impossible in Triton's interpreter")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every ``torch.empty`` of a launcher comes filled with NaN or the largest integer."""
-    empty = torch.empty
-
-    def poisoned_empty(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def kernel_distances(activations, config):
@@ -187,9 +172,7 @@ def test_public_functions(seed):
 
 def test_deterministic(seed):
     activations, gradients = activations_like((2, 80, 4, 4)).to(DEVICE), torch.randn(2, 80, 4, 4).to(DEVICE)
-    first, second = (
-        triton_backend.cf_cam(activations, gradients, (9, 9), CFCAMConfig(), "batched") for _ in range(2)
-    )
+    first, second = (triton_backend.cf_cam(activations, gradients, (9, 9), CFCAMConfig(), "batched") for _ in range(2))
     for one, two in zip(first, second):
         assert torch.equal(one, two)
 
@@ -229,9 +212,7 @@ def test_flat_and_empty_maps():
 
 @pytest.mark.parametrize("weighting", ["signed", "softmax"])
 def test_no_kept_channel_gives_zeros(weighting, rng):
-    config = CFCAMConfig(
-        dominant_percentile=100.0, eps_percentile=0.0, min_samples_fraction=1.0, weighting=weighting
-    )
+    config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=0.0, min_samples_fraction=1.0, weighting=weighting)
     activations = torch.from_numpy(rng.normal(size=(2, 20, 2, 2))).float().to(DEVICE)
     maps, labels, weights, _ = triton_backend.cf_cam(activations, activations, (8, 8), config, "batched")
     assert (labels == -1).all() and (weights == 0).all() and (maps == 0).all()
@@ -265,23 +246,63 @@ def test_map_kernels_equal_torch(old, new, channels, seed):
                 assert_close(grid, expected)
     expected, grid = expected.relu(), grid.relu()
     for config in (CFCAMConfig(), CFCAMConfig.paper()):
-        maps = resize_normalize(grid, new, 1e-6, config.normalize == "minmax")
+        maps = resize_normalize(grid, new, FLAT_RANGE, config.normalize)
         assert_close(maps, torch_backend.normalize(torch_backend.resize(expected, new), config))
 
 
-def launched(monkeypatch, run=True):
-    """Counts kernel launches; ``run=False`` skips them."""
-    from cfcam_gpu.kernels.class_map import weighted_sum_kernel
+def test_terms_that_are_nan_are_left_out(seed):
+    activations, weights = torch.randn(2, 37, 3, 5), torch.randn(2, 37)
+    weights[:, 3] = torch.nan
+    weights[:, 4], activations[:, 4] = torch.inf, 0
+    activations[:, 5, 1] = torch.nan
+    expected = (activations.double() * weights.double()[:, :, None, None]).nansum(1)
+    for dtype in launch.DTYPES:
+        if dtype != torch.float32:
+            activations, weights = activations.to(dtype), weights.to(dtype)
+            expected = (activations.double() * weights.double()[:, :, None, None]).nansum(1)
+        arguments = activations.to(DEVICE), weights.to(DEVICE)
+        assert_close(triton_backend.class_grid(*arguments, relu=False, skip_nan=True), expected, dtype)
+        assert triton_backend.class_grid(*arguments, relu=False).isnan().all()
 
-    kernel_type, names = type(weighted_sum_kernel), []
-    original = kernel_type.run
 
-    def count(self, *args, **kwargs):
-        names.append(self.fn.__name__)
-        return original(self, *args, **kwargs) if run else None
+# One layer; several of different sizes, one of which is enlarged and one of which shrinks; more than a block of cells.
+@pytest.mark.parametrize("sizes", [[(7, 7)], [(1, 1)], [(5, 8), (7, 3)], [(40, 33), (3, 2), (20, 31)]])
+@pytest.mark.parametrize("new", [(20, 31), (45, 40)])  # a block of pixels, and more
+def test_scaling_equals_pytorch_grad_cam(sizes, new, seed):
+    image = pytest.importorskip(
+        "pytorch_grad_cam.utils.image", reason="pytorch-grad-cam is not installed (extra: test)"
+    )
+    base_cam = pytest.importorskip("pytorch_grad_cam.base_cam")
+    grids = [torch.randn(6, *size).relu() * 10.0 ** torch.randint(-3, 3, (6, 1, 1)) for size in sizes]
+    for grid in grids:
+        grid[1] = 0
+        grid[2] = 0.3  # flat
+        grid[3] *= 1e-7 / grid[3].amax().clamp_min(1e-7)  # as small as the epsilon
+        grid[4] += 1e3  # most digits are in the minimum
+    grids[0][5] = 0
+    scaled = [image.scale_cam_image(grid.numpy(), new[::-1]) for grid in grids]
+    expected = base_cam.BaseCAM.aggregate_multi_layers(None, [layer[:, None] for layer in scaled])
+    on_device = [grid.to(DEVICE) for grid in grids]
+    maps = resize_as_grad_cam(on_device, new, GRAD_CAM_EPSILON)
+    np.testing.assert_allclose(maps.cpu(), expected, rtol=0, atol=GRAD_CAM_TOLERANCE)
+    np.testing.assert_allclose(maps.cpu(), torch_backend.grad_cam_maps(grids, new), rtol=0, atol=GRAD_CAM_TOLERANCE)
+    for grid, layer in zip(on_device, scaled):
+        maps = resize_as_grad_cam([grid], new, GRAD_CAM_EPSILON, scale_mean=False)
+        np.testing.assert_allclose(maps.cpu(), layer, rtol=0, atol=GRAD_CAM_TOLERANCE)
+    mean = resize_as_grad_cam(on_device, new, GRAD_CAM_EPSILON, scale_mean=False)
+    np.testing.assert_allclose(mean.cpu(), np.mean(scaled, axis=0), rtol=0, atol=GRAD_CAM_TOLERANCE)
 
-    monkeypatch.setattr(kernel_type, "run", count)
-    return names
+
+GRAD_CAM_TOLERANCE = 2e-6
+"""As on a CPU: the maps reach 1, and the scaling adds nothing up that could cancel."""
+
+
+def test_one_launch_a_layer(seed, monkeypatch):
+    names = launched(monkeypatch)
+    for layers in (1, 2, 3):
+        names.clear()
+        resize_as_grad_cam([torch.rand(2, 4, 4).to(DEVICE)] * layers, (9, 9), GRAD_CAM_EPSILON)
+        assert names == ["resize_normalize_kernel"] * layers
 
 
 @pytest.mark.parametrize("batch", [1, 5])
@@ -332,3 +353,6 @@ def test_more_images_than_a_grid_axis(seed):
     last = cf_cam(activations[-1:], activations[-1:], (2, 2), backend="triton")
     for of_all, of_one in zip(result, last):
         assert torch.equal(of_all[-1], of_one[0])
+    grids = [torch.rand(70_000, 2, 2, device="cuda"), torch.rand(70_000, 3, 2, device="cuda")]
+    maps = triton_backend.grad_cam_maps(grids, (40, 40))
+    assert torch.equal(maps[-1:], triton_backend.grad_cam_maps([grid[-1:] for grid in grids], (40, 40)))

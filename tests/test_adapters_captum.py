@@ -7,10 +7,10 @@ from collections import namedtuple
 
 import pytest
 import torch
-import torchvision
 from compare import assert_close
 from torch import nn
 
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("captum", reason="captum is not installed (extra: captum)")
 import captum.attr as original
 

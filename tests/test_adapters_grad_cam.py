@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: grad-cam)")
 import pytorch_grad_cam as original
 import ttach

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-import torchvision
 from compare import assert_close
 from torch import nn
 
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("torchcam", reason="torch-cam is not installed (extra: torchcam)")
 import torchcam.methods as original
 

@@ -7,9 +7,9 @@ allocations of the launchers are poisoned, so that a value that no kernel wrote 
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, stretch_of_map
 from device import DEVICE, GPU, launched, on_gpu_only
-from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random_config
+from problems import CLUSTERING_KINDS, activations_like, clustering_rows, equal_labels, random_config
 from scipy.ndimage import gaussian_filter as gaussian_filter_scipy
 from sklearn.cluster import DBSCAN
 
@@ -118,11 +118,10 @@ def compare_with_reference(activations, gradients, config, output_size=(20, 31))
     result = triton_backend.cf_cam(activations.to(DEVICE), gradients.to(DEVICE), output_size, config, "batched")
     maps, labels, weights, _ = (tensor.cpu() for tensor in result)
     expected = reference.cf_cam(activations.double().numpy(), gradients.double().numpy(), output_size, config)
-    same = (labels.numpy() == expected[1]).all(1)
-    assert same.mean() > 0.5, "labels may differ in rare images only, where a pair is at the edge"
-    for image in np.flatnonzero(same):
+    for image in equal_labels(activations, labels, expected[1], config).nonzero()[:, 0].tolist():
         assert_close(weights[image], expected[2][image], activations.dtype)
-        assert_close(maps[image], expected[0][image], activations.dtype)
+        stretch = stretch_of_map(activations[image], expected[2][image], output_size, config)
+        assert_close(maps[image], expected[0][image], activations.dtype, stretch)
 
 
 @pytest.mark.parametrize("dtype", launch.DTYPES)
@@ -152,10 +151,11 @@ def test_real_shapes(channels, side, batch, seed):
     for one, two in zip(first, second):
         assert torch.equal(one, two), "two runs must be bit-identical"
     expected = torch_backend.cf_cam(activations, gradients, (224, 224), CFCAMConfig(), "host")
-    same = (first[1].cpu() == expected[1]).all(1)
-    assert same.float().mean() > 0.5
+    same = equal_labels(activations, first[1], expected[1], CFCAMConfig())
     assert_close(first[2].cpu()[same], expected[2][same])
-    assert_close(first[0].cpu()[same], expected[0][same])
+    for image in same.nonzero()[:, 0].tolist():
+        stretch = stretch_of_map(activations[image], expected[2][image], (224, 224), CFCAMConfig())
+        assert_close(first[0][image], expected[0][image], stretch=stretch)
 
 
 def test_public_functions(seed):
@@ -163,7 +163,9 @@ def test_public_functions(seed):
     result = cf_cam(activations, gradients, (9, 9), backend="triton")
     expected = cf_cam(activations, gradients, (9, 9), backend="torch")
     assert torch.equal(result.labels, expected.labels)
-    assert_close(result.maps, expected.maps)
+    for image in range(2):
+        stretch = stretch_of_map(activations[image], expected.weights[image], (9, 9), CFCAMConfig())
+        assert_close(result.maps[image], expected.maps[image], stretch=stretch)
     labels, eps = cluster_channels(activations, backend="triton")
     assert torch.equal(labels, result.labels) and torch.equal(eps, result.eps)
     by_sklearn, _ = cluster_channels(activations, backend="triton", clustering="sklearn")
@@ -244,10 +246,10 @@ def test_map_kernels_equal_torch(old, new, channels, seed):
             for layout in (activations, activations.to(memory_format=torch.channels_last)):
                 grid = triton_backend.class_grid(layout.to(DEVICE), weights.to(DEVICE), relu)
                 assert_close(grid, expected)
-    expected, grid = expected.relu(), grid.relu()
+    grid = grid.relu()
     for config in (CFCAMConfig(), CFCAMConfig.paper()):
         maps = resize_normalize(grid, new, FLAT_RANGE, config.normalize)
-        assert_close(maps, torch_backend.normalize(torch_backend.resize(expected, new), config))
+        assert_close(maps, torch_backend.normalize(torch_backend.resize(grid.double(), new), config))
 
 
 def test_terms_that_are_nan_are_left_out(seed):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close
-from problems import activations_like
+from compare import assert_close, stretch_of_map
+from problems import activations_like, equal_labels
 from scipy.ndimage import gaussian_filter
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
@@ -22,11 +22,10 @@ def compare_with_reference(activations, gradients, config, output_size=(33, 47))
     result = cf_cam(activations, gradients, output_size, config)
     expected = cf_cam(activations, gradients, output_size, config, backend="reference")
     assert expected.maps.dtype == torch.float64
-    same = (result.labels == expected.labels).all(1)
-    assert same.float().mean() > 0.5, "labels may differ in rare images only"
-    for image in same.nonzero()[:, 0]:
+    for image in equal_labels(activations, result.labels, expected.labels, config).nonzero()[:, 0].tolist():
         assert_close(result.weights[image], expected.weights[image], activations.dtype)
-        assert_close(result.maps[image], expected.maps[image], activations.dtype)
+        stretch = stretch_of_map(activations[image], expected.weights[image], output_size, config)
+        assert_close(result.maps[image], expected.maps[image], activations.dtype, stretch)
     return result
 
 
@@ -66,8 +65,11 @@ def test_every_image_is_its_own_problem(preset, seed):
     batch = cf_cam(activations, gradients, (32, 32), PRESETS[preset])
     for image in range(5):
         alone = cf_cam(activations[image : image + 1], gradients[image : image + 1], (32, 32), PRESETS[preset])
-        for of_batch, of_one in zip(batch, alone):
+        for of_batch, of_one in zip(batch[1:], alone[1:]):
             assert torch.equal(of_batch[image], of_one[0])
+        # The library behind torch.bmm adds up in another order in batches of another size, on some processors.
+        stretch = stretch_of_map(activations[image], alone.weights[0], (32, 32), PRESETS[preset])
+        assert_close(batch.maps[image], alone.maps[0], stretch=stretch)
 
 
 def test_memory_format_does_not_matter(seed):

@@ -127,7 +127,7 @@ def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):
     To scale is (x - min) / (1e-7 + max(x - min)), image by image; a map without a range becomes zeros.
 
     Args:
-        grids: list of (B, h, w), a layer each, of any sizes.
+        grids: list of non-negative (B, h, w), a layer each, of any sizes.
         output_size: (H, W).
         scale_mean: False leaves the mean as it is, which of one layer is its own map.
         backend: as for `cf_cam`; "reference" is "torch" here.

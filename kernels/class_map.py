@@ -179,9 +179,7 @@ def resize_normalize_kernel(
                 ADD_EARLIER,
             )
             lowest = tl.minimum(lowest, tl.where(inside, value, float("inf")))
-            if SCALE_GRID:  # a masked lane holds (0 - base) / span, else 0
-                value = tl.where(inside, value, 0.0)
-            highest = tl.maximum(highest, value)
+            highest = tl.maximum(highest, value)  # a masked lane holds 0, or (0 - base) / span and base >= 0
             start += BLOCK
         low = tl.min(lowest, axis=0)
         high = tl.max(highest, axis=0)
@@ -275,7 +273,7 @@ def resize_as_grad_cam(grids, output_size, epsilon, scale_mean=True):
     """The mean of the layers' scaled and resized grids, float32 (B, H, W), by default scaled again; a launch a layer.
 
     Args:
-        grids: list of float32 (B, h, w), contiguous, a layer each.
+        grids: list of non-negative float32 (B, h, w), contiguous, a layer each.
         output_size: (H, W).
         epsilon: a map is scaled to (x - min) / (epsilon + max(x - min)).
     """

@@ -275,11 +275,12 @@ def test_scaling_equals_pytorch_grad_cam(sizes, new, seed):
         "pytorch_grad_cam.utils.image", reason="pytorch-grad-cam is not installed (extra: test)"
     )
     base_cam = pytest.importorskip("pytorch_grad_cam.base_cam")
-    grids = [torch.randn(6, *size).relu() * 10.0 ** torch.randint(-3, 3, (6, 1, 1)) for size in sizes]
+    grids = [torch.randn(7, *size).relu() * 10.0 ** torch.randint(-3, 3, (7, 1, 1)) for size in sizes]
     for grid in grids:
         grid[1] = 0
         grid[2] = 0.3  # flat
-        grid[3] *= 1e-7 / grid[3].amax().clamp_min(1e-7)  # as small as the epsilon
+        for row, peak in ((3, 1e-7), (6, 1e-13)):  # as small as the epsilon before the one scaling, and the other
+            grid[row] *= peak / grid[row].amax().clamp_min(1e-7)
         grid[4] += 1e3  # most digits are in the minimum
     grids[0][5] = 0
     scaled = [image.scale_cam_image(grid.numpy(), new[::-1]) for grid in grids]
@@ -329,6 +330,8 @@ def test_launchers_never_wait(seed, monkeypatch):
             torch.cuda.set_sync_debug_mode("error")
         try:
             triton_backend.cf_cam(*arguments)
+            grid = triton_backend.class_grid(arguments[0], arguments[1], relu=True, skip_nan=True)
+            triton_backend.grad_cam_maps([grid, grid], (9, 9))
         finally:
             if GPU:
                 torch.cuda.set_sync_debug_mode("default")

@@ -180,7 +180,5 @@ def test_min_and_max_of_the_two_scalings(seed):
 def test_published_weights_hardly_depend_on_the_gradient(seed):
     """What the specification says of the published softmax, so that nobody is surprised by it."""
     activations = activations_like((1, 256, 7, 7))
-    maps = [
-        cf_cam(activations, torch.randn(1, 256, 7, 7) * 1e-3, (56, 56), CFCAMConfig.paper()).maps for _ in range(2)
-    ]
+    maps = [cf_cam(activations, torch.randn(1, 256, 7, 7) * 1e-3, (56, 56), CFCAMConfig.paper()).maps for _ in range(2)]
     assert (maps[0] - maps[1]).abs().max() < 0.01

@@ -1,21 +1,24 @@
-"""Kernel benchmarks on a GPU: the pipeline by batch, each kernel against its floor, and `CFCAM.capture` end to end.
+"""Kernel benchmarks on a GPU: the pipeline by batch, each kernel against its floor, `CFCAM.capture` end to end, and the
+accelerated GradCAM against pytorch-grad-cam's.
 
     python benchmarks/kernels.py --out results/
 
 Times are medians of CUDA-event timings over graph replays, after warm-up; a small batch stays in the cache, as it does
-behind a network's last layer. Outputs are compared with the torch backend first: no agreement, no number. One JSON line
-per point is appended to kernels.jsonl; a short table is printed last.
+behind a network's last layer. Only the rows of GradCAM are wall clock, a call each from the images to NumPy maps on the
+host. Outputs are compared with the torch backend's, or the other library's, first: no agreement, no number. One JSON
+line per point is appended to kernels.jsonl; a short table is printed last.
 """
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 
 import rows
 import torch
 from cfcam_gpu.kernels.class_map import weighted_sum_kernel
 
-from cfcam_gpu import CFCAM, CFCAMConfig, torch_backend, triton_backend
+from cfcam_gpu import CFCAM, CFCAMConfig, accelerate, torch_backend, triton_backend
 
 COPY_BYTES_PER_SECOND = 4.3e12
 """Measured device-to-device copy of an H200, bytes read plus written: the ceiling for moving bytes."""
@@ -56,7 +59,24 @@ def time_us(functions, rounds=30):
             events[1].record()
             events[1].synchronize()
             of_graph.append(1e3 * events[0].elapsed_time(events[1]) / 10)
-    return [tuple(statistics.quantiles(of_graph, n=10)[i] for i in (4, 1, 7)) for of_graph in times]
+    return [quantiles(of_graph) for of_graph in times]
+
+
+def wall_us(functions, rounds):
+    """Median, p20 and p80 in microseconds of calls that end on the host, interleaved."""
+    times = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, of_function in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            of_function.append(1e6 * (time.perf_counter() - start))
+    return [quantiles(of_function) for of_function in times]
+
+
+def quantiles(values):
+    """Median, p20 and p80."""
+    tenths = statistics.quantiles(values, n=10)
+    return tenths[4], tenths[1], tenths[7]
 
 
 def problem(batch, n_channels, side, dtype):
@@ -155,25 +175,81 @@ def end_to_end_rows(batches):
             }
 
 
+def scaling_rows(shapes):
+    """pytorch-grad-cam's scaling and resize, by the kernel and by torch operations."""
+    for batch, sides in shapes:
+        grids = [torch.randn(batch, side, side, device="cuda").relu() for side in sides]
+        functions = [lambda b=b, g=grids: b.grad_cam_maps(g, (224, 224)) for b in (triton_backend, torch_backend)]
+        torch.testing.assert_close(functions[0](), functions[1](), rtol=0, atol=2e-6)
+        timed = time_us(functions)
+        for name, (median, p20, p80) in zip(("triton", "torch"), timed):
+            yield {
+                "op": f"grad_cam_maps:{name}",
+                "shape": [batch, *sides],
+                "dtype": "torch.float32",
+                "median_us": median,
+                "p20_us": p20,
+                "p80_us": p80,
+                "speedup": timed[1][0] / median,
+            }
+
+
+def grad_cam_rows(batches):
+    """The accelerated GradCAM over pytorch-grad-cam's, a call from the images to NumPy maps."""
+    try:
+        import pytorch_grad_cam
+        from torchvision.models import resnet50
+    except ImportError as error:
+        print(f"no rows of GradCAM: {error}")
+        return
+    model = resnet50(weights=None).eval().cuda()
+    model.fc.weight.data.abs_()  # no map is zero, or the small difference of large sums
+    slow = pytorch_grad_cam.GradCAM(model, [model.layer4[-1]])
+    fast = accelerate(slow)
+    for batch in batches:
+        images = torch.randn(batch, 3, 224, 224, device="cuda")
+        expected = torch.from_numpy(slow(images, None))
+        assert (expected.amax((1, 2)) > 0.9).all(), "maps of zeros agree with everything"
+        torch.testing.assert_close(torch.from_numpy(fast(images, None)), expected, rtol=0, atol=1e-4)
+        timed = wall_us([lambda x=images: slow(x, None), lambda x=images: fast(x, None)], rounds=10)
+        for name, (median, p20, p80) in zip(("pytorch-grad-cam", "accelerated"), timed):
+            yield {
+                "op": f"resnet50:GradCAM {name}",
+                "shape": [batch, 3, 224, 224],
+                "dtype": "torch.float32",
+                "median_us": median,
+                "p20_us": p20,
+                "p80_us": p80,
+                "speedup": timed[0][0] / median,
+            }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA or ROCm device")
-    here = rows.about("triton")
+    here = rows.about("triton", "grad-cam")
     half, single = torch.float16, torch.float32
     sources = (
         pipeline_rows([(batch, 2048, 7, single) for batch in (1, 8, 64, 256)]),
         pipeline_rows([(1, 512, 7, single), (1, 1280, 7, half), (256, 1280, 7, half), (64, 512, 14, single)]),
         kernel_rows([(1, 2048, 7, single), (64, 2048, 7, single)]),
+        scaling_rows([(1, [7]), (64, [7]), (64, [28, 14, 7])]),
         end_to_end_rows((1, 8, 64)),
+        grad_cam_rows((64,)),
     )
     points = ({**row, **here} for source in sources for row in source)
     written = rows.write("kernels", points, out)
     print(here)
     for row in written:
-        extra = {"maps_per_s": "{:,.0f} maps/s", "share_of_floor": "{:.0%} of floor", "ratio": "{:.3f} x forward"}
+        extra = {
+            "maps_per_s": "{:,.0f} maps/s",
+            "share_of_floor": "{:.0%} of floor",
+            "ratio": "{:.3f} x forward",
+            "speedup": "{:.2f} x the other's speed",
+        }
         notes = "  ".join(text.format(row[key]) for key, text in extra.items() if key in row)
         print(f"{row['op']:34s} {'x'.join(map(str, row['shape'])):18s} {row['median_us']:10.1f} us  {notes}")
 

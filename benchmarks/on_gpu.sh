@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and no network, from a checkout: the whole GPU test suite, the memory checker where there is
-# one, all kernel benchmarks and the suite's part that fits. Rows and the log go to $OUT (default: benchmarks/results).
-# The limits add up to 580 s: under ten minutes. python benchmarks/report.py then puts the rows into the README.
+# On a machine with a GPU and no network, from a checkout: the whole GPU test suite, the adapters' tests where their
+# libraries are installed, the memory checker where there is one, all kernel benchmarks and the suite's part that fits.
+# Rows and the log go to $OUT (default: benchmarks/results); about ten minutes. python benchmarks/report.py then puts the
+# rows into the README.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results}
@@ -15,6 +16,10 @@ status=0
   nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader || true
   timeout 210 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_kernels.py tests/test_cam.py tests/test_capture.py \
     tests/test_pipeline.py tests/test_torch_backend.py tests/test_no_sync.py tests/test_cuml.py tests/test_arrays.py || status=1
+  timeout 180 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_adapters_grad_cam.py \
+    tests/test_adapters_torchcam.py tests/test_adapters_captum.py
+  adapters=$?
+  ((adapters == 0 || adapters == 5)) || status=1 # 5: no library is installed, so there are no tests
   if command -v compute-sanitizer >/dev/null; then
     echo "--- memcheck"
     timeout 50 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -c '

@@ -77,12 +77,13 @@ class CFCAM:
 
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
-        layers = []
+        grids, backend = [], self._choices["backend"]
         for activations, gradients in self._run(input_tensor, targets):
             weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
-            grid = pipeline.class_grid(activations, weights)
-            layers.append(torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]))
-        return scale_as_grad_cam(torch.stack(layers).mean(0)).float().cpu().numpy()
+            power = self.config.affinity_power
+            grids.append(pipeline.class_grid(activations, weights, affinity_power=power, backend=backend))
+        maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
+        return maps.float().cpu().numpy()
 
     def capture(self, example_input, targets=None):
         """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
@@ -120,9 +121,3 @@ class CFCAM:
 
     def __exit__(self, *exception):
         self.release()
-
-
-def scale_as_grad_cam(images):
-    """pytorch-grad-cam's scaling of maps (B, H, W): (x - min) / (1e-7 + max) of each."""
-    shifted = images - images.amin((1, 2), True)
-    return shifted / (1e-7 + shifted.amax((1, 2), True))

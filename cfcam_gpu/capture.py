@@ -92,9 +92,7 @@ class HeadCapture:
             raise TypeError(f"reshape_transform must be None or callable, got {_type(reshape_transform)}")
         self.target_layers = tuple(_unwrap(layer) for layer in target_layers)
         if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.target_layers)):
-            raise TypeError(
-                "model and target_layers must be eager modules, got scripted or traced, which run no hooks"
-            )
+            raise TypeError("model and target_layers must be eager modules, got scripted or traced, which run no hooks")
         self.reshape_transform = reshape_transform
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         self._last_call = {}  # layer -> number of its calls in the previous pass
@@ -126,8 +124,8 @@ class HeadCapture:
             RuntimeError: from autograd, where the head cannot be differentiated (reentrant checkpointing).
         """
         batch = _check_input(input_tensor)
-        with _eager_without_grad():
-            targets = _check_targets(targets, batch)
+        with eager_without_grad():
+            targets = check_targets(targets, batch)
             try:
                 # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
                 for layer in self._names:
@@ -154,6 +152,10 @@ class HeadCapture:
         while self._rooted:
             self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
         self._taps = {}
+
+    def repeated_layers(self):
+        """(name, number of runs) of every target layer that ran more than once in the latest pass."""
+        return [(self._names[layer], count) for layer, count in self._last_call.items() if count > 1]
 
     def __enter__(self):
         return self
@@ -202,7 +204,7 @@ class HeadCapture:
             # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
             tensor = first.clone() if first._is_view() or first.is_inference() else first
             if not tensor.requires_grad:
-                tensor = _Root.apply(torch.zeros((), requires_grad=True), tensor)
+                tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
                 self._rooted.append(tensor)
             self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
         torch.set_grad_enabled(True)
@@ -273,11 +275,12 @@ class _Tap(NamedTuple):
     edge: GradientEdge  # not the tensor: a later in-place operation moves the tensor on, the edge stays
 
 
-class _Root(torch.autograd.Function):
+class GraphRoot(torch.autograd.Function):
     """Makes ``tensor`` itself the start of a graph, which then is no leaf and may be changed in place.
 
     The model goes on with the tensor it made, under every name it has for it: handing it a copy instead would lose
-    the gradient through the input of an in-place layer. No backward is needed: the gradient is read at the output.
+    the gradient through the input of an in-place layer. No backward is needed: the gradient is read at the output; a
+    subclass may define one, to say what a caller who wants to go on from here should know.
     """
 
     @staticmethod
@@ -287,8 +290,11 @@ class _Root(torch.autograd.Function):
 
 
 @contextmanager
-def _eager_without_grad():
-    """Autograd off, and every code path taken as if it were on and uncompiled; all as before afterwards."""
+def eager_without_grad():
+    """Autograd off, and every code path taken as if it were on and uncompiled; all as before afterwards.
+
+    A context manager, for the part of a forward pass that lies before the target layers.
+    """
     mha = torch.backends.mha
     with ExitStack() as stack:
         # A trunk run without autograd leaves weights without a graph in autocast's cache; torch 2.6 would hand them
@@ -322,11 +328,11 @@ def _scores(outputs, targets, batch):
     if targets is None:
         classes = outputs.detach().argmax(dim=1)
     else:
-        classes = _classes_on(outputs.device, targets, n_classes=outputs.size(1))
+        classes = classes_on(outputs.device, targets, n_classes=outputs.size(1))
     return [outputs.gather(1, classes[:, None]).sum()]
 
 
-def _classes_on(device, classes, n_classes):
+def classes_on(device, classes, n_classes):
     if device.type == "cpu":
         classes = classes.cpu()
     if classes.device.type == "cpu":
@@ -365,8 +371,16 @@ def _check_input(input_tensor):
     return len(input_tensor)
 
 
-def _check_targets(targets, batch):
-    """None, an int64 tensor (B,) of class indices on whatever device, or a tuple of B callables."""
+def check_targets(targets, batch):
+    """``targets`` as None, an int64 tensor (B,) of class indices on whatever device, or a tuple of B callables.
+
+    Args:
+        targets: as for a call of `HeadCapture`.
+        batch: B.
+
+    Raises:
+        TypeError, ValueError: they are of another kind, or not B.
+    """
     if targets is None:
         return None
     if isinstance(targets, torch.Tensor):

@@ -17,6 +17,9 @@ SMALLEST_MIN_SAMPLES = 2
 FLAT_RANGE = 1e-6
 """A map is flat when max - min <= FLAT_RANGE * max: stretching it would show rounding, not attention."""
 
+GRAD_CAM_EPSILON = 1e-7
+"""pytorch-grad-cam scales a map to (x - min) / (GRAD_CAM_EPSILON + max(x - min))."""
+
 MAX_SIGMA_CELLS = 1024.0
 """Largest sigma: a filter far wider than any grid only wastes memory."""
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from cfcam_gpu.arrays import as_tensor
-from cfcam_gpu.capture import _check_targets, _classes_on
+from cfcam_gpu.capture import check_targets, classes_on
 from cfcam_gpu.gaussian import filter_matrix
 from cfcam_gpu.images import needs
 from cfcam_gpu.models import IMAGENET_MEAN, IMAGENET_STD
@@ -809,9 +809,9 @@ def _check_images_and_maps(images, maps, unit_range=False):
 def _classes(classes, batch, device, n_classes, name="targets"):
     """Class indices of any kind as an int64 tensor (B,) on the device."""
     try:
-        classes = _check_targets(classes, batch)
+        classes = check_targets(classes, batch)
         if isinstance(classes, torch.Tensor):
-            return _classes_on(device, classes, n_classes)
+            return classes_on(device, classes, n_classes)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("targets", name)) from None
     raise TypeError(f"{name} must be class indices: a list of integers or an integer tensor")

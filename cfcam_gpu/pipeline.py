@@ -30,9 +30,7 @@ class CFCAMResult(NamedTuple):
     """(B,), dtype of the maps: the clustering radius of each image."""
 
 
-def cf_cam(
-    activations, gradients, output_size=None, config=None, backend="auto", clustering="auto", check_finite=None
-):
+def cf_cam(activations, gradients, output_size=None, config=None, backend="auto", clustering="auto", check_finite=None):
     """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
 
     Args:
@@ -106,20 +104,48 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     return restore(labels), restore(eps)
 
 
-def class_grid(activations, weights, relu=True, affinity_power=0.0):
+def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0, backend="auto"):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w), floating point, any strides.
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own; on the same device.
+        skip_nan: leave out the terms that are NaN.
         affinity_power: as in `CFCAMConfig`; 0 for the sum as it is.
+        backend: as for `cf_cam`; "reference" is "torch" here.
 
     Returns:
         float32, or float64 for float64 activations.
     """
-    backend, _ = choose("auto", "auto", activations)
+    module = _module("triton" if takes_kernels(activations, backend) else "torch")
     with plain_arithmetic(activations.device):
-        return _module(backend).class_grid(activations, weights, relu, affinity_power)
+        return module.class_grid(activations, weights, relu, skip_nan, affinity_power)
+
+
+def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):
+    """pytorch-grad-cam's maps from the layers' grids: each scaled and resized, their mean scaled again; (B, H, W).
+
+    To scale is (x - min) / (1e-7 + max(x - min)), image by image; a map without a range becomes zeros.
+
+    Args:
+        grids: list of non-negative (B, h, w), a layer each, of any sizes.
+        output_size: (H, W).
+        scale_mean: False leaves the mean as it is, which of one layer is its own map.
+        backend: as for `cf_cam`; "reference" is "torch" here.
+
+    Returns:
+        float32, or float64 for float64 grids.
+    """
+    kernels = all(takes_kernels(grid[:, None], backend) for grid in grids)
+    with plain_arithmetic(grids[0].device):
+        return _module("triton" if kernels else "torch").grad_cam_maps(grids, tuple(output_size), scale_mean)
+
+
+def takes_kernels(activations, backend="auto"):
+    """Whether this backend, "auto" resolved, is Triton's for these activations; never for what is no (B, C, h, w)."""
+    if backend in ("torch", "reference") or not isinstance(activations, torch.Tensor) or activations.ndim != 4:
+        return False
+    return choose(backend, "auto", activations)[0] == "triton"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cfcam_gpu import cluster_batched, cluster_host, cuml_engine
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 from cfcam_gpu.labels import DOMINANT, NOISE
 from cfcam_gpu.ranks import dominant_rank, radius_ranks
@@ -198,20 +198,23 @@ def _constant(function, args, device, dtype):
 
 def class_map(activations, weights, output_size, config):
     """The normalised maps of a batch: (B, H, W) in [0, 1]."""
-    return normalize(resize(class_grid(activations, weights, True, config.affinity_power), output_size), config)
+    grid = class_grid(activations, weights, affinity_power=config.affinity_power)
+    return normalize(resize(grid, output_size), config)
 
 
-def class_grid(activations, weights, relu=True, affinity_power=0.0):
+def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w).
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
-        affinity_power: above 0, the sum is averaged over alike cells first (`average_alike_cells`).
+        skip_nan: leave out the terms that are NaN.
+        affinity_power: above 0, the sum is averaged over alike cells (`average_alike_cells`).
     """
     activations, weights = as_computed(activations), weights.detach()
-    if weights.ndim == 4:
-        grid = (activations * weights).sum(1)
+    if weights.ndim == 4 or skip_nan:
+        terms = activations * (weights if weights.ndim == 4 else weights[:, :, None, None])
+        grid = terms.nansum(1) if skip_nan else terms.sum(1)
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)
         if cells.device.type == "cpu":  # the rounding of a batched product depends on the size of the batch
@@ -225,15 +228,19 @@ def class_grid(activations, weights, relu=True, affinity_power=0.0):
 
 
 def average_alike_cells(grids, activations, power):
-    """Each cell's mean of grids (B, h, w) over all cells, weighted by max(0, cos)^power of their (B, C, h, w)."""
+    """Each cell's mean over all cells, weighted by max(0, cos)^power of their activations (B, C, h, w).
+
+    Args:
+        grids: (B, h, w), or (B, K, h, w) for several of an image; what comes back has this shape.
+    """
     cells = as_computed(activations).flatten(2)
     norms = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
     cells = cells / torch.where(norms > 0, norms, 1)
-    values = grids.flatten(1)[:, :, None]
+    values = grids.to(cells.dtype).reshape(len(cells), -1, cells.shape[2]).transpose(1, 2)
     # In blocks of images, or of cells: the affinities of a large grid or batch would not fit in memory at once.
     # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
     n_cells = values.shape[1]
-    row_bytes = n_cells * values.element_size()
+    row_bytes = n_cells * cells.element_size()
     images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // (n_cells * row_bytes))
     rows = max(1, min(n_cells, AFFINITY_BYTES // row_bytes))
     averaged = torch.empty_like(values)
@@ -244,12 +251,30 @@ def average_alike_cells(grids, activations, power):
             affinity = torch.bmm(cells[chunk, :, block].transpose(1, 2), cells[chunk]).clamp_min_(0).pow_(power)
             mass = affinity.sum(2, keepdim=True)  # 0 for a cell without features
             averaged[chunk, block] = torch.bmm(affinity, values[chunk]) / torch.where(mass > 0, mass, 1)
-    return averaged.view_as(grids)
+    return averaged.transpose(1, 2).reshape(grids.shape)
 
 
 def resize(grid, output_size):
     """Bilinear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
     return F.interpolate(grid[:, None], tuple(output_size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def grad_cam_maps(grids, output_size, scale_mean=True):
+    """The mean over layers of their scaled and resized grids (B, h, w), by default scaled again: (B, H, W).
+
+    Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward``.
+    """
+    mean = torch.stack([resize(scale_as_grad_cam(grid), output_size) for grid in grids]).mean(0)
+    return scale_as_grad_cam(mean) if scale_mean else mean
+
+
+def scale_as_grad_cam(images):
+    """Maps (B, H, W), each scaled to (x - min) / (GRAD_CAM_EPSILON + max(x - min)).
+
+    Source: jacobgil/pytorch-grad-cam 1.5.7, ``scale_cam_image``.
+    """
+    shifted = images - images.amin((1, 2), True)
+    return shifted / (GRAD_CAM_EPSILON + shifted.amax((1, 2), True))
 
 
 def normalize(images, config):

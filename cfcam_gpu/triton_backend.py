@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from cfcam_gpu import torch_backend
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
 from cfcam_gpu.kernels.affinity_sum import affinity_sum
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.channel_weights import channel_weights
-from cfcam_gpu.kernels.class_map import resize_normalize, weighted_sum
+from cfcam_gpu.kernels.class_map import resize_as_grad_cam, resize_normalize, weighted_sum
 from cfcam_gpu.kernels.connected_components import connected_components
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
@@ -99,22 +99,30 @@ def _cf_cam(activations, gradients, output_size, config, engine):
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
     cells = transposed.transpose(1, 2)
-    grid = _sum(cells, weights[:, :, None].expand_as(cells), True, config.affinity_power).view(-1, height, width)
-    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize == "minmax"), labels, weights, eps
+    weights_of_cells = weights[:, :, None].expand_as(cells)
+    grid = _sum(cells, weights_of_cells, affinity_power=config.affinity_power).view(-1, height, width)
+    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
 
 
-def class_grid(activations, weights, relu=True, affinity_power=0.0):
+def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):
     """The weighted sum over channels on the layer's own grid, as `torch_backend.class_grid`, by the kernel."""
     weights = weights.detach()
     weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, activations[0, 0].numel())
-    grid = _sum(activations.detach().flatten(2), weights, relu, affinity_power)
+    grid = _sum(activations.detach().flatten(2), weights, relu, skip_nan, affinity_power)
     return grid.view(len(grid), *activations.shape[2:])
 
 
-def _sum(activations, weights, relu, affinity_power):
+def _sum(cells, weights, relu=True, skip_nan=False, affinity_power=0.0):
+    """The kernel that does it, for (B, C, N)."""
     if affinity_power > 0:
-        return affinity_sum(activations, weights, affinity_power, relu)
-    return weighted_sum(activations, weights, relu)
+        return affinity_sum(cells, weights, affinity_power, relu)
+    return weighted_sum(cells, weights, relu, skip_nan)
+
+
+def grad_cam_maps(grids, output_size, scale_mean=True):
+    """The maps as pytorch-grad-cam scales them, as `torch_backend.grad_cam_maps`, by a kernel launch a layer."""
+    grids = [torch_backend.as_computed(grid) for grid in grids]
+    return resize_as_grad_cam(grids, output_size, GRAD_CAM_EPSILON, scale_mean)
 
 
 def _cluster_channels(activations, config, engine):

@@ -8,6 +8,10 @@ neighbours; each cell is one program's sum in a fixed order. The second kernel l
 for the extremes and once to write, because the largest value of a resized map need not lie on the grid; the grid is
 small and stays in the cache.
 
+The second kernel scales as `CFCAMConfig.normalize` says, or as pytorch-grad-cam does: the grid to
+(x - min) / (e + max(x - min)), and the mean of the layers' resized maps again. That is one launch a layer, each of
+which adds its own map to what the one before has written.
+
 Floor: C * h * w reads and H * W writes; 2 * C * h * w + 2 * 8 * H * W operations.
 """
 
@@ -34,6 +38,7 @@ def weighted_sum_kernel(
     w_stride_c,
     w_stride_p,
     RELU: tl.constexpr,
+    SKIP_NAN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -52,7 +57,10 @@ def weighted_sum_kernel(
         w_offset = cell[:, None] * w_stride_p + channel[None, :] * w_stride_c
         a = tl.load(a_ptr + a_offset, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + w_offset, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(a * w, axis=1)
+        term = a * w
+        if SKIP_NAN:
+            term = tl.where(term == term, term, 0.0)
+        total += tl.sum(term, axis=1)
         start += BLOCK_C
     if RELU:
         total = tl.maximum(total, 0.0)
@@ -60,8 +68,41 @@ def weighted_sum_kernel(
 
 
 @triton.jit
-def resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x):
-    """The bilinear values at ``pixel``, half-pixel centres (align_corners=False), as torch computes them."""
+def grid_extremes(grid_ptr, n_cells, BLOCK: tl.constexpr):
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    start = 0
+    while start < n_cells:
+        cell = start + tl.arange(0, BLOCK)
+        value = tl.load(grid_ptr + cell, mask=cell < n_cells, other=0.0)
+        lowest = tl.minimum(lowest, tl.where(cell < n_cells, value, float("inf")))
+        highest = tl.maximum(highest, tl.where(cell < n_cells, value, float("-inf")))
+        start += BLOCK
+    return tl.min(lowest, axis=0), tl.max(highest, axis=0)
+
+
+@triton.jit
+def map_value(
+    grid_ptr,
+    earlier_ptr,
+    pixel,
+    inside,
+    height,
+    width,
+    out_width,
+    scale_y,
+    scale_x,
+    base,
+    span,
+    n_layers,
+    SCALE_GRID: tl.constexpr,
+    ADD_EARLIER: tl.constexpr,
+):
+    """The bilinear values at ``pixel``, half-pixel centres (align_corners=False), as torch computes them.
+
+    SCALE_GRID: of the grid (x - base) / span; else base is 0. The difference comes before the sums: values that are
+    nearly the same would lose their digits in them. ADD_EARLIER: with ``earlier`` added, over ``n_layers``.
+    """
     y = tl.maximum(((pixel // out_width).to(tl.float32) + 0.5) * scale_y - 0.5, 0.0)
     x = tl.maximum(((pixel % out_width).to(tl.float32) + 0.5) * scale_x - 0.5, 0.0)
     top = tl.minimum(y.to(tl.int32), height - 1)
@@ -70,70 +111,128 @@ def resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x)
     right = tl.minimum(left + 1, width - 1)
     y -= top.to(tl.float32)
     x -= left.to(tl.float32)
-    upper = tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) * (1 - x)
-    upper += tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) * x
-    lower = tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) * (1 - x)
-    lower += tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) * x
-    return upper * (1 - y) + lower * y
+    upper = (tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) - base) * (1 - x)
+    upper += (tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) - base) * x
+    lower = (tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) - base) * (1 - x)
+    lower += (tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) - base) * x
+    value = upper * (1 - y) + lower * y
+    if SCALE_GRID:
+        value /= span
+    if ADD_EARLIER:
+        value = (tl.load(earlier_ptr + pixel, mask=inside, other=0.0) + value) / n_layers
+    return value
 
 
 @triton.jit
 def resize_normalize_kernel(
     grid_ptr,
+    earlier_ptr,
     maps_ptr,
     height,
     width,
     out_width,
     n_pixels,
+    n_layers,
     scale_y,
     scale_x,
     flat_range,
-    MINMAX: tl.constexpr,
+    epsilon,
+    SCALE_GRID: tl.constexpr,
+    ADD_EARLIER: tl.constexpr,
+    SCALING: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     grid_ptr += image * height * width
+    earlier_ptr += image * n_pixels
     maps_ptr += image * n_pixels
 
-    lowest = tl.full([BLOCK], float("inf"), tl.float32)
-    highest = tl.zeros([BLOCK], tl.float32)
-    start = 0
-    while start < n_pixels:
-        pixel = start + tl.arange(0, BLOCK)
-        inside = pixel < n_pixels
-        value = resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x)
-        lowest = tl.minimum(lowest, tl.where(inside, value, float("inf")))
-        highest = tl.maximum(highest, value)
-        start += BLOCK
-    low = tl.min(lowest, axis=0)
-    high = tl.max(highest, axis=0)
+    grid_base = 0.0
+    grid_span = 1.0
+    if SCALE_GRID:
+        grid_base, grid_high = grid_extremes(grid_ptr, height * width, BLOCK)
+        grid_span = epsilon + (grid_high - grid_base)
 
-    flat = high - low <= flat_range * high
-    span = high
-    base = high * 0
-    of_flat = tl.where(high > 0, 1.0, 0.0)
-    if MINMAX:
-        span = high - low
-        base = low
-        of_flat = high * 0
-    span = tl.where(flat, 1.0, span)
+    if SCALING != "none":
+        lowest = tl.full([BLOCK], float("inf"), tl.float32)
+        highest = tl.zeros([BLOCK], tl.float32)
+        start = 0
+        while start < n_pixels:
+            pixel = start + tl.arange(0, BLOCK)
+            inside = pixel < n_pixels
+            value = map_value(
+                grid_ptr,
+                earlier_ptr,
+                pixel,
+                inside,
+                height,
+                width,
+                out_width,
+                scale_y,
+                scale_x,
+                grid_base,
+                grid_span,
+                n_layers,
+                SCALE_GRID,
+                ADD_EARLIER,
+            )
+            lowest = tl.minimum(lowest, tl.where(inside, value, float("inf")))
+            highest = tl.maximum(highest, value)  # a masked lane holds 0, or (0 - base) / span and base >= 0
+            start += BLOCK
+        low = tl.min(lowest, axis=0)
+        high = tl.max(highest, axis=0)
+        if SCALING == "grad_cam":
+            base = low
+            span = epsilon + (high - low)
+        else:
+            flat = high - low <= flat_range * high
+            if SCALING == "minmax":
+                base = low
+                span = high - low
+                of_flat = high * 0
+            else:
+                base = high * 0
+                span = high
+                of_flat = tl.where(high > 0, 1.0, 0.0)
+            span = tl.where(flat, 1.0, span)
+
     start = part * BLOCK
     while start < n_pixels:
         pixel = start + tl.arange(0, BLOCK)
         inside = pixel < n_pixels
-        value = resized(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x)
-        tl.store(maps_ptr + pixel, tl.where(flat, of_flat, (value - base) / span), mask=inside)
+        value = map_value(
+            grid_ptr,
+            earlier_ptr,
+            pixel,
+            inside,
+            height,
+            width,
+            out_width,
+            scale_y,
+            scale_x,
+            grid_base,
+            grid_span,
+            n_layers,
+            SCALE_GRID,
+            ADD_EARLIER,
+        )
+        if SCALING != "none":
+            value = (value - base) / span
+        if SCALING == "max" or SCALING == "minmax":
+            value = tl.where(flat, of_flat, value)
+        tl.store(maps_ptr + pixel, value, mask=inside)
         start += BLOCK * PARTS
 
 
-def weighted_sum(activations, weights, relu=True):
+def weighted_sum(activations, weights, relu=True, skip_nan=False):
     """The weighted sum over channels, by default its positive part: float32 (B, N).
 
     Args:
         activations, weights: (B, C, N), float16, bfloat16 or float32, any strides; expand weights (B, C, 1) to
             give every cell of a channel the same.
+        skip_nan: leave out the terms that are NaN.
     """
     batch, n_channels, n_cells = activations.shape
     grid = torch.empty(batch, n_cells, dtype=torch.float32, device=activations.device)
@@ -151,6 +250,7 @@ def weighted_sum(activations, weights, relu=True):
         *activations.stride(),
         *weights.stride(),
         RELU=relu,
+        SKIP_NAN=skip_nan,
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,
@@ -158,14 +258,34 @@ def weighted_sum(activations, weights, relu=True):
     return grid
 
 
-def resize_normalize(grid, output_size, flat_range, minmax):
-    """Maps float32 (B, H, W) in [0, 1] from the non-negative grid float32 (B, h, w).
+def resize_normalize(grid, output_size, flat_range, normalize):
+    """Maps float32 (B, H, W) in [0, 1] from the non-negative grid float32 (B, h, w), contiguous.
 
     Args:
         output_size: (H, W).
         flat_range: a map is flat when max - min <= flat_range * max.
-        minmax: subtract the minimum first.
+        normalize: "max" divides by the maximum, "minmax" subtracts the minimum first.
     """
+    return _launch_resize(grid, output_size, normalize, flat_range=flat_range)
+
+
+def resize_as_grad_cam(grids, output_size, epsilon, scale_mean=True):
+    """The mean of the layers' scaled and resized grids, float32 (B, H, W), by default scaled again; a launch a layer.
+
+    Args:
+        grids: list of non-negative float32 (B, h, w), contiguous, a layer each.
+        output_size: (H, W).
+        epsilon: a map is scaled to (x - min) / (epsilon + max(x - min)).
+    """
+    maps, last = None, len(grids) - 1
+    for layer, grid in enumerate(grids):
+        # All but the last launch leave sums behind.
+        scaling, n_layers = ("grad_cam" if scale_mean else "none", len(grids)) if layer == last else ("none", 1)
+        maps = _launch_resize(grid, output_size, scaling, epsilon=epsilon, earlier=maps, n_layers=n_layers)
+    return maps
+
+
+def _launch_resize(grid, output_size, scaling, flat_range=0.0, epsilon=None, earlier=None, n_layers=1):
     batch, height, width = grid.shape
     out_height, out_width = output_size
     maps = torch.empty(batch, out_height, out_width, dtype=torch.float32, device=grid.device)
@@ -174,15 +294,20 @@ def resize_normalize(grid, output_size, flat_range, minmax):
     parts = min(PARTS, cdiv(n_pixels, block))
     resize_normalize_kernel[(batch * parts,)](
         grid,
+        grid if earlier is None else earlier,
         maps,
         height,
         width,
         out_width,
         n_pixels,
+        n_layers,
         height / out_height,
         width / out_width,
         flat_range,
-        MINMAX=minmax,
+        0.0 if epsilon is None else epsilon,
+        SCALE_GRID=epsilon is not None,
+        ADD_EARLIER=earlier is not None,
+        SCALING=scaling,
         PARTS=parts,
         BLOCK=block,
         num_warps=4,

@@ -92,6 +92,13 @@ def launches(configurations):
         tensors = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
         triton_backend.cf_cam(*tensors, (224, 224), config, "batched")
         triton_backend.cluster_channels(tensors[0], config, "batched")
+        layers = [torch.empty(shape[0], n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, (7, 5))]
+        for scale_mean in (True, False):
+            triton_backend.grad_cam_maps(layers[:1], (224, 224), scale_mean)
+            triton_backend.grad_cam_maps(layers, (224, 224), scale_mean)
+        for weights in (tensors[0], tensors[0][:, :, 0, 0].float()):  # of a cell; of a channel
+            for relu, skip_nan in ((True, False), (True, True), (False, True), (False, False)):
+                triton_backend.class_grid(tensors[0], weights, relu, skip_nan)
         gaussian_filter(*(torch.empty(3, n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, shape[3:] * 2)))
     return recorded.values()
 

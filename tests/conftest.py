@@ -3,6 +3,7 @@
 import os
 import secrets
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before the first import of triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
@@ -26,6 +27,41 @@ def seed(request):
 def rng(seed):
     """NumPy generator on the test's seed."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every ``torch.empty`` comes filled with NaN or the largest integer: a value that no kernel wrote shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture
+def device_path(monkeypatch, poisoned):
+    """The path that tensors on a device take: there, or on CPU tensors, with the kernels in the interpreter.
+
+    ``device`` is where the model belongs, ``launched`` the growing list of the names of the kernels that ran.
+    """
+    pytest.importorskip("triton", reason="triton is not installed")
+    from device import DEVICE, GPU, launched
+
+    from cfcam_gpu import pipeline, triton_backend
+
+    choose = pipeline.choose
+
+    def choose_as_on_a_device(backend, clustering, activations=None):
+        if backend == "auto" and activations is not None and triton_backend.refusal(activations) is None:
+            backend = "triton"
+        return choose(backend, clustering, activations)
+
+    if not GPU:
+        monkeypatch.setattr(pipeline, "choose", choose_as_on_a_device)
+    return SimpleNamespace(device=DEVICE, launched=launched(monkeypatch))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from cfcam_gpu import reference
 from cfcam_gpu.config import CFCAMConfig
 
 
@@ -45,3 +46,26 @@ def activations_like(shape, dead=0.4, dtype=torch.float32):
     """Post-ReLU activations (B, C, h, w) with channel scales spread out and a share of dead channels."""
     scale = torch.rand(*shape[:2], 1, 1) * (torch.rand(*shape[:2], 1, 1) > dead)
     return (torch.randn(shape).relu() * scale).to(dtype)
+
+
+def pairs_at_the_edge(activations, config):
+    """Pairs (i, j) of clustered channels whose float64 distance is within 1e-6 of eps: rounding may move them."""
+    activations = activations.double().numpy()
+    norms = reference.channel_norms(activations)
+    clustered = ~reference.dominant_channels(norms, config)
+    if config.descriptor == "unit":
+        clustered &= norms > 0
+    distances = reference.pairwise_distances(reference.descriptors(activations, norms, config)[clustered])
+    eps = reference.neighbourhood_radius(distances, config)
+    close = np.abs(distances - eps) <= 1e-6 * eps
+    np.fill_diagonal(close, False)
+    channels = np.flatnonzero(clustered)
+    return [(channels[i], channels[j]) for i, j in np.argwhere(np.triu(close))]
+
+
+def equal_labels(activations, labels, expected, config):
+    """Which images have equal labels, bool (B,); fails where they differ and no pair of channels is at the edge."""
+    same = (torch.as_tensor(labels).cpu() == torch.as_tensor(expected).cpu()).all(1)
+    for image in (~same).nonzero()[:, 0]:
+        assert pairs_at_the_edge(activations[image], config), f"image {image}: labels differ and no pair is near eps"
+    return same

@@ -4,13 +4,14 @@ import gc
 import logging
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: grad-cam)")
 import pytorch_grad_cam as original
 import ttach
@@ -49,6 +50,19 @@ def assert_same(actual, expected, tolerance=TOLERANCE):
     assert expected.max() > 0.1, "maps of zeros agree with everything"
     shifted = np.roll(actual, actual.shape[-1] // 2, axis=-1)
     assert np.abs(shifted - expected).max() > 1e-2, "a shifted map must not pass"
+
+
+def with_maps(cam, images):
+    """Categories, one for each image, for which not all of ``cam``'s maps are zero, and the maps.
+
+    The signed map of a random network is as likely negative everywhere as positive, for similar images at once.
+    """
+    for first in range(0, 1000, len(images)):
+        targets = categories(*range(first, first + len(images)))
+        maps = cam(images, targets)
+        if maps.any():
+            return targets, maps
+    raise AssertionError("1000 classes without a map")
 
 
 def swap_tokens(tokens):
@@ -101,22 +115,22 @@ def build(name):
 def test_the_originals_numbers(seed, network):
     """Six methods; batch 1 with targets from the outputs and batch 5 with given ones; one layer and three."""
     model, layers, reshape_transform, height = build(network)
-    compared = 0
-    for batch, chosen, target_layers in ((1, None, layers[-1:]), (5, range(5), layers)):
-        images = torch.rand(batch, 3, height, 64)
-        targets = chosen and categories(*chosen)
-        for method in METHODS:
+    for method in METHODS:
+        for batch, target_layers in ((1, layers[-1:]), (5, layers)):
+            images = torch.rand(batch, 3, height, 64)
             slow = getattr(original, method)(model, target_layers, reshape_transform)
             fast = accelerate(slow)
-            expected, actual = slow(images, targets), fast(images, targets)
+            if batch == 1:
+                targets, expected = None, slow(images, None)
+            else:
+                targets, expected = with_maps(slow, images)
+            actual = fast(images, targets)
             # Of a single image's class the weights may all be negative, and the map zero in both.
             if batch == 1 and not expected.any():
                 assert not actual.any()
                 continue
             assert_same(actual, expected)
-            compared += 1
             np.testing.assert_allclose(fast.outputs.numpy(), slow.outputs.detach().numpy(), atol=1e-5)
-    assert compared >= len(METHODS)
 
 
 @pytest.fixture
@@ -284,16 +298,20 @@ def test_cf_cam_in_the_originals_pipeline(resnet18, images):
 
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     for config in (None, CFCAMConfig.paper()):
-        expected = Theirs(resnet18, layers)(images, categories(1, 2))
+        targets, expected = with_maps(Theirs(resnet18, layers), images)
         cam = adapter.CFCAM(resnet18, layers, config=config)
-        assert_same(cam(images, categories(1, 2)), expected)
-        # The package's own class has the same contract; its sums are added in another order.
-        assert_same(cfcam_gpu.CFCAM(resnet18, layers, config=config)(images, [1, 2]), expected, 1e-5)
+        assert_same(cam(images, targets), expected)
         np.testing.assert_allclose(cam.outputs.numpy(), resnet18(images).detach().numpy(), atol=1e-5)
     hooks = cam.activations_and_grads
     arrays = [tensors[0].numpy() for tensors in (hooks.activations, hooks.gradients)]
     weights = cam.get_cam_weights(images, layers[0], None, *arrays)
     assert weights.shape == (2, 256) and weights.dtype == np.float32 and weights.any()
+    # The package's own class has the same contract. Its sums are added in another order: in double precision, because
+    # a map that is the small remainder of large terms would be stretched with its rounding.
+    resnet18, images = resnet18.double(), images.double()
+    for config in (None, CFCAMConfig.paper()):
+        targets, expected = with_maps(Theirs(resnet18, layers), images)
+        assert_same(cfcam_gpu.CFCAM(resnet18, layers, config=config)(images, targets), expected, 1e-5)
 
 
 def test_cf_cam_options(small, images):
@@ -342,17 +360,91 @@ def test_finer_cam_fills_no_gradients(small, images):
     assert all(parameter.grad is None for parameter in small.parameters())
 
 
+# The path on a device. Tolerance: the order of a kernel's sums is its own, and the maps stretch what rounding leaves.
+DEVICE_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_device_path(small, images, device_path, method):
+    """The sums and the scaling are launches of the two kernels, one each a layer, and the numbers the original's."""
+    small, images = small.to(device_path.device), images.to(device_path.device)
+    for layers in ([small[2]], [small[0], small[2]]):
+        slow = getattr(original, method)(small, layers)
+        fast = accelerate(slow)
+        expected = slow(images, categories(1, 2))
+        device_path.launched.clear()
+        assert_same(fast(images, categories(1, 2)), expected, DEVICE_TOLERANCE)
+        once_a_layer = {"weighted_sum_kernel": len(layers), "resize_normalize_kernel": len(layers)}
+        assert Counter(device_path.launched) == once_a_layer
+        per_layer = slow.compute_cam_per_layer(images, categories(1, 2), False)
+        for ours, theirs in zip(fast.compute_cam_per_layer(images, categories(1, 2)), per_layer):
+            assert_same(ours, np.ascontiguousarray(theirs), DEVICE_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:HiResCAM's faithfulness")
+def test_the_rest_of_the_device_path(small, images, device_path):
+    """The six views of ``aug_smooth`` are one batch; what the kernels do not sum, they scale; what they do not take is
+    left to torch; half precision goes in as it is."""
+    small, images = small.to(device_path.device), images.to(device_path.device)
+    slow = original.GradCAM(small, [small[2]])
+    fast = accelerate(slow)
+    assert fast.maps(images).device.type == device_path.device
+    smoothed = slow(images, None, aug_smooth=True)
+    device_path.launched.clear()
+    assert_same(fast(images, None, aug_smooth=True), smoothed, DEVICE_TOLERANCE)
+    assert device_path.launched == ["weighted_sum_kernel", "resize_normalize_kernel"]
+    eigen = slow(images, None, eigen_smooth=True)
+    device_path.launched.clear()
+    assert_same(fast(images, None, eigen_smooth=True), eigen, 1e-4)
+    assert device_path.launched == ["resize_normalize_kernel"]
+    expected = slow(images, None)
+    small.half() if device_path.device == "cuda" else small.bfloat16()
+    half = images.to(small[0].weight.dtype)
+    device_path.launched.clear()
+    maps = fast(half)
+    assert device_path.launched == ["weighted_sum_kernel", "resize_normalize_kernel"]
+    assert maps.max() > 0.99 and np.median(np.abs(maps - expected)) < 0.05
+    small.double()
+    device_path.launched.clear()
+    assert fast.maps(images.double()).dtype == torch.float64 and not device_path.launched
+
+
+def test_cf_cam_on_the_device_path(small, images, device_path):
+    """`CFCAM`, and the package's own class, equal the original's base class fed with CF-CAM's weights."""
+
+    class Theirs(BaseCAM):
+        def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
+            tensors = (torch.from_numpy(array).to(device_path.device) for array in (activations, grads))
+            return cf_cam(*tensors).weights.cpu().numpy()
+
+    small, images = small.to(device_path.device), images[:, :, :32, :32].to(device_path.device)
+    layers = [small[2]]
+    expected = Theirs(small, layers)(images, categories(1, 2))
+    for cls in (adapter.CFCAM, cfcam_gpu.CFCAM):
+        device_path.launched.clear()
+        assert_same(cls(small, layers)(images, categories(1, 2)), expected, DEVICE_TOLERANCE)
+        assert device_path.launched[-2:] == ["weighted_sum_kernel", "resize_normalize_kernel"]
+        device_path.launched.clear()
+        assert_same(cls(small, layers, backend="torch")(images, categories(1, 2)), expected, 1e-4)
+        assert not device_path.launched, "asked for torch, it stays with torch"
+
+
 # Smoothing, batches, volumes.
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_aug_smooth(resnet18, images, method):
-    layers = [resnet18.layer2[-1], resnet18.layer3[-1]]
+    # In double precision: the network rounds differently in a batch of six views, and a map that is the small remainder
+    # of large terms would be stretched with it. The last layer, where the map of the top class cannot be zero: its
+    # signed values add up to the class's score.
+    resnet18, images = resnet18.double(), images.double()
+    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     slow = getattr(original, method)(resnet18, layers)
     fast = accelerate(slow)
+    chosen, _ = with_maps(slow, images)
     forwards = []
     resnet18.register_forward_hook(lambda *_: forwards.append(1))
-    for targets in (categories(1, 2), None):
+    for targets in (chosen, None):
         actual = fast(images, targets, aug_smooth=True)
         assert forwards == [1], "the six views are one batch"
         assert_same(actual, slow(images, targets, aug_smooth=True), 1e-5)
@@ -416,7 +508,8 @@ class Volumes(nn.Sequential):
 
 def test_volumes(seed):
     """5-D inputs: GradCAM's and the others' numbers on (B, D, H, W), two layers of different sizes."""
-    model, volumes = Volumes().eval(), torch.rand(2, 2, 8, 12, 10)
+    # Around zero, so that the first layer's maps have both signs.
+    model, volumes = Volumes().eval(), torch.randn(2, 2, 8, 12, 10)
     for method in METHODS:
         slow = getattr(original, method)(model, [model[0], model[2]])
         fast = accelerate(slow)
@@ -424,7 +517,7 @@ def test_volumes(seed):
         assert expected.shape == (2, 8, 12, 10)
         assert_same(fast(volumes, categories(1, 2)), expected, 1e-5)
     assert_same(fast(volumes, None, aug_smooth=True), slow(volumes, None, aug_smooth=True), 1e-5)
-    assert adapter.CFCAM(model, [model[2]])(volumes).any()
+    assert adapter.CFCAM(model, [model[0]])(volumes).any()
 
 
 # What the original gets wrong.

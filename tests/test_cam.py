@@ -7,7 +7,6 @@ from compare import assert_close
 from torch import nn
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, torch_backend
-from cfcam_gpu.cam import scale_as_grad_cam
 from cfcam_gpu.capture import HeadCapture
 
 
@@ -65,9 +64,14 @@ def test_channels_last_equals_contiguous(resnet18, images):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(resnet18, images, dtype):
     resnet18.to(dtype)
-    maps = CFCAM(resnet18, [resnet18.layer4[-1]]).maps(images.to(dtype))
-    assert maps.dtype == torch.float32
-    assert maps.isfinite().all() and maps.max() == 1
+    cam = CFCAM(resnet18, [resnet18.layer4[-1]])
+    # Of a random network all three maps can honestly be zero; hardly so for class after class.
+    for first in range(0, 99, 3):
+        maps = cam.maps(images.to(dtype), targets=[first, first + 1, first + 2])
+        assert maps.dtype == torch.float32 and maps.isfinite().all()
+        if maps.any():
+            break
+    assert maps.max() == 1
 
 
 def test_autocast_is_for_the_model_alone(resnet18, images):
@@ -94,6 +98,7 @@ class Head(nn.Sequential):
 
 
 def test_in_place_relu_after_the_layer(images):
+    images -= 0.5  # around zero, so that the map has both signs
     models = Head(False).eval(), Head(True).eval()
     models[1].load_state_dict(models[0].state_dict())
     out_of_place, in_place = (CFCAM(model, [model[0]]).maps(images, [0, 1, 2]) for model in models)
@@ -112,16 +117,18 @@ def test_several_layers_are_averaged(resnet18, images):
 def grad_cam_with_our_capture(model, layers, images, targets):
     """Grad-CAM by its definition, on this package's capture and with the scaling of `CFCAM.__call__`."""
     captured = HeadCapture(model, layers)(images, targets)
-    scaled = []
+    grids = []
     for activations, gradients in zip(captured.activations, captured.gradients):
-        grid = torch_backend.class_grid(activations, gradients.mean((2, 3)))
-        scaled.append(torch_backend.resize(scale_as_grad_cam(grid), images.shape[-2:]))
-    return scale_as_grad_cam(torch.stack(scaled).mean(0)).numpy()
+        grids.append(torch_backend.class_grid(activations, gradients.mean((2, 3))))
+    return torch_backend.grad_cam_maps(grids, images.shape[-2:]).numpy()
 
 
 @pytest.mark.parametrize("names", [["layer4"], ["layer2", "layer3", "layer4"]])
 def test_grad_cam_equals_pytorch_grad_cam(resnet18, images, names):
     grad_cam = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: test)")
+    # In double precision: the sums are added in another order, and a map that is the small remainder of large terms
+    # would be stretched with its rounding.
+    resnet18, images = resnet18.double(), images.double()
     layers = [getattr(resnet18, name)[-1] for name in names]
     highest = 0
     for targets in (None, [3, 500, 999], [0, 1, 2]):
@@ -143,6 +150,7 @@ def test_call_is_cf_cam_inside_pytorch_grad_cam(resnet18, images):
         def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
             return cf_cam(torch.from_numpy(activations), torch.from_numpy(grads)).weights.numpy()
 
+    resnet18, images = resnet18.double(), images.double()
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     targets = [grad_cam.utils.model_targets.ClassifierOutputTarget(target) for target in (1, 2, 3)]
     expected = Theirs(resnet18, layers)(images, targets)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random_config
+from problems import CLUSTERING_KINDS, activations_like, clustering_rows, pairs_at_the_edge, random_config
 from scipy.spatial.distance import cdist, squareform
 from sklearn.cluster import DBSCAN
 
@@ -248,21 +248,6 @@ def test_both_paths_and_scikit_learn_agree_on_batches(shape, descriptor, rng, se
             if not pairs_at_the_edge(activations[image], config):
                 assert torch.equal(on_device[image], labels[image])
         torch.testing.assert_close(eps_on_device, eps, rtol=1e-6, atol=0)
-
-
-def pairs_at_the_edge(activations, config):
-    """Pairs (i, j) of clustered channels whose float64 distance is within 1e-6 of eps: rounding may move them."""
-    activations = activations.double().numpy()
-    norms = reference.channel_norms(activations)
-    clustered = ~reference.dominant_channels(norms, config)
-    if config.descriptor == "unit":
-        clustered &= norms > 0
-    distances = reference.pairwise_distances(reference.descriptors(activations, norms, config)[clustered])
-    eps = reference.neighbourhood_radius(distances, config)
-    close = np.abs(distances - eps) <= 1e-6 * eps
-    np.fill_diagonal(close, False)
-    channels = np.flatnonzero(clustered)
-    return [(channels[i], channels[j]) for i, j in np.argwhere(np.triu(close))]
 
 
 def assert_labels_close_to_reference(activations, config):

@@ -47,6 +47,7 @@ def test_device_path_never_waits(config, seed):
     torch_backend.cf_cam(*arguments, "batched")  # constants are made once, outside the hot path
     with NoSynchronisation():
         result = torch_backend.cf_cam(*arguments, "batched")
+        torch_backend.grad_cam_maps([torch_backend.class_grid(activations, gradients)] * 2, (32, 32))
     for actual, expected in zip(result, torch_backend.cf_cam(*arguments, "host")):
         torch.testing.assert_close(actual, expected)
 

@@ -1,12 +1,14 @@
 """captum's layer attributions: CF-CAM, and LayerGradCam without a graph of the trunk.
 
 captum 0.9 differentiates the output down to the layer, no further. What it still pays for is autograd's record of
-everything before the layer; here that part runs without autograd, which saves memory more than time.
+everything before the layer; here that part runs without autograd, which saves memory more than time. The weighted sum
+over the channels is a Triton kernel's where that takes the tensors (a CUDA or ROCm device, half precision or float32).
 
 What a caller can notice: attributions come without a graph (captum's carry that of the layer's activations), and the
-model runs in eager code, also where it is compiled. Faults of captum 0.9.0 that are not copied: it fails under
-``torch.inference_mode`` and for models that were compiled and have run, whose hooks it does not reach; and it leaves
-``requires_grad`` set on the caller's input where that is what the layer gets or returns.
+model runs in eager code, also where it is compiled; where the kernel sums, half precision is added up in float32 and
+rounded once. Faults of captum 0.9.0 that are not copied: it fails under ``torch.inference_mode`` and for models that
+were compiled and have run, whose hooks it does not reach; and it leaves ``requires_grad`` set on the caller's input
+where that is what the layer gets or returns.
 """
 
 import copy
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from cfcam_gpu import pipeline, torch_backend
-from cfcam_gpu.capture import _eager_without_grad
+from cfcam_gpu.capture import eager_without_grad
 
 try:
     import captum.attr as original
@@ -26,6 +28,9 @@ try:
     from captum.log import log_usage
 except ImportError as error:
     raise ImportError('captum 0.9 or later is not installed; pip install "cfcam_gpu[captum]"') from error
+
+# Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward, so that inputs
+# and targets mean what they mean there), captum._utils.gradient, and captum.attr._utils.attribution.
 
 logger = logging.getLogger("cfcam_gpu")
 
@@ -61,8 +66,13 @@ class LayerGradCam(original.LayerGradCam):
         maps = []
         with torch.no_grad():
             for gradients, activations in zip(*captured):
+                weights = _pooled(gradients)
+                if attr_dim_summation and pipeline.takes_kernels(activations):
+                    grid = pipeline.class_grid(activations, weights.flatten(1), relu=False)
+                    maps.append(grid[:, None].to(activations.dtype))
+                    continue
                 # captum's order of operations: a fused sum rounds differently, by up to 3e-6 where terms cancel.
-                result = _pooled(gradients) * activations
+                result = weights * activations
                 maps.append(result.sum(1, keepdim=True) if attr_dim_summation else result)
         return _finished(maps, relu_attributions)
 
@@ -141,10 +151,15 @@ class CFCAM(LayerAttribution, GradientAttribution):
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
             weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            power, backend = self.config.affinity_power, self._choices["backend"]
             if attr_dim_summation:
-                result = torch_backend.class_grid(activations, weights, relu=False)[:, None]
+                options = {"affinity_power": power, "backend": backend}
+                result = pipeline.class_grid(activations, weights, relu=False, **options)[:, None]
             else:
                 result = weights[:, :, None, None] * activations
+                if power > 0:
+                    with pipeline.plain_arithmetic(activations.device):
+                        result = torch_backend.average_alike_cells(result, activations, power)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
 
@@ -202,7 +217,7 @@ def _capture(attribution, inputs, target, additional_forward_args, attribute_to_
         return copies if isinstance(found, list) else tuple(copies)
 
     register = layer.register_forward_pre_hook if attribute_to_layer_input else layer.register_forward_hook
-    with _eager_without_grad():
+    with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
         handle = register(tap)

@@ -15,8 +15,7 @@ import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
-from cfcam_gpu.cam import scale_as_grad_cam
-from cfcam_gpu.capture import HeadCapture, _check_targets
+from cfcam_gpu.capture import HeadCapture, check_targets
 
 try:
     import pytorch_grad_cam as original
@@ -25,6 +24,8 @@ try:
     from pytorch_grad_cam.utils.image import scale_cam_image
 except ImportError as error:
     raise ImportError(f'pytorch-grad-cam cannot be imported ({error}); pip install "cfcam_gpu[grad-cam]"') from error
+
+# No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam.
 
 _LOG = logging.getLogger("cfcam_gpu")
 
@@ -138,14 +139,13 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         return transform
 
     def _warn_of_repeated_layers(self, captured):
-        repeated = [layer for layer, count in captured._last_call.items() if count > 1]
+        repeated = captured.repeated_layers()
         if repeated and not self._told:
             self._told = True
             _LOG.warning(
                 "target layer %r runs %d times in a forward pass: its last run is explained (pytorch-grad-cam"
                 " explains its first)",
-                captured._names[repeated[0]],
-                captured._last_call[repeated[0]],
+                *repeated[0],
             )
 
     @contextmanager
@@ -193,6 +193,9 @@ class HeadOnlyCAM:
 
     outputs = None
     batch_size = None
+    # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
+    _backend = "auto"
+    _affinity_power = 0.0
 
     def __init__(self, model, target_layers, reshape_transform=None):
         hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
@@ -230,31 +233,46 @@ class HeadOnlyCAM:
         """
         if aug_smooth:
             return self._smoothed(input_tensor, targets, eigen_smooth)
-        layers = self._scaled_layers(input_tensor, targets, eigen_smooth)
-        return _scaled(torch.stack(layers).mean(0))
+        grids = self._grids(input_tensor, targets, eigen_smooth)
+        if input_tensor.dim() == 5:
+            return self._mean_of_volumes(grids, input_tensor)
+        return self._scaled(grids, input_tensor)
 
     def compute_cam_per_layer(self, input_tensor, targets, eigen_smooth=False):
         """List of each layer's scaled maps, NumPy (B, 1, H, W), from a pass of its own."""
-        return [_to_numpy(layer[:, None]) for layer in self._scaled_layers(input_tensor, targets, eigen_smooth)]
+        grids = self._grids(input_tensor, targets, eigen_smooth)
+        if input_tensor.dim() == 5:
+            layers = self._resized_volumes(grids, input_tensor)
+        else:
+            layers = [self._scaled([grid], input_tensor, scale_mean=False) for grid in grids]
+        return [_to_numpy(layer[:, None]) for layer in layers]
 
-    def _scaled_layers(self, input_tensor, targets, eigen_smooth):
+    def _grids(self, input_tensor, targets, eigen_smooth):
+        """Of one pass, each layer's non-negative map on its own grid: list of (B, h, w) or (B, d, h, w)."""
         passes = []
         for images, chosen in self._chunks(input_tensor, targets):
             outputs, layers = self.activations_and_grads.capture(images, chosen)
             passes.append((outputs, [self._grid(*layer, eigen_smooth) for layer in layers]))
         outputs, grids = zip(*passes)
         self.outputs = outputs[0] if len(outputs) == 1 else _join(outputs)
-        grids = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
-        if input_tensor.dim() == 5:
-            size = self.get_target_width_height(input_tensor)
-            scaled = (torch.from_numpy(scale_cam_image(_to_numpy(grid), size)) for grid in grids)
-            return [maps.relu_().to(grid.device) for maps, grid in zip(scaled, grids)]  # a spline goes below zero
-        return [torch_backend.resize(scale_as_grad_cam(grid), input_tensor.shape[-2:]) for grid in grids]
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
+
+    def _scaled(self, grids, input_tensor, scale_mean=True):
+        return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._backend)
+
+    def _mean_of_volumes(self, grids, input_tensor):
+        mean = torch.stack(self._resized_volumes(grids, input_tensor)).mean(0)
+        return torch_backend.scale_as_grad_cam(mean.flatten(2)).view_as(mean)
+
+    def _resized_volumes(self, grids, input_tensor):
+        size = self.get_target_width_height(input_tensor)
+        scaled = (torch.from_numpy(scale_cam_image(_to_numpy(grid), size)) for grid in grids)
+        return [maps.relu_().to(grid.device) for maps, grid in zip(scaled, grids)]  # a spline goes below zero
 
     def _chunks(self, input_tensor, targets):
         if self.batch_size is None or len(input_tensor) <= self.batch_size:
             return [(input_tensor, targets)]
-        targets = _check_targets(targets, len(input_tensor))
+        targets = check_targets(targets, len(input_tensor))
         starts = range(0, len(input_tensor), self.batch_size)
         rows = [slice(start, start + self.batch_size) for start in starts]
         return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
@@ -262,20 +280,24 @@ class HeadOnlyCAM:
     def _grid(self, activations, gradients, shape, eigen_smooth):
         """The non-negative map of one layer on its own grid: (B, *shape)."""
         # A caller's autocast is for the model; the maps are computed in float32.
-        with torch.no_grad(), torch.autocast(activations.device.type, enabled=False):
-            activations, gradients = _computed(activations), _computed(gradients)
-            weights = self.channel_weights(activations, gradients)
-            if activations.device.type == "cpu" or eigen_smooth:
+        with pipeline.plain_arithmetic(activations.device):
+            computed = _computed(activations)
+            weights = self.channel_weights(computed, _computed(gradients))
+            if eigen_smooth or not pipeline.takes_kernels(activations, self._backend):
                 # The weights first, as in the original: of two layouts the product takes the first one's.
-                terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * activations
-                grid = (principal_projection(terms) if eigen_smooth else _sum(terms, 1)).relu_()
+                terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * computed
+                grid = principal_projection(terms) if eigen_smooth else _sum(terms, 1)
+                if self._affinity_power > 0:
+                    grid = torch_backend.average_alike_cells(grid, computed, self._affinity_power)
+                grid = grid.relu_()
             else:
-                grid = pipeline.class_grid(activations, weights)
+                options = {"affinity_power": self._affinity_power, "backend": self._backend}
+                grid = pipeline.class_grid(activations, weights, **options)
         return grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
         batch = len(input_tensor)
-        targets = _check_targets(targets, batch)
+        targets = check_targets(targets, batch)
         transforms = list(self.tta_transforms)
         views = [transform.augment_image(input_tensor) for transform in transforms]
         if len({view.shape for view in views}) == 1:
@@ -320,6 +342,7 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
     ):
         self.config = pipeline.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._backend, self._affinity_power = backend, self.config.affinity_power
         super().__init__(model, target_layers, reshape_transform)
 
     def channel_weights(self, activations, gradients):
@@ -434,10 +457,6 @@ def _sum(values, dims):
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy().sum(dims))
     return values.sum(dims)
-
-
-def _scaled(maps):
-    return scale_as_grad_cam(maps.flatten(2)).view_as(maps)
 
 
 def _to_numpy(maps):

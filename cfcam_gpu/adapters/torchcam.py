@@ -3,8 +3,9 @@
 torch-cam 0.5 lets the user run the model and differentiates the scores down to the target layers, no further. What
 it still pays for is autograd's record of everything before the layer. The extractors here run that part without
 autograd: a hook on the model's call switches it off, one on the target layer starts the graph there. The rest is
-the library's own code, so the numbers are the same. It saves memory more than time: resnet50, batch 8 on a CPU, layer4:
-116 MiB beside the model where torch-cam takes 652.
+the library's own code, so the numbers are the same; but the weighted sum over the channels is a Triton kernel's where
+that takes the tensors (a CUDA or ROCm device, half precision or float32). The head alone saves memory more than time:
+resnet50, batch 8 on a CPU, layer4: 116 MiB beside the model where torch-cam takes 652.
 
 What a caller can notice, while the hooks are enabled:
 
@@ -15,6 +16,8 @@ What a caller can notice, while the hooks are enabled:
   compiled before (torch-cam then finds no activations). Hooks that are compiled into the model, by ``model.compile()``,
   work as torch-cam's do and save nothing.
 - ``cam(..., retain_graph=False)`` frees the head's graph, as in torch-cam.
+- Where the kernel sums, half precision is added up and scaled in float32 and rounded once, at the end; torch-cam rounds
+  every product. NaN terms (0 / 0 in `XGradCAM`) are left out, as there.
 - KeyboardInterrupt in the middle of a forward pass runs no hook: ``remove_hooks()``, the end of the ``with`` block, or
   the next pass puts autograd back.
 
@@ -39,7 +42,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import pipeline
-from cfcam_gpu.capture import _eager_without_grad, _Root
+from cfcam_gpu.capture import GraphRoot, eager_without_grad
 
 try:
     import torchcam.methods as original
@@ -48,10 +51,13 @@ try:
 except ImportError as error:
     raise ImportError('torch-cam 0.5 or later is not installed; pip install "cfcam_gpu[torchcam]"') from error
 
+# Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods
+# _hook_a, _hook_g, _get_weights, _backprop, _normalize, and the attributes _hook_outputs, _hooks_enabled and _relu.
+
 logger = logging.getLogger("cfcam_gpu")
 
 
-class _TrunkEnd(_Root):
+class _TrunkEnd(GraphRoot):
     """Where the graph starts; a backward that wants to go on from here must not end in silence."""
 
     @staticmethod
@@ -90,7 +96,7 @@ class _HeadOnly:
         tracked = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         tracked = tracked and (model.training or any(tensor.requires_grad for tensor in self._pass_inputs))
         with ExitStack() as scope:
-            scope.enter_context(_eager_without_grad())
+            scope.enter_context(eager_without_grad())
             scope.enter_context(torch.set_grad_enabled(tracked or self._grad_from_start))
             self._tapped = False
             self._scope = scope.pop_all()
@@ -147,6 +153,23 @@ class _HeadOnly:
     def _backprop(self, *args, **kwargs):
         with torch.inference_mode(False), torch.enable_grad():
             super()._backprop(*args, **kwargs)
+
+    def compute_cams(self, class_idx=None, scores=None, normalized=True, *, targets=None, **kwargs):
+        """The maps without the checks of the arguments, as in torch-cam; the sums by a kernel where it takes them."""
+        if targets is not None:
+            kwargs["targets"] = targets
+        if not all(pipeline.takes_kernels(activations) for activations in self.hook_a):
+            return super().compute_cams(class_idx, scores, normalized, **kwargs)
+        return self._maps(self._get_weights(class_idx, scores, **kwargs), normalized, skip_nan=True)
+
+    def _maps(self, weights, normalized, **options):
+        """torch-cam's maps, list of (N, h, w), for weights (N, C) or (N, C, h, w); computed in float32."""
+        maps = []
+        with torch.no_grad():
+            for activations, weight in zip(self.hook_a, weights):
+                grid = pipeline.class_grid(activations, weight, self._relu, **options)
+                maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
+        return maps
 
 
 class GradCAM(_HeadOnly, original.GradCAM):
@@ -234,12 +257,8 @@ class CFCAM(GradCAM):
         if targets is not None:
             kwargs["targets"] = targets
         weights = self._get_weights(class_idx, scores, **kwargs)
-        maps = []
-        with torch.no_grad():
-            for activations, weight in zip(self.hook_a, weights):
-                grid = pipeline.class_grid(activations, weight)
-                maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
-        return maps
+        options = {"affinity_power": self.config.affinity_power, "backend": self._choices["backend"]}
+        return self._maps(weights, normalized, **options)
 
 
 _ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}

@@ -660,7 +660,7 @@ def test_no_measure_makes_the_host_wait(problem, monkeypatch):
     model, images, maps, _ = problem
     # On the CPU, where waiting costs nothing, arguments are checked by value. Only there.
     monkeypatch.setattr(metrics, "_check_maps", lambda name, maps, unit_range=False: maps)
-    monkeypatch.setattr(metrics, "_classes_on", lambda device, classes, n_classes: classes)
+    monkeypatch.setattr(metrics, "classes_on", lambda device, classes, n_classes: classes)
     cells = torch.tensor([0, 1, 2])
     activations, gradients = torch.rand(3, 8, 8, 8), torch.rand(3, 8, 8, 8)
 

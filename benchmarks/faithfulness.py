@@ -6,8 +6,8 @@
     python benchmarks/faithfulness.py PHOTOS --picture docs/methods.jpg
 
 PHOTOS is a folder of images named CLASS_anything, CLASS an ImageNet class index. Every second photograph, by name, is
-of the half "choose", on which the default configuration was chosen by the rule in faithfulness.md; the others, "confirm",
-had no part in the choice. The target is the network's top class. One row a method and half is appended to
+of the half "choose", on which the default configuration was chosen by the rule in faithfulness.md; the half "confirm"
+had no part in it. The target is the network's top class. One row a method and half is appended to
 results/faithfulness.jsonl, means with 95 % bootstrap intervals over the images; a row that is there is not made again.
 """
 
@@ -299,6 +299,7 @@ def main(argv=None):
     parser.add_argument("photos", type=Path)
     parser.add_argument("--network", default="demo", help='"demo", "lite2" or a model as for cfcam explain --model')
     parser.add_argument("--layer", help="target layer; default: the last that keeps a map of the image")
+    parser.add_argument("--half", choices=("choose", "confirm"), help="default: both")
     parser.add_argument("--limit", type=int, help="only this many photographs of each half")
     parser.add_argument("--only", nargs="*", help="only the methods with these names")
     parser.add_argument("--score-cam", type=int, default=0, metavar="N", help="also Score-CAM, on N photographs")
@@ -318,6 +319,8 @@ def main(argv=None):
     done = {(row["network"], row["layer"], row["half"], row["method"]) for row in rows.read(path)}
     with torch.no_grad():
         for half, start in (("choose", 0), ("confirm", 1)):
+            if args.half not in (None, half):
+                continue
             chosen = slice(start, None if args.limit is None else start + 2 * args.limit, 2)
             methods = {**METHODS, **(CANDIDATES if half == "choose" else {})}
             grids = VARIANTS if half == "choose" else {}

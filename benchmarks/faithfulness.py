@@ -66,6 +66,18 @@ def network(name):
     return loaded.model, loaded.preprocess
 
 
+def compiled(model, images):
+    """The model in torch.compile's form, several times as fast on a CPU, when its outputs are the same."""
+    faster = torch.compile(model, options={"freezing": True})
+    expected = model(images)
+    try:
+        torch.testing.assert_close(faster(images), expected, rtol=0, atol=1e-3)
+    except Exception as error:  # whatever a compiler may raise; the measurement goes on
+        print(f"the model runs uncompiled: {str(error).splitlines()[0]}", file=sys.stderr)
+        return model
+    return faster
+
+
 class Subject:
     """What all methods are measured on: images, their classes, activations and gradients at a layer.
 
@@ -92,6 +104,7 @@ class Subject:
         of_cells = [self._captured(self.mosaics.images, self.mosaics.classes[:, cell]) for cell in range(4)]
         self.mosaic_activations = of_cells[0][0]
         self.mosaic_gradients = [gradients for _, gradients in of_cells]
+        self.answering = compiled(model, images[:BATCH])
         self.seen = []  # (maps, what the model says of them): of two methods with equal maps it is asked once
 
     def _captured(self, images, classes):
@@ -103,7 +116,7 @@ class Subject:
         for seen, values in self.seen:
             if torch.allclose(seen, maps, rtol=0, atol=1e-4):
                 return values
-        arguments = self.model, self.images, maps, self.classes[:, 0]
+        arguments = self.answering, self.images, maps, self.classes[:, 0]
         curves = metrics.insertion_deletion(*arguments, steps=STEPS, deletion_baseline="mean", batch_size=BATCH)
         values = {
             "insertion": curves.insertion,
@@ -249,7 +262,7 @@ def score_cam(subject, model, layer, n):
     with pytorch_grad_cam.ScoreCAM(model, [layer]) as cam:
         maps = torch.from_numpy(np.concatenate([cam(x[None], [c]) for x, c in zip(subject.images[:n], classes)]))
     few = object.__new__(Subject)
-    few.model, few.images, few.classes, few.seen = subject.model, subject.images[:n], subject.classes[:n], []
+    few.answering, few.images, few.classes, few.seen = subject.answering, subject.images[:n], subject.classes[:n], []
     arguments = subject.activations[:n], subject.gradients[:n], subject.images.shape[2:]
     grad_cam = few.answers(METHODS["Grad-CAM"](*arguments))
     yield f"Grad-CAM, first {n}", row_of(grad_cam, 0, None)

@@ -39,6 +39,7 @@ def affinity_sum_kernel(
     w_stride_c,
     w_stride_p,
     RELU: tl.constexpr,
+    N_STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -57,12 +58,13 @@ def affinity_sum_kernel(
         other = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
         in_others = other < n_cells
         product = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-        square = tl.zeros([BLOCK_P], tl.float32)
-        other_square = tl.zeros([BLOCK_Q], tl.float32)
-        other_sum = tl.zeros([BLOCK_Q], tl.float32)
-        start = 0
-        while start < n_channels:
-            channel = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
+        # Added up over the channels behind the loop: in it, every sum across threads would be a barrier.
+        squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        other_squares = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
+        other_terms = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
+        # Bounds known at compile time: only then are the loads of the next steps under way during this one.
+        for step in range(N_STEPS):
+            channel = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
             in_channels = channel < n_channels
             of_cell = cell[:, None] * a_stride_p + channel[None, :] * a_stride_c
             of_other = channel[:, None] * a_stride_c + other[None, :] * a_stride_p
@@ -76,10 +78,12 @@ def affinity_sum_kernel(
             product = tl.dot(a - a_high, b_high, product, input_precision="tf32")
             product = tl.dot(a_high, b - b_high, product, input_precision="tf32")
             product = tl.dot(a_high, b_high, product, input_precision="tf32")
-            square += tl.sum(a * a, axis=1)
-            other_square += tl.sum(b * b, axis=0)
-            other_sum += tl.sum(b * w, axis=0)
-            start += BLOCK_C
+            squares += a * a
+            other_squares += b * b
+            other_terms += b * w
+        square = tl.sum(squares, axis=1)
+        other_square = tl.sum(other_squares, axis=0)
+        other_sum = tl.sum(other_terms, axis=0)
         # A cell without features is like no cell, not even itself, and its sum is 0 anyway.
         cosine = product / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None]
         cosine = cosine / tl.sqrt(tl.where(other_square > 0, other_square, 1.0))[None, :]
@@ -105,8 +109,10 @@ def affinity_sum(activations, weights, power, relu=True):
     """
     batch, n_channels, n_cells = activations.shape
     grid = torch.empty(batch, n_cells, dtype=torch.float32, device=activations.device)
-    # Small grids: more programs an image, so that one image alone does not wait for one multiprocessor.
-    block_p, num_warps = (16, 4) if n_cells <= 256 else (64, 8)
+    # Small grids: more programs an image, so that one image alone does not wait for one multiprocessor. These are the
+    # largest blocks and most stages that no supported version of the compiler spills registers for.
+    block_p, num_warps, num_stages = (16, 4, 2) if n_cells <= 256 else (32, 8, 3)
+    block_c = 32
     block_q = max(16, min(next_power_of_2(n_cells), 64))
     affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
         activations,
@@ -118,9 +124,11 @@ def affinity_sum(activations, weights, power, relu=True):
         *activations.stride(),
         *weights.stride(),
         RELU=relu,
+        N_STEPS=cdiv(n_channels, block_c),
         BLOCK_P=block_p,
         BLOCK_Q=block_q,
-        BLOCK_C=32,
+        BLOCK_C=block_c,
         num_warps=num_warps,
+        num_stages=num_stages,
     )
     return grid

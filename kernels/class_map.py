@@ -240,7 +240,8 @@ def weighted_sum(activations, weights, relu=True, skip_nan=False):
     if activations.stride(1) == 1:
         block_p, block_c = 4, min(next_power_of_2(n_channels), 512)
     else:
-        block_p, block_c = min(next_power_of_2(n_cells), 64), min(next_power_of_2(n_channels), 32)
+        longest = 16 if skip_nan else 32  # with 32 a version of the compiler spills a register
+        block_p, block_c = min(next_power_of_2(n_cells), 64), min(next_power_of_2(n_channels), longest)
     weighted_sum_kernel[(batch * cdiv(n_cells, block_p),)](
         activations,
         weights,

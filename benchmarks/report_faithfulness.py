@@ -67,7 +67,8 @@ def cell(row, measure):
 
 def difference(row, measure):
     """ "+0.002 (-0.003 to +0.007)", the paired difference from Grad-CAM."""
-    mean, low, high = row["minus_grad_cam"][measure]
+    # The zero added makes a negative zero, of what rounds to it, a positive one.
+    mean, low, high = (round(value, 3) + 0.0 for value in row["minus_grad_cam"][measure])
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
@@ -77,8 +78,8 @@ def about(found):
     n = sorted({row["n"] for row in found})
     versions = [f"{package} {', '.join(of(package))}" for package in ("torch", "grad-cam", "torchmetrics")]
     counts = f"{n[0]} photographs" if len(n) == 1 else f"{n[0]} to {n[-1]} photographs"
-    where = "; ".join([*of("device"), ", ".join(versions), ", ".join(of("date")), f"commit {', '.join(of('commit'))}"])
-    return f"{counts}; {where}."
+    commits = f"commit {', '.join(of('commit')) or 'unknown'}"
+    return f"{'; '.join([counts, *of('device'), ', '.join(versions), ', '.join(of('date')), commits])}."
 
 
 # Tables
@@ -219,7 +220,7 @@ def tradeoff(results):
 
     figure = Figure(figsize=(11.5, max(4.2, 0.135 * len(found) + 0.6)))
     *axes, legend = figure.subplots(1, 3, width_ratios=(1, 1, 0.55))
-    figure.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.1, wspace=0.17)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.1, wspace=0.24)
     for axis, measure in zip(axes, ("insertion_minus_deletion", "energy")):
         _scatter(axis, found, measure, colours, {"Grad-CAM", *roles.values()}, numbers)
     legend.axis("off")
@@ -253,7 +254,8 @@ def _scatter(axis, found, measure, colours, large, numbers):
             paired = [found[name].get("minus_grad_cam", {}).get(field, (0, 0, 0)) for field in fields]
             x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in paired)
             axis.errorbar(*point, xerr=x_bar, yerr=y_bar, linewidth=0.4, **style)
-        axis.plot(*point, "o" if point == points[name] else "v", markersize=6 if name in large else 3, **style)
+        marker = "o" if point == points[name] else "v"
+        axis.plot(*point, marker, markersize=6 if name in large else 3, clip_on=False, **style)
         axis.annotate(
             str(numbers[name]),
             point,
@@ -261,10 +263,12 @@ def _scatter(axis, found, measure, colours, large, numbers):
             textcoords="offset points",
             arrowprops={"arrowstyle": "-", "linewidth": 0.3, "shrinkA": 0, "shrinkB": 0, "color": colours[name]},
             annotation_clip=False,
-            fontsize=6,
+            fontsize=7,
             ha="center",
             va="center",
-            **style,
+            bbox={"boxstyle": "square,pad=0", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+            color=colours[name],
+            zorder=5,
         )
 
 

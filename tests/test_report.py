@@ -178,6 +178,9 @@ def test_cells_say_what_differs_from_grad_cam(faithful):
     assert faithful.cell(row, "hit") == "0.959 ± 0.04"  # the interval holds zero
     assert faithful.cell(faithfulness_row("Grad-CAM"), "insertion") == "0.500 ± 0.04"
     assert faithful.cell({"measures": {}}, "energy") == "-"
+    assert faithful.difference(faithfulness_row("mine", spread=0.002, energy=-0.0004), "energy") == (
+        "+0.000 (-0.002 to +0.002)"
+    )
     assert [faithful.half_width(0, 2 * half) for half in (0.0004, 0.0006, 0.012, 0.3)] == ["0", "0.0006", "0.01", "0.3"]
 
 

@@ -1,27 +1,33 @@
-"""The tables of README.md and the plots of docs/, from the rows: the latest of every point on the latest device.
+"""The tables of the pages and the plots of docs/, from the rows: the latest of every point on the latest device.
 
     python benchmarks/report.py            # rewrites both
-    python benchmarks/report.py --check    # exit status 1 when the README's tables are not what the rows give
+    python benchmarks/report.py --check    # exit status 1 when the tables of a page are not what the rows give
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; all else in the README is written by hand. Running
-it twice changes nothing.
+`PAGES` says which table stands in which page, `tables` what a table's markers are. Running it twice changes nothing.
+It needs the "bench" extra.
 """
 
 import argparse
-import re
+import os
 import sys
 from pathlib import Path
 
 import growth
+import report_faithfulness
 import rows
+from tables import NOT_MEASURED, fill, markdown, names, number
 
 from cfcam_gpu import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NOT_MEASURED = "not measured"
-
 KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+COMPARED = (
+    *("forward", "cfcam", "cfcam:capture", "pytorch-grad-cam", "pytorch-grad-cam:accelerated"),
+    *("torch-cam", "captum", "pipeline"),
+)
+"""The providers in the README's table."""
 
 PEERS = ("cfcam", "pytorch-grad-cam", "pytorch-grad-cam:accelerated", "torch-cam", "captum")
 
@@ -46,6 +52,7 @@ class Results:
             kind: rows.latest(_of_last_device(growth_rows, kind), "along", "provider", "x") for kind in KINDS
         }
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
+        self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), "network", "layer", "half", "method")
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -80,19 +87,6 @@ def about(some_rows):
     return "\n".join(lines)
 
 
-def markdown(header, body):
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value, digits=3):
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-
-
 def times(row):
     """ "62.7 (60.1 to 64.2)", or why there is no number."""
     if "median_ms" not in row:
@@ -108,19 +102,21 @@ def value(row, field):
     return number(row.get(field)) if "median_ms" in row else ""
 
 
-def resnet50_table(results):
-    header = ["ResNet-50, 224 pixels", "batch 1, ms", "/ forward", "MiB", "batch 8, ms", "/ forward", "MiB"]
-    header += ["GPU, batch 1, ms", "/ forward", "GPU, batch 8, ms", "/ forward"]
-    body = []
-    for provider in bench.PROVIDERS:
-        line = [f"`{provider}`"]
-        for kind in KINDS:
-            for batch in (1, 8):
+def resnet50_table(results, providers):
+    header, body = ["ResNet-50, 224 pixels"], [[f"`{provider}`"] for provider in providers]
+    for kind, name in KINDS.items():
+        if not results.bench[kind]:
+            header.append(name)
+            for line in body:
+                line.append(NOT_MEASURED)
+            continue
+        for batch in (1, 8):
+            header += [f"{name}, batch {batch}, ms", "/ forward", *(["MiB"] if kind == "cpu" else [])]
+            for line, provider in zip(body, providers):
                 row = results.row(kind, "resnet50", batch, provider)
                 line += [times(row), f"{row['ratio']:.2f}" if "ratio" in row else ""]
                 line += [value(row, "peak_mib")] if kind == "cpu" else []
-        body.append(line)
-    return f"{markdown(header, body)}\n\n{about(results.bench)}{_image('latency')}{_image('throughput')}"
+    return f"{markdown(header, body)}\n\n{about(results.bench)}"
 
 
 def models_table(results):
@@ -169,7 +165,7 @@ def growth_table(results):
             powers = [growth.exponent([row["x"] for row in series], [row[field] for row in series]) for field in fields]
             line.append(", ".join("-" if p is None else f"{p:.2f}" for p in powers) if series else NOT_MEASURED)
         body.append(line)
-    return f"{markdown(header, body)}\n\n{about(results.growth)}{_image('growth')}"
+    return f"{markdown(header, body)}\n\n{about(results.growth)}"
 
 
 def _span(series):
@@ -186,52 +182,58 @@ def gates_table(results):
 
 TABLES = {
     "accelerated": accelerated_table,
-    "resnet50": resnet50_table,
+    "resnet50": lambda results: resnet50_table(results, COMPARED),
+    "providers": lambda results: resnet50_table(results, tuple(bench.PROVIDERS)),
     "models": models_table,
     "growth": growth_table,
     "gates": gates_table,
+    **report_faithfulness.TABLES,
 }
+"""{name: function of the results}."""
+
+IMAGES = {
+    "latency.svg": "Time over the plain forward of every provider on a ResNet-50, batch 1 and 8",
+    "throughput.svg": "Maps per second against the batch size on a ResNet-50",
+    "growth.svg": "Time and memory against channels, grid side, batch and number of target layers",
+    "tradeoff.svg": "Insertion minus deletion, and energy in the right cell, against stability, of every method tried",
+    "methods.jpg": "Photographs, and the maps of several methods over them",
+}
+"""{file in docs/: what it shows}; methods.jpg is `faithfulness.py --picture`, the others are drawn here."""
+
+PAGES = {
+    "README.md": ("accelerated", "faithfulness", "methods.jpg", "resnet50", "latency.svg", "models", "gates"),
+    "benchmarks/README.md": ("providers", "throughput.svg", "growth", "growth.svg"),
+    "benchmarks/faithfulness.md": ("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam"),
+}
+"""{page: its tables and images}."""
 
 
-def fill(text, name, content, file="README.md"):
-    """``text`` with ``content`` between the markers of table ``name``.
+def image(name, page):
+    """The image's line in a page, where there is the image."""
+    file = ROOT / "docs" / name
+    target = Path(os.path.relpath(file, (ROOT / page).parent)).as_posix()
+    return f"![{IMAGES[name]}]({target})" if file.exists() else f"{IMAGES[name]}: {NOT_MEASURED}."
+
+
+def filled(page, text, results):
+    """The text of a page with all its tables and images.
 
     Raises:
-        ValueError: the markers are not there, or more than once.
+        ValueError: markers that are missing, that stand there twice or that are none of the page's.
     """
-    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-    text, count = pattern.subn(lambda match: f"{match[1]}{content}\n{match[2]}", text)
-    if count != 1:
-        raise ValueError(f"{file} must have <!-- table: {name} --> ... <!-- end --> once, got {count} times")
-    return text
-
-
-def filled(text, results):
-    """The README with all tables."""
-    for name, make in TABLES.items():
-        text = fill(text, name, make(results))
-    unknown = set(re.findall(r"<!-- table: (.*?) -->", text)) - TABLES.keys()
+    for name in PAGES[page]:
+        text = fill(text, name, image(name, page) if name in IMAGES else TABLES[name](results), page)
+    unknown = set(names(text)) - set(PAGES[page])
     if unknown:
-        raise ValueError(f"README.md has tables that nothing fills: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{page} has tables that nothing fills: {', '.join(sorted(unknown))}")
     return text
 
 
 # Plots
 
-ALT = {
-    "latency": "Time over the plain forward of every provider on a ResNet-50, batch 1 and 8",
-    "throughput": "Maps per second against the batch size on a ResNet-50",
-    "growth": "Time and memory against channels, grid side, batch and number of target layers",
-}
-
-
-def _image(name):
-    """The plot's line in the README, where there is a plot."""
-    return f"\n\n![{ALT[name]}](docs/{name}.svg)" if (ROOT / "docs" / f"{name}.svg").exists() else ""
-
 
 def plots(results, folder):
-    """Write latency.svg, throughput.svg and growth.svg of what has been measured; the paths written."""
+    """Draw what has been measured of `DRAWN` into a folder; the paths written."""
     from cfcam_gpu.images import needs
 
     try:
@@ -242,10 +244,10 @@ def plots(results, folder):
     style = {"svg.hashsalt": "cfcam", "svg.fonttype": "none", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
     written = []
     with matplotlib.rc_context(style):
-        for name, draw in (("latency", _latency), ("throughput", _throughput), ("growth", _growth)):
+        for name, draw in DRAWN.items():
             figure = draw(results)
             if figure is not None:
-                written.append(folder / f"{name}.svg")
+                written.append(folder / name)
                 figure.savefig(written[-1], metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return written
 
@@ -360,19 +362,32 @@ def _plain_ticks(axis):
     axis.set_minor_locator(NullLocator())
 
 
+DRAWN = {
+    "latency.svg": _latency,
+    "throughput.svg": _throughput,
+    "growth.svg": _growth,
+    "tradeoff.svg": report_faithfulness.tradeoff,
+}
+"""{file in docs/: function of the results, which gives a figure, or None where nothing was measured}."""
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 when the tables are out of date")
     args = parser.parse_args(argv)
-    results, readme = Results(), ROOT / "README.md"
+    results, stale = Results(), []
     if not args.check:
         plots(results, ROOT / "docs")
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, results)
-    if args.check:
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+    for page in PAGES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = filled(page, before, results)
+        if before != after:
+            stale.append(page)
+            if not args.check:
+                (ROOT / page).write_text(after, encoding="utf-8")
+    if args.check and stale:
+        print(f"out of date, run python benchmarks/report.py: {', '.join(stale)}", file=sys.stderr)
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole benchmark suite: every provider on a ResNet-50, its peers on seven models, throughput, and growth.
 
     python benchmarks/suite.py      # about a quarter of an hour on two cores
-    python benchmarks/report.py     # the tables and plots of the README
+    python benchmarks/report.py     # the tables and plots of the pages
 
 Rows are appended to results/bench.jsonl and results/growth.jsonl as they come. A point whose rows are there already,
 from this device and commit, is not measured again: an interrupted run goes on where it was. What the clocks contain and

@@ -12,8 +12,8 @@ import argparse
 import time
 from pathlib import Path
 
-import report
 import rows
+import tables
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -99,15 +99,15 @@ def section(subject, rounds):
     found = operators(subject)
     whole = sum(ms for _, ms, _ in found)
     shown = {**parts, "(clustering alone)": clustering_ms(subject, rounds)}
-    lines = [[name, report.number(ms), f"{ms / total:.1%}"] for name, ms in shown.items()]
+    lines = [[name, tables.number(ms), f"{ms / total:.1%}"] for name, ms in shown.items()]
     costs = [
-        [f"`{name}`", report.number(ms), f"{ms / whole:.1%}", f"{calls:g}"] for name, ms, calls in found[:N_OPERATORS]
+        [f"`{name}`", tables.number(ms), f"{ms / whole:.1%}", f"{calls:g}"] for name, ms, calls in found[:N_OPERATORS]
     ]
     return "\n\n".join(
         [
             f"{subject.name}, batch {len(subject.images)}, {subject.images.shape[-1]} pixels:",
-            report.markdown(["stage", "ms", "share"], lines),
-            report.markdown(["operator", "own ms", "share", "calls"], costs),
+            tables.markdown(["stage", "ms", "share"], lines),
+            tables.markdown(["operator", "own ms", "share", "calls"], costs),
         ]
     )
 
@@ -126,7 +126,7 @@ def main(argv=None):
     parts = [section(subject.with_batch(batch), args.rounds) for batch in (1, 8)]
     text = args.page.read_text(encoding="utf-8")
     kind = here["device_type"]
-    args.page.write_text(report.fill(text, kind, "\n\n".join([head, *parts]), args.page.name), encoding="utf-8")
+    args.page.write_text(tables.fill(text, kind, "\n\n".join([head, *parts]), args.page.name), encoding="utf-8")
 
 
 if __name__ == "__main__":

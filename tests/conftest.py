@@ -1,5 +1,6 @@
 """Shared fixtures: a fresh, replayable seed for every test."""
 
+import importlib
 import os
 import secrets
 from pathlib import Path
@@ -78,3 +79,13 @@ def resnet18(seed):
     """torchvision's ResNet-18 with random weights, in eval mode."""
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
     return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Imports a module of the folder benchmarks/ by its name, as a script in there would."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("not a checkout")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module

@@ -1,9 +1,9 @@
-"""`cfcam bench`, the suite and its report: every row whole, no number without agreement, nothing typed by hand."""
+"""`cfcam bench` and the suite: every row whole, no number without agreement, nothing measured twice."""
 
+import gc
 import json
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +15,18 @@ from cfcam_gpu import bench, cli
 from cfcam_gpu.bench import providers, rows, run, timing, trunk
 from cfcam_gpu.bench.providers import CF_CAM, PROVIDERS, Provider
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 POINT = {"op", "provider", "method", "model", "layer", "batch", "size", "shape", "dtype"}
 MEASURED = {"median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "maps_per_s", "peak_mib", "memory"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def quick_collection():
+    """A peak of memory begins with a garbage collection: one of all imported modules takes a quarter of a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -268,92 +274,11 @@ def test_compiling_has_a_budget(subject, monkeypatch):
     assert time.monotonic() - start < 10 and str(failed).endswith("it took more than 0.1 s")
 
 
-# The suite and its report, as from a checkout
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The modules of the folder benchmarks/."""
-    if not BENCHMARKS.is_dir():
-        pytest.skip("not a checkout")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import growth
-    import report
-    import suite
-    import where_time_goes
-
-    return {"growth": growth, "report": report, "suite": suite, "where_time_goes": where_time_goes}
-
-
-def synthetic(folder, growth):
-    """Rows as a suite would leave them: an older machine, and a later one with half of the providers."""
-    for device in ("old machine", "new machine"):
-        here = {**rows.about(*bench.PACKAGES, device="cpu"), "device": device}
-        points = []
-        for model in bench.MODELS:
-            for batch in (1, 8):
-                for index, name in enumerate(PROVIDERS):
-                    row = {"provider": name, "model": model, "batch": batch, "size": 224, **here}
-                    ms = 10.0 * batch * (index + 1)
-                    measured = {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms, "ratio": index + 1.0}
-                    measured.update(maps_per_s=1e3 * batch / ms, peak_mib=7.0 * index)
-                    points.append({**row, **(measured if index % 2 == 0 else {"not_measured": "needs a GPU"})})
-        list(rows.append(folder / "bench.jsonl", points))
-    grown = [
-        {**growth._row(along, x, "auto", (1, x, 1, 1)), "median_ms": 3.0 * x**2, "peak_mib": x**1.5, **here}
-        for along, x in growth.points()
-    ]
-    list(rows.append(folder / "growth.jsonl", grown))
-
-
-def test_the_report_is_the_rows_and_twice_is_once(benchmarks, tmp_path):
-    report = benchmarks["report"]
-    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    synthetic(tmp_path, benchmarks["growth"])
-    once = report.filled(readme, report.Results(tmp_path))
-    assert report.filled(once, report.Results(tmp_path)) == once
-    assert "new machine" in once and "old machine" not in once
-    assert "| `cfcam:numpy` | 30 (27 to 33) | 3.00 | 14 | 240 (216 to 264) | 3.00 | 14 | not measured |" in once
-    assert "| `cfcam` | needs a GPU |" in once
-    assert "| channels | 64 to 4096 | 2.00, 1.50 | not measured |" in once
-    outside = lambda text: [part.partition("<!-- end -->")[2] for part in text.split("<!-- table: ")[1:]]
-    assert outside(once) == outside(readme)
-
-
-def test_a_marker_that_is_missing_or_unknown_is_an_error(benchmarks, tmp_path):
-    report = benchmarks["report"]
-    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    results = report.Results(tmp_path)
-    with pytest.raises(ValueError, match="must have <!-- table: models --> .* once, got 0 times"):
-        report.filled(readme.replace("<!-- table: models -->", ""), results)
-    with pytest.raises(ValueError, match="once, got 2 times"):
-        report.filled(readme + readme, results)
-    with pytest.raises(ValueError, match="nothing fills: mine"):
-        report.filled(f"{readme}\n<!-- table: mine -->\n<!-- end -->\n", results)
-
-
-def test_the_readme_is_what_the_rows_give(benchmarks, monkeypatch, tmp_path):
-    report = benchmarks["report"]
-    assert report.main(["--check"]) == 0, "run python benchmarks/report.py"
-    (tmp_path / "README.md").write_text((BENCHMARKS.parent / "README.md").read_text().replace("| resnet18 |", "| x |"))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    assert report.main(["--check"]) == 1
-
-
-def test_plots_are_the_same_every_time(benchmarks, tmp_path):
-    pytest.importorskip("matplotlib")
-    report = benchmarks["report"]
-    assert report.plots(report.Results(tmp_path), tmp_path) == []
-    synthetic(tmp_path, benchmarks["growth"])
-    paths = report.plots(report.Results(tmp_path), tmp_path)
-    assert [path.name for path in paths] == ["latency.svg", "throughput.svg", "growth.svg"]
-    before = [path.read_bytes() for path in paths]
-    report.plots(report.Results(tmp_path), tmp_path)
-    assert [path.read_bytes() for path in paths] == before
+# The suite, as from a checkout
 
 
 def test_exponents(benchmarks):
-    exponent = benchmarks["growth"].exponent
+    exponent = benchmarks("growth").exponent
     xs = [64, 128, 256, 512, 1024, 2048]
     assert exponent(xs, [3 * x**1.75 for x in xs]) == pytest.approx(1.75)
     assert exponent(xs, [7.0 if x < 512 else x**2 for x in xs]) == pytest.approx(2)  # the fixed cost is left out
@@ -362,7 +287,7 @@ def test_exponents(benchmarks):
 
 
 def test_growth_rows(benchmarks, monkeypatch):
-    growth = benchmarks["growth"]
+    growth = benchmarks("growth")
     monkeypatch.setitem(growth.SHAPES, "channels", {24: (1, 24, 5, 5)})
     found = {row["provider"]: row for row in growth.measure("channels", 24, time_limit_s=5, rounds=3)}
     assert found.keys() == growth.WAYS.keys()
@@ -382,7 +307,7 @@ def test_growth_rows(benchmarks, monkeypatch):
 
 
 def test_the_suite_goes_on_where_it_was(benchmarks, net, tmp_path, monkeypatch):
-    suite, plan = benchmarks["suite"], {net: {1: ["cfcam"]}}
+    suite, plan = benchmarks("suite"), {net: {1: ["cfcam"]}}
     monkeypatch.setattr(suite, "plan", lambda: plan)
     args = ["--out", str(tmp_path / "out"), "--size", "64", "--models", net, "--no-growth", "--device", "cpu"]
     read = lambda: [(row["provider"], row["batch"]) for row in rows.read(tmp_path / "out" / "bench.jsonl")]
@@ -402,7 +327,7 @@ def test_the_suite_goes_on_where_it_was(benchmarks, net, tmp_path, monkeypatch):
 
 
 def test_the_plan_has_every_model_and_provider(benchmarks):
-    plan = benchmarks["suite"].plan()
+    plan = benchmarks("suite").plan()
     assert plan.keys() == set(bench.MODELS)
     assert plan["resnet50"].keys() >= {1, 8, 256} and set(plan["resnet50"][8]) == PROVIDERS.keys()
     for batches in plan.values():
@@ -414,7 +339,7 @@ def test_profile_fills_its_part_and_leaves_the_remarks(benchmarks, net, tmp_path
     page = tmp_path / "profile.md"
     page.write_text("mine\n<!-- table: cpu -->\n<!-- end -->\nmy remark\n<!-- table: cuda -->\n<!-- end -->\n")
     args = ["--device", "cpu", "--model", net, "--size", "64", "--rounds", "3", "--page", str(page)]
-    benchmarks["where_time_goes"].main(args)
+    benchmarks("where_time_goes").main(args)
     text = page.read_text()
     assert text.startswith("mine\n") and "\nmy remark\n<!-- table: cuda -->\n<!-- end -->\n" in text
     assert text.count("| forward up to the target layer |") == 2 and "convolution" in text

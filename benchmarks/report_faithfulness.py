@@ -1,0 +1,302 @@
+"""The tables and the plot of faithfulness, for report.py: every method, the candidates under the rule, the variants."""
+
+import math
+
+import choice
+from faithfulness import CANDIDATES, METHODS, NOISE, VARIANTS
+from tables import NOT_MEASURED, markdown
+
+MAIN = ("demo", "_swish")
+"""Network and layer, its last, of the tables that are not of the others."""
+
+MEASURES = {
+    "insertion": "insertion",
+    "deletion": "deletion",
+    "insertion_minus_deletion": "insertion - deletion",
+    "average_drop": "average drop",
+    "increase": "increase",
+    "class_sensitivity": "class sensitivity (1 - SSIM)",
+    **{f"gradient_noise_{std:g}": f"SSIM, gradient noise {std:g}x" for std in NOISE},
+    "input_noise": "SSIM, input noise",
+    "energy": "energy in the right cell",
+    "hit": "peak in the right cell",
+}
+"""{measure: its column's title}."""
+
+COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choice.STABILITY, "energy", "hit")
+
+OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_drop", "increase")
+
+
+def candidates():
+    """{name: ``dominant_percentile``} of the configurations that the rule chooses among."""
+    # The published procedure with signed weights is one of them, and is measured on both halves as a method.
+    among = {"CF-CAM, published but signed": METHODS["CF-CAM, published but signed"], **CANDIDATES}
+    return {name: method.args[0].dominant_percentile for name, method in among.items()}
+
+
+# Cells
+
+
+def title(measure):
+    return f"{MEASURES[measure]} {'↓' if measure in choice.LOWER_IS_BETTER else '↑'}"
+
+
+def better(row, measure):
+    """1 or -1 where the paired interval of the difference from Grad-CAM excludes zero, else 0."""
+    _, low, high = row.get("minus_grad_cam", {}).get(measure, (0, 0, 0))
+    sign = (low > 0) - (high < 0)
+    return -sign if measure in choice.LOWER_IS_BETTER else sign
+
+
+def half_width(low, high):
+    """One digit of half the interval, without an exponent."""
+    half = (high - low) / 2
+    return f"{half:.1g}" if half >= 5e-4 else "0"
+
+
+def cell(row, measure):
+    """ "0.329 ± 0.04"; bold and with + or - where better or worse than Grad-CAM."""
+    if measure not in row["measures"]:
+        return "-"
+    mean, low, high = row["measures"][measure]
+    text = f"{mean:.3f} ± {half_width(low, high)}"
+    sign = better(row, measure)
+    return f"**{text} {'+' if sign > 0 else '−'}**" if sign else text
+
+
+def difference(row, measure):
+    """ "+0.002 (-0.003 to +0.007)", the paired difference from Grad-CAM."""
+    # The zero added makes a negative zero, of what rounds to it, a positive one.
+    mean, low, high = (round(value, 3) + 0.0 for value in row["minus_grad_cam"][measure])
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def about(found):
+    """One line: how many photographs, device, versions, dates and commits of the rows."""
+    of = lambda field: list(dict.fromkeys(str(row[field]) for row in found if row.get(field)))
+    n = sorted({row["n"] for row in found})
+    versions = [f"{package} {', '.join(of(package))}" for package in ("torch", "grad-cam", "torchmetrics")]
+    counts = f"{n[0]} photographs" if len(n) == 1 else f"{n[0]} to {n[-1]} photographs"
+    commits = f"commit {', '.join(of('commit')) or 'unknown'}"
+    return f"{'; '.join([counts, *of('device'), ', '.join(versions), ', '.join(of('date')), commits])}."
+
+
+# Tables
+
+
+def _of(results, names, half, network=MAIN):
+    """{name: row, or None where it was not measured}."""
+    return {name: results.faithfulness.get((*network, half, name)) for name in names}
+
+
+def _lines(found, measures):
+    """A line a method: its cells, with the zero pairs beside the class sensitivity they belong to."""
+    for name, row in found.items():
+        if row is None:
+            yield [name, NOT_MEASURED, *[""] * len(measures)]
+            continue
+        cells = [name]
+        for measure in measures:
+            cells.append(cell(row, measure))
+            if measure == "class_sensitivity":
+                cells.append(str(row["zero_pairs"]))
+        yield cells
+
+
+def _header(first, measures):
+    header = [*first]
+    for measure in measures:
+        header += [title(measure), *(["zero pairs"] if measure == "class_sensitivity" else [])]
+    return header
+
+
+def methods_table(results, names, half):
+    found = _of(results, names, half)
+    rows = [row for row in found.values() if row]
+    if not rows:
+        return NOT_MEASURED
+    return f"{markdown(_header(['method'], MEASURES), _lines(found, MEASURES))}\n\n{about(rows)}"
+
+
+def chosen(results):
+    """(default, stable) by the rule, and what is missing: while anything is, the rule picks nothing."""
+    found = _of(results, ["Grad-CAM", *candidates()], "choose")
+    missing = [name for name, row in found.items() if row is None]
+    if missing:
+        return None, None, missing
+    grad_cam = found.pop("Grad-CAM")
+    return *choice.pick(found, grad_cam, candidates()), []
+
+
+def candidates_table(results):
+    found = _of(results, candidates(), "choose")
+    grad_cam = _of(results, ["Grad-CAM"], "choose")["Grad-CAM"]
+    if grad_cam is None or not any(found.values()):
+        return NOT_MEASURED
+    default, stable, missing = chosen(results)
+    levels = ("class_sensitivity", choice.STABILITY, "energy")
+    header = ["candidate", *(f"{title(measure)}, minus Grad-CAM's" for measure in choice.NOT_WORSE)]
+    header += [*map(title, levels), "1", "2", "3", "half of the sensitivity", "the rule"]
+    body = [["Grad-CAM", *[""] * len(choice.NOT_WORSE), *(cell(grad_cam, measure) for measure in levels), *[""] * 5]]
+    for name, row in found.items():
+        if row is None:
+            body.append([name, NOT_MEASURED, *[""] * (len(header) - 2)])
+            continue
+        holds = choice.conditions(row, grad_cam, candidates()[name])
+        picked = [role for role, of_role in (("default", default), ("stable", stable)) if name == of_role]
+        body.append(
+            [
+                name,
+                *(difference(row, measure) for measure in choice.NOT_WORSE),
+                *(cell(row, measure) for measure in levels),
+                *("yes" if condition else "no" for condition in holds),
+                f"**{', '.join(picked)}**" if picked else "",
+            ]
+        )
+    verdict = f"The rule picks as the default: {default or 'none'}; as stable: {stable or 'none'}."
+    if missing:
+        verdict = f"The rule picks nothing yet; {NOT_MEASURED}: {'; '.join(missing)}."
+    return f"{markdown(header, body)}\n\n{verdict}\n\n{about([grad_cam, *filter(None, found.values())])}"
+
+
+def elsewhere_table(results):
+    """The methods at all other networks and layers; on "confirm" where any was measured there."""
+    places = dict.fromkeys(key[:2] for key in results.faithfulness if key[:2] != MAIN)
+    body, rows = [], []
+    for place in places:
+        halves = [half for half in ("confirm", "choose") if any(_of(results, METHODS, half, place).values())]
+        for half in halves[:1]:
+            found = {name: row for name, row in _of(results, METHODS, half, place).items() if row}
+            rows += found.values()
+            for index, line in enumerate(_lines(found, COMPACT)):
+                body.append([*([place[0], f"`{place[1]}`", half] if index == 0 else [""] * 3), *line])
+    if not body:
+        return NOT_MEASURED
+    header = _header(["network", "layer", "half", "method"], COMPACT)
+    return f"{markdown(header, body)}\n\n{about(rows)}"
+
+
+def score_cam_table(results):
+    found = {key: row for key, row in results.faithfulness.items() if ", first " in key[3]}
+    if not found:
+        return NOT_MEASURED
+    body = [
+        [key[0], f"`{key[1]}`", key[3], *(cell(row, measure) for measure in OF_SCORE_CAM)] for key, row in found.items()
+    ]
+    header = ["network", "layer", "method", *map(title, OF_SCORE_CAM)]
+    return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
+
+
+TABLES = {
+    "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
+    "candidates": candidates_table,
+    "variants": lambda results: methods_table(results, ["Grad-CAM", *VARIANTS], "choose"),
+    "choose": lambda results: methods_table(results, METHODS, "choose"),
+    "elsewhere": elsewhere_table,
+    "score-cam": score_cam_table,
+}
+
+
+# Plot
+
+BOX = 7.0
+"""Side of a number's box, in points."""
+
+
+def tradeoff(results):
+    """Faithfulness and localisation against stability on "choose", a numbered point a method; None without rows."""
+    from matplotlib.figure import Figure
+
+    groups = {"tab:gray": METHODS, "tab:blue": CANDIDATES, "tab:orange": VARIANTS}
+    colours = {name: colour for colour, names in groups.items() for name in names}
+    found = {name: row for name, row in _of(results, colours, "choose").items() if row}
+    if "Grad-CAM" not in found:
+        return None
+    default, stable, _ = chosen(results)
+    roles = {role: name for role, name in (("default", default), ("stable", stable)) if name}
+    colours |= {"Grad-CAM": "black", **dict.fromkeys(roles.values(), "tab:red")}
+    numbers = {name: index for index, name in enumerate(found, 1)}
+
+    figure = Figure(figsize=(11.5, max(4.2, 0.135 * len(found) + 0.6)))
+    *axes, legend = figure.subplots(1, 3, width_ratios=(1, 1, 0.55))
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.1, wspace=0.24)
+    for axis, measure in zip(axes, ("insertion_minus_deletion", "energy")):
+        _scatter(axis, found, measure, colours, {"Grad-CAM", *roles.values()}, numbers)
+    legend.axis("off")
+    legend.set(xlim=(0, 1), ylim=(len(found) + 1, 0))
+    for name, index in numbers.items():
+        as_what = ", ".join(role for role, of_role in roles.items() if of_role == name)
+        style = {"fontsize": 7, "va": "center", "color": colours[name], "weight": "bold" if as_what else "normal"}
+        legend.text(0.0, index, str(index), ha="right", **style)
+        legend.text(0.04, index, f"{name}: {as_what}" if as_what else name, **style)
+    return figure
+
+
+def _scatter(axis, found, measure, colours, large, numbers):
+    """One panel. The bars are the paired intervals of the differences from Grad-CAM, which the rule looks at."""
+    fields = (choice.STABILITY, measure)
+    points = {name: [choice.mean(row, field) for field in fields] for name, row in found.items()}
+    points = {name: point for name, point in points.items() if not any(map(math.isnan, point))}
+    limits = [_limits([point[i] for point in points.values()]) for i in (0, 1)]
+    axis.set(xlim=limits[0], ylim=limits[1], xlabel=title(fields[0]), ylabel=title(measure))
+    axis.axvline(points["Grad-CAM"][0], color="black", linewidth=0.5)
+    axis.axhline(points["Grad-CAM"][1], color="black", linewidth=0.5)
+    shown = {
+        name: [min(max(value, low), high) for value, (low, high) in zip(point, limits)]
+        for name, point in points.items()
+    }
+    to_points = lambda point: axis.transData.transform(point) * 72 / axis.figure.dpi
+    offsets = _offsets({name: to_points(point) for name, point in shown.items()})
+    for name, point in shown.items():
+        style = {"color": colours[name], "zorder": 4 if name in large else 3}
+        if point == points[name]:
+            paired = [found[name].get("minus_grad_cam", {}).get(field, (0, 0, 0)) for field in fields]
+            x_bar, y_bar = ([[mean - low], [high - mean]] for mean, low, high in paired)
+            axis.errorbar(*point, xerr=x_bar, yerr=y_bar, linewidth=0.4, **style)
+        marker = "o" if point == points[name] else "v"
+        axis.plot(*point, marker, markersize=6 if name in large else 3, clip_on=False, **style)
+        axis.annotate(
+            str(numbers[name]),
+            point,
+            offsets[name],
+            textcoords="offset points",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "shrinkA": 0, "shrinkB": 0, "color": colours[name]},
+            annotation_clip=False,
+            fontsize=7,
+            ha="center",
+            va="center",
+            bbox={"boxstyle": "square,pad=0", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+            color=colours[name],
+            zorder=5,
+        )
+
+
+def _limits(values):
+    """What an axis shows: all values but those far out, which a triangle on its edge stands for."""
+    ordered = sorted(values)
+    low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+    reach = 3 * max(high - low, 1e-3)  # Tukey's outer fences
+    low, high = max(ordered[0], low - reach), min(ordered[-1], high + reach)
+    margin = 0.06 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def _offsets(anchors):
+    """Where each number goes beside its point, in points: the nearest place that is free of points and numbers."""
+    places = [
+        (radius * math.cos(angle * math.pi / 8), radius * math.sin(angle * math.pi / 8))
+        for radius in range(7, 80, 4)
+        for angle in range(16)
+    ]
+    points, taken, offsets = list(anchors.values()), [], {}
+    overlap = lambda a, b, width, height: abs(a[0] - b[0]) < width and abs(a[1] - b[1]) < height
+    for name, (x, y) in anchors.items():
+        for dx, dy in places:
+            box = (x + dx, y + dy)
+            crowded = any(overlap(box, other, 1.3 * BOX, BOX) for other in taken)
+            if not crowded and not any(overlap(box, point, 0.9 * BOX, 0.7 * BOX) for point in points):
+                break
+        taken.append(box)
+        offsets[name] = (dx, dy)
+    return offsets

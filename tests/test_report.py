@@ -1,0 +1,306 @@
+"""benchmarks/report.py: pages that are what the rows give, nothing typed by hand, and the rule for the default."""
+
+from pathlib import Path
+
+import pytest
+
+for package in ("torchvision", "tqdm", "sklearn", "pytorch_grad_cam", "matplotlib"):
+    pytest.importorskip(package)
+
+from cfcam_gpu import CFCAMConfig, bench
+from cfcam_gpu.bench import rows
+from cfcam_gpu.bench.providers import PROVIDERS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def report(benchmarks):
+    return benchmarks("report")
+
+
+@pytest.fixture
+def faithful(benchmarks):
+    return benchmarks("report_faithfulness")
+
+
+@pytest.fixture
+def choice(benchmarks):
+    return benchmarks("choice")
+
+
+@pytest.fixture
+def pages(report):
+    """{page: its text}."""
+    return {page: (ROOT / page).read_text(encoding="utf-8") for page in report.PAGES}
+
+
+def write_speed(folder, growth):
+    """Rows as a suite would leave them: an older machine, and a later one with half of the providers."""
+    for device in ("old machine", "new machine"):
+        here = {**rows.about(*bench.PACKAGES, device="cpu"), "device": device}
+        points = []
+        for model in bench.MODELS:
+            for batch in (1, 8):
+                for index, name in enumerate(PROVIDERS):
+                    row = {"provider": name, "model": model, "batch": batch, "size": 224, **here}
+                    ms = 10.0 * batch * (index + 1)
+                    measured = {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms, "ratio": index + 1.0}
+                    measured.update(maps_per_s=1e3 * batch / ms, peak_mib=7.0 * index)
+                    points.append({**row, **(measured if index % 2 == 0 else {"not_measured": "needs a GPU"})})
+        list(rows.append(folder / "bench.jsonl", points))
+    grown = [
+        {**growth._row(along, x, "auto", (1, x, 1, 1)), "median_ms": 3.0 * x**2, "peak_mib": x**1.5, **here}
+        for along, x in growth.points()
+    ]
+    list(rows.append(folder / "growth.jsonl", grown))
+
+
+MEANS = {
+    **{"insertion": 0.5, "deletion": 0.2, "insertion_minus_deletion": 0.3, "average_drop": 0.2, "increase": 0.25},
+    **{"class_sensitivity": 0.2, "gradient_noise_10": 0.92, "gradient_noise_20": 0.8, "input_noise": 0.9},
+    **{"energy": 0.8, "hit": 0.95},
+}
+"""Grad-CAM's, in what is made up here."""
+
+
+def faithfulness_row(method, half="choose", network="demo", layer="_swish", spread=0.01, **differences):
+    """A row that differs from Grad-CAM by so much, each difference's interval as wide as ``spread`` to both sides."""
+    assert differences.keys() <= MEANS.keys()
+    means = {measure: mean + differences.get(measure, 0) for measure, mean in MEANS.items()}
+    around = lambda mean, width: [mean, mean - width, mean + width]
+    row = {"network": network, "layer": layer, "half": half, "method": method, "zero_pairs": 3, "n": 100}
+    row["measures"] = {measure: around(mean, 0.04) for measure, mean in means.items()}
+    if method != "Grad-CAM":
+        row["minus_grad_cam"] = {measure: around(differences.get(measure, 0), spread) for measure in MEANS}
+    return row | rows.about("grad-cam", "torchmetrics", device="cpu")
+
+
+def write_faithfulness(folder, *some_rows):
+    list(rows.append(folder / "faithfulness.jsonl", some_rows))
+
+
+def write_every_method(folder, faithful, **special):
+    """Grad-CAM's row and one of every method, candidate and variant, that are alike but for those in ``special``."""
+    names = dict.fromkeys([*faithful.METHODS, *faithful.CANDIDATES, *faithful.VARIANTS])
+    differences = {name: {"gradient_noise_10": -0.001 * index} for index, name in enumerate(names)}
+    differences.update(special)
+    write_faithfulness(folder, *(faithfulness_row(name, **differences[name]) for name in names))
+
+
+# The pages
+
+
+def test_the_report_is_the_rows_and_twice_is_once(report, faithful, benchmarks, pages, tmp_path):
+    write_speed(tmp_path, benchmarks("growth"))
+    write_every_method(tmp_path, faithful)
+    outside = lambda text: [part.partition("<!-- end -->")[2] for part in text.split("<!-- table: ")[1:]]
+    once = {page: report.filled(page, text, report.Results(tmp_path)) for page, text in pages.items()}
+    for page, text in once.items():
+        assert report.filled(page, text, report.Results(tmp_path)) == text
+        assert outside(text) == outside(pages[page])
+    assert "new machine" in once["README.md"] and not any("old machine" in text for text in once.values())
+    assert "| `cfcam` | needs a GPU |" in once["README.md"] and "`cfcam:numpy`" not in once["README.md"]
+    full = once["benchmarks/README.md"]
+    assert "| `cfcam:numpy` | 30 (27 to 33) | 3.00 | 14 | 240 (216 to 264) | 3.00 | 14 | not measured |" in full
+    assert "| channels | 64 to 4096 | 2.00, 1.50 | not measured |" in full
+    assert "| Grad-CAM++ | 0.500 ± 0.04 |" in once["benchmarks/faithfulness.md"]
+
+
+def test_a_marker_that_is_missing_or_unknown_is_an_error(report, pages, tmp_path):
+    results = report.Results(tmp_path)
+    for page, text in pages.items():
+        for name in report.PAGES[page]:
+            with pytest.raises(ValueError, match=f"{page} must have <!-- table: {name} --> .* once, got 0 times"):
+                report.filled(page, text.replace(f"<!-- table: {name} -->", ""), results)
+        with pytest.raises(ValueError, match="once, got 2 times"):
+            report.filled(page, text + text, results)
+        with pytest.raises(ValueError, match=f"{page} has tables that nothing fills: mine"):
+            report.filled(page, f"{text}\n<!-- table: mine -->\n<!-- end -->\n", results)
+
+
+def test_a_marker_that_is_not_closed_swallows_nothing(benchmarks):
+    fill = benchmarks("tables").fill
+    text = "<!-- table: a -->\nmine\n<!-- table: b -->\n<!-- end -->\n"
+    assert fill(text, "b", "1", "page") == text.replace("b -->\n", "b -->\n1\n")
+    with pytest.raises(ValueError, match="page must have <!-- table: a -->"):
+        fill(text, "a", "1", "page")
+
+
+def test_every_table_and_image_has_a_page(report):
+    placed = [name for names in report.PAGES.values() for name in names]
+    assert sorted(placed) == sorted({**report.TABLES, **report.IMAGES})
+    assert report.DRAWN.keys() < report.IMAGES.keys()
+
+
+def test_the_pages_are_what_the_rows_give(report, pages, monkeypatch, tmp_path, capsys):
+    assert report.main(["--check"]) == 0, "run python benchmarks/report.py"
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for changed in report.PAGES:
+        for page, text in pages.items():
+            first = f"<!-- table: {report.PAGES[page][0]} -->\n"
+            (tmp_path / page).write_text(text.replace(first, f"{first}by hand\n") if page == changed else text)
+        assert report.main(["--check"]) == 1
+        assert capsys.readouterr().err.endswith(f": {changed}\n")
+
+
+def test_images_are_linked_from_where_they_stand(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.image("growth.svg", "README.md").endswith(": not measured.")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "growth.svg").touch()
+    assert report.image("growth.svg", "README.md").endswith("](docs/growth.svg)")
+    assert report.image("growth.svg", "benchmarks/README.md").endswith("](../docs/growth.svg)")
+
+
+def test_plots_are_the_same_every_time(report, faithful, benchmarks, tmp_path):
+    assert report.plots(report.Results(tmp_path), tmp_path) == []
+    write_speed(tmp_path, benchmarks("growth"))
+    write_every_method(tmp_path, faithful)
+    paths = report.plots(report.Results(tmp_path), tmp_path)
+    assert [path.name for path in paths] == ["latency.svg", "throughput.svg", "growth.svg", "tradeoff.svg"]
+    before = [path.read_bytes() for path in paths]
+    report.plots(report.Results(tmp_path), tmp_path)
+    assert [path.read_bytes() for path in paths] == before
+
+
+# Faithfulness
+
+
+def test_cells_say_what_differs_from_grad_cam(faithful):
+    row = faithfulness_row("mine", insertion=0.02, deletion=0.02, energy=-0.02, average_drop=-0.02, hit=0.009)
+    assert faithful.cell(row, "insertion") == "**0.520 ± 0.04 +**"
+    assert faithful.cell(row, "deletion") == "**0.220 ± 0.04 −**"  # lower would be better
+    assert faithful.cell(row, "average_drop") == "**0.180 ± 0.04 +**"
+    assert faithful.cell(row, "energy") == "**0.780 ± 0.04 −**"
+    assert faithful.cell(row, "hit") == "0.959 ± 0.04"  # the interval holds zero
+    assert faithful.cell(faithfulness_row("Grad-CAM"), "insertion") == "0.500 ± 0.04"
+    assert faithful.cell({"measures": {}}, "energy") == "-"
+    assert faithful.difference(faithfulness_row("mine", spread=0.002, energy=-0.0004), "energy") == (
+        "+0.000 (-0.002 to +0.002)"
+    )
+    assert [faithful.half_width(0, 2 * half) for half in (0.0004, 0.0006, 0.012, 0.3)] == ["0", "0.0006", "0.01", "0.3"]
+
+
+def test_tables_with_rows_missing(report, faithful, tmp_path):
+    results = report.Results(tmp_path)
+    assert {make(results) for make in faithful.TABLES.values()} == {"not measured"} and not faithful.tradeoff(results)
+    write_faithfulness(tmp_path, faithfulness_row("Grad-CAM"), faithfulness_row("LayerCAM", insertion=0.1))
+    write_faithfulness(tmp_path, faithfulness_row(next(iter(faithful.CANDIDATES))))
+    results = report.Results(tmp_path)
+    table = faithful.TABLES["choose"](results)
+    assert "| LayerCAM | **0.600 ± 0.04 +** |" in table and "| HiResCAM | not measured |" in table
+    assert {len(line.split("|")) for line in table.splitlines() if line.startswith("|")} == {len(MEANS) + 4}
+    assert faithful.TABLES["faithfulness"](results) == "not measured"  # the other half
+    candidates = faithful.TABLES["candidates"](results)
+    assert "The rule picks nothing yet; not measured: CF-CAM, published but signed; " in candidates
+    assert len({len(line.split("|")) for line in candidates.splitlines() if line.startswith("|")}) == 1
+    assert faithful.tradeoff(results) is not None
+
+
+def test_every_row_finds_its_table(report, faithful, tmp_path):
+    few = {measure: 0.1 for measure in faithful.OF_SCORE_CAM}
+    score_cam = faithfulness_row("Score-CAM, first 20", **few)
+    score_cam["measures"] = {measure: score_cam["measures"][measure] for measure in few}
+    write_faithfulness(
+        tmp_path,
+        faithfulness_row("Grad-CAM", "confirm", energy=0.011),
+        faithfulness_row("Grad-CAM", energy=0.022),
+        faithfulness_row("Grad-CAM", network="lite2", energy=0.033),
+        faithfulness_row("Grad-CAM", "confirm", network="lite2", energy=0.044),
+        faithfulness_row("Grad-CAM", layer="_blocks.10", energy=0.055),
+        score_cam,
+    )
+    results = report.Results(tmp_path)
+    tables = {name: make(results) for name, make in faithful.TABLES.items()}
+    energies = lambda name: [text for text in ("0.811", "0.822", "0.833", "0.844", "0.855") if text in tables[name]]
+    assert energies("faithfulness") == ["0.811"] and energies("choose") == ["0.822"]
+    assert energies("elsewhere") == ["0.844", "0.855"]  # "choose" only where there is no "confirm"
+    assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
+
+
+def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, tmp_path):
+    first, second, third, *_ = faithful.CANDIDATES
+    special = {
+        first: {"gradient_noise_10": 0.05, "class_sensitivity": -0.08},  # stable: it keeps 0.12 of 0.2
+        second: {"gradient_noise_10": 0.03},
+        third: {"gradient_noise_10": 0.06, "energy": -0.02},
+    }
+    write_every_method(tmp_path, faithful, **special)
+    lines = faithful.TABLES["candidates"](report.Results(tmp_path)).splitlines()
+    assert f"The rule picks as the default: {second}; as stable: {first}." in lines
+    ends = {line.split(" | ")[0].strip("| "): line.split(" | ")[-5:] for line in lines if line.startswith("| ")}
+    assert ends[first] == ["yes", "no", "yes", "yes", "**stable** |"]
+    assert ends[second] == ["yes", "yes", "yes", "yes", "**default** |"]
+    assert ends[third] == ["no", "yes", "yes", "yes", " |"]
+    assert {"CF-CAM, published but signed", *faithful.CANDIDATES} <= ends.keys()
+
+
+# The rule
+
+
+def picked(choice, dominant=50.0, **differences):
+    """(default, stable) among candidates that differ from Grad-CAM by so much, each a dictionary."""
+    some_rows = {name: faithfulness_row(name, **of_one) for name, of_one in differences.items()}
+    percentiles = dominant if isinstance(dominant, dict) else dict.fromkeys(some_rows, dominant)
+    return choice.pick(some_rows, faithfulness_row("Grad-CAM"), percentiles)
+
+
+@pytest.mark.parametrize("measure, worse", [("insertion_minus_deletion", -1), ("average_drop", 1), ("energy", -1)])
+def test_condition_1_the_interval_reaches_zero(choice, measure, worse):
+    assert picked(choice, a={measure: 0.0100 * worse}) == ("a", "a")  # from 0 to twice the loss
+    assert picked(choice, a={measure: 0.0101 * worse}) == (None, None)
+    assert picked(choice, a={measure: -0.5 * worse}) == ("a", "a")  # better than Grad-CAM is not worse
+    assert picked(choice, a={measure: 0.0101 * worse, "spread": 0.02}) == ("a", "a")
+
+
+def test_condition_1_is_of_three_measures_alone(choice):
+    others = {measure: -0.1 for measure in ("insertion", "increase", "gradient_noise_20", "input_noise", "hit")}
+    assert picked(choice, a={**others, "deletion": 0.1, "gradient_noise_10": -0.1}) == ("a", "a")
+
+
+def test_condition_2_class_sensitivity(choice):
+    assert picked(choice, a={"class_sensitivity": -0.05}) == ("a", "a")
+    assert picked(choice, a={"class_sensitivity": -0.0501}) == (None, "a")
+    assert picked(choice, a={"class_sensitivity": -0.1}) == (None, "a")  # half of 0.2
+    assert picked(choice, a={"class_sensitivity": -0.1001}) == (None, None)
+    assert picked(choice, a={"class_sensitivity": float("nan")}) == (None, None)
+
+
+def test_condition_3_clusters(choice):
+    assert picked(choice, dominant=25.0, a={}) == ("a", "a")
+    assert picked(choice, dominant=24.9, a={}) == (None, None)
+    assert picked(choice, dominant={"a": 0.0, "b": 75.0}, a={"gradient_noise_10": 0.05}, b={}) == ("b", "b")
+
+
+def test_condition_4_the_most_stable_and_of_two_the_one_with_more_energy(choice):
+    stability = lambda difference, **others: {"gradient_noise_10": difference, **others}
+    assert picked(choice, a=stability(0.01), b=stability(0.02), c=stability(0.0)) == ("b", "b")
+    assert picked(choice, a=stability(0.018, energy=0.001), b=stability(0.02)) == ("a", "b")
+    assert picked(choice, a=stability(0.0179, energy=0.001), b=stability(0.02)) == ("b", "b")
+    assert picked(choice, a=stability(0.018, energy=-0.001), b=stability(0.02)) == ("b", "b")
+    # One that fails a condition does not move the bar for the others.
+    barred = {"class_sensitivity": -0.06}
+    assert picked(choice, a=stability(0.05, **barred), b=stability(0.02), c=stability(0.019, energy=0.001)) == (
+        "c",
+        "a",
+    )
+    assert picked(choice, a=stability(float("nan")), b=stability(-0.1)) == ("b", "b")
+
+
+def test_published_but_signed_is_a_candidate(faithful):
+    candidates = faithful.candidates()
+    assert candidates.keys() == {"CF-CAM, published but signed", *faithful.CANDIDATES}
+    assert candidates["CF-CAM, published but signed"] == 75.0
+    assert all(name.startswith(f"dominant {candidates[name]:g}, ") for name in faithful.CANDIDATES)
+
+
+def test_the_default_is_what_the_rule_picks(report, faithful):
+    default, stable, missing = faithful.chosen(report.Results())
+    if missing:
+        pytest.skip(f'{len(missing)} rows of the half "choose" are missing')
+    configs = {**faithful.METHODS, **faithful.CANDIDATES}
+    assert default is None or configs[default].args[0] == CFCAMConfig()
+    assert stable is None or configs[stable].args[0] == CFCAMConfig.stable()

@@ -28,11 +28,8 @@ COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choi
 OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_drop", "increase")
 
 
-def candidates():
-    """{name: ``dominant_percentile``} of the configurations that the rule chooses among."""
-    # The published procedure with signed weights is one of them, and is measured on both halves as a method.
-    among = {"CF-CAM, published but signed": METHODS["CF-CAM, published but signed"], **CANDIDATES}
-    return {name: method.args[0].dominant_percentile for name, method in among.items()}
+AMONG = ("CF-CAM, published but signed", *CANDIDATES)
+"""What the rule chooses among; the first is measured on both halves, as a method."""
 
 
 # Cells
@@ -120,41 +117,41 @@ def methods_table(results, names, half):
 
 
 def chosen(results):
-    """(default, stable) by the rule, and what is missing: while anything is, the rule picks nothing."""
-    found = _of(results, ["Grad-CAM", *candidates()], "choose")
+    """The rule's default, and what is missing: while anything is, the rule picks nothing."""
+    found = _of(results, ["Grad-CAM", *AMONG], "choose")
     missing = [name for name, row in found.items() if row is None]
     if missing:
-        return None, None, missing
+        return None, missing
     grad_cam = found.pop("Grad-CAM")
-    return *choice.pick(found, grad_cam, candidates()), []
+    return choice.pick(found, grad_cam), []
 
 
 def candidates_table(results):
-    found = _of(results, candidates(), "choose")
+    found = _of(results, AMONG, "choose")
     grad_cam = _of(results, ["Grad-CAM"], "choose")["Grad-CAM"]
     if grad_cam is None or not any(found.values()):
         return NOT_MEASURED
-    default, stable, missing = chosen(results)
+    default, missing = chosen(results)
     levels = ("class_sensitivity", choice.STABILITY, "energy")
     header = ["candidate", *(f"{title(measure)}, minus Grad-CAM's" for measure in choice.NOT_WORSE)]
-    header += [*map(title, levels), "1", "2", "3", "half of the sensitivity", "the rule"]
+    header += [*map(title, levels), "clustered", "1", "2", "3", "the rule"]
     body = [["Grad-CAM", *[""] * len(choice.NOT_WORSE), *(cell(grad_cam, measure) for measure in levels), *[""] * 5]]
     for name, row in found.items():
         if row is None:
             body.append([name, NOT_MEASURED, *[""] * (len(header) - 2)])
             continue
-        holds = choice.conditions(row, grad_cam, candidates()[name])
-        picked = [role for role, of_role in (("default", default), ("stable", stable)) if name == of_role]
+        holds = choice.conditions(row, grad_cam)
         body.append(
             [
                 name,
                 *(difference(row, measure) for measure in choice.NOT_WORSE),
                 *(cell(row, measure) for measure in levels),
+                f"{row['clustered_share']:.0%}",
                 *("yes" if condition else "no" for condition in holds),
-                f"**{', '.join(picked)}**" if picked else "",
+                "**default**" if name == default else "",
             ]
         )
-    verdict = f"The rule picks as the default: {default or 'none'}; as stable: {stable or 'none'}."
+    verdict = f"The rule picks as the default: {default or 'none'}."
     if missing:
         verdict = f"The rule picks nothing yet; {NOT_MEASURED}: {'; '.join(missing)}."
     return f"{markdown(header, body)}\n\n{verdict}\n\n{about([grad_cam, *filter(None, found.values())])}"
@@ -213,23 +210,24 @@ def tradeoff(results):
     found = {name: row for name, row in _of(results, colours, "choose").items() if row}
     if "Grad-CAM" not in found:
         return None
-    default, stable, _ = chosen(results)
-    roles = {role: name for role, name in (("default", default), ("stable", stable)) if name}
-    colours |= {"Grad-CAM": "black", **dict.fromkeys(roles.values(), "tab:red")}
+    default, _ = chosen(results)
+    colours["Grad-CAM"] = "black"
+    if default:
+        colours[default] = "tab:red"
     numbers = {name: index for index, name in enumerate(found, 1)}
 
     figure = Figure(figsize=(11.5, max(4.2, 0.135 * len(found) + 0.6)))
     *axes, legend = figure.subplots(1, 3, width_ratios=(1, 1, 0.55))
     figure.subplots_adjust(left=0.05, right=0.99, top=0.97, bottom=0.1, wspace=0.24)
     for axis, measure in zip(axes, ("insertion_minus_deletion", "energy")):
-        _scatter(axis, found, measure, colours, {"Grad-CAM", *roles.values()}, numbers)
+        _scatter(axis, found, measure, colours, {"Grad-CAM", default}, numbers)
     legend.axis("off")
     legend.set(xlim=(0, 1), ylim=(len(found) + 1, 0))
     for name, index in numbers.items():
-        as_what = ", ".join(role for role, of_role in roles.items() if of_role == name)
-        style = {"fontsize": 7, "va": "center", "color": colours[name], "weight": "bold" if as_what else "normal"}
+        weight = "bold" if name == default else "normal"
+        style = {"fontsize": 7, "va": "center", "color": colours[name], "weight": weight}
         legend.text(0.0, index, str(index), ha="right", **style)
-        legend.text(0.04, index, f"{name}: {as_what}" if as_what else name, **style)
+        legend.text(0.04, index, f"{name}: the default" if name == default else name, **style)
     return figure
 
 

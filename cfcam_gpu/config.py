@@ -62,7 +62,7 @@ class CFCAMConfig:
     2.0
     """
 
-    dominant_percentile: float = 75.0
+    dominant_percentile: float = 50.0
     descriptor: str = "raw"
     eps_percentile: float = 25.0
     min_samples_fraction: float = 0.05
@@ -70,7 +70,7 @@ class CFCAMConfig:
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
-    affinity_power: float = 0.0
+    affinity_power: float = 3.0
 
     def __post_init__(self):
         for name, low, high in (
@@ -101,8 +101,8 @@ class CFCAMConfig:
 
     @classmethod
     def paper(cls):
-        """The published procedure: softmax weights and division by the maximum."""
-        return cls(weighting="softmax", normalize="max")
+        """The published procedure: softmax weights, division by the maximum, no average over alike cells."""
+        return cls(75.0, "raw", 25.0, 0.05, 1.0, "constant", weighting="softmax", normalize="max", affinity_power=0.0)
 
     def min_samples(self, n_clustered):
         """DBSCAN's min_samples for ``n_clustered`` channels, the point itself included."""

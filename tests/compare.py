@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cfcam_gpu import torch_backend
+from cfcam_gpu import CFCAMConfig, reference, torch_backend
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -31,6 +31,16 @@ def stretch_of_map(activations, weights, output_size, config):
     of random problems they nearly cancel, and what is stretched to the range from 0 to 1 is mostly rounding.
     """
     terms = torch.as_tensor(weights).double()[:, None, None] * activations.double()
-    grid = torch_backend.resize(terms.sum(0).relu()[None], output_size)
+    total = torch.from_numpy(averaged(terms.sum(0)[None], activations[None], config))
+    grid = torch_backend.resize(total.relu(), output_size)
     span = float(grid.max() - (grid.min() if config.normalize == "minmax" else 0))
     return max(1.0, float(terms.abs().sum(0).max()) / span / 100) if span > 0 else 1.0
+
+
+def averaged(grids, activations, config=None):
+    """Signed sums (B, h, w) averaged over alike cells as the configuration says, by the reference: float64."""
+    power = (config or CFCAMConfig()).affinity_power
+    grids, activations = (np.asarray(torch.as_tensor(array).double().cpu()) for array in (grids, activations))
+    if not power:
+        return grids
+    return np.stack([reference.average_alike_cells(*image, power) for image in zip(grids, activations)])

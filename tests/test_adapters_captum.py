@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, averaged
 from torch import nn
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
@@ -305,9 +305,12 @@ def test_cf_cam(resnet18, images, config):
     weights = cf_cam(activations, gradients, None, config, backend="reference").weights[:, :, None, None]
     terms = weights * activations.double()
     assert signed.shape == (2, 1, 4, 6) and signed.any()
-    assert_close(signed, terms.sum(1, keepdim=True))
+    assert_close(signed[:, 0], averaged(terms.sum(1), activations, config))
     assert torch.equal(attribution.attribute(images, [3, 5], relu_attributions=True), signed.relu())
-    assert_close(attribution.attribute(images, [3, 5], attr_dim_summation=False), terms)
+    each = attribution.attribute(images, [3, 5], attr_dim_summation=False)
+    assert_close(each.sum(1, keepdim=True), signed)
+    for channel in (0, 100):
+        assert_close(each[:, channel], averaged(terms[:, channel], activations, config))
     assert attribution.interpolate(signed, (64, 96), "bilinear").shape == (2, 1, 64, 96)
 
 
@@ -339,13 +342,14 @@ def test_the_device_path(resnet18, images, device_path):
 def test_cf_cam_on_the_device_path(images, device_path):
     model = Grid().to(device_path.device)
     images = images.to(device_path.device)
-    attribution = adapter.CFCAM(model, model.convolution)
-    signed = attribution.attribute(images, (1, 2))
-    assert device_path.launched[-1] == "weighted_sum_kernel" and "pairwise_distances_kernel" in device_path.launched
-    terms = attribution.attribute(images, (1, 2), attr_dim_summation=False).double()
-    assert signed.shape == (2, 1, *terms.shape[2:]) and signed.any()
-    error = (signed.double() - terms.sum(1, keepdim=True)).abs()
-    assert (error <= 1e-6 * terms.abs().sum(1, keepdim=True)).all()
+    for power, kernel in ((0.0, "weighted_sum_kernel"), (3.0, "affinity_sum_kernel")):
+        attribution = adapter.CFCAM(model, model.convolution, config=CFCAMConfig(affinity_power=power))
+        signed = attribution.attribute(images, (1, 2))
+        assert device_path.launched[-1] == kernel and "pairwise_distances_kernel" in device_path.launched
+        terms = attribution.attribute(images, (1, 2), attr_dim_summation=False).double()
+        assert signed.shape == (2, 1, *terms.shape[2:]) and signed.any()
+        error = (signed.double() - terms.sum(1, keepdim=True)).abs()
+        assert (error <= 2e-6 * terms.abs().sum(1).amax((1, 2))[:, None, None, None]).all()
     device_path.launched.clear()
     adapter.CFCAM(model, model.convolution, backend="torch").attribute(images, (1, 2))
     assert not device_path.launched, "asked for torch, it stays with torch"

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from compare import averaged
 from torch import nn
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
@@ -296,6 +297,10 @@ def test_cf_cam_in_the_originals_pipeline(resnet18, images):
         def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
             return cf_cam(torch.from_numpy(activations), torch.from_numpy(grads), config=config).weights.numpy()
 
+        def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
+            arguments = input_tensor, target_layer, targets, activations, grads, eigen_smooth
+            return averaged(super().get_cam_image(*arguments), activations, config)
+
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     for config in (None, CFCAMConfig.paper()):
         targets, expected = with_maps(Theirs(resnet18, layers), images)
@@ -417,13 +422,17 @@ def test_cf_cam_on_the_device_path(small, images, device_path):
             tensors = (torch.from_numpy(array).to(device_path.device) for array in (activations, grads))
             return cf_cam(*tensors).weights.cpu().numpy()
 
+        def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
+            arguments = input_tensor, target_layer, targets, activations, grads, eigen_smooth
+            return averaged(super().get_cam_image(*arguments), activations)
+
     small, images = small.to(device_path.device), images[:, :, :32, :32].to(device_path.device)
     layers = [small[2]]
     expected = Theirs(small, layers)(images, categories(1, 2))
     for cls in (adapter.CFCAM, cfcam_gpu.CFCAM):
         device_path.launched.clear()
         assert_same(cls(small, layers)(images, categories(1, 2)), expected, DEVICE_TOLERANCE)
-        assert device_path.launched[-2:] == ["weighted_sum_kernel", "resize_normalize_kernel"]
+        assert device_path.launched[-2:] == ["affinity_sum_kernel", "resize_normalize_kernel"]
         device_path.launched.clear()
         assert_same(cls(small, layers, backend="torch")(images, categories(1, 2)), expected, 1e-4)
         assert not device_path.launched, "asked for torch, it stays with torch"

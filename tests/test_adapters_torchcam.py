@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, averaged
 from torch import nn
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
@@ -372,7 +372,8 @@ def test_cf_cam(resnet18, images, config):
             assert all(map(torch.equal, ours, expected))
     for (activations, gradients), heatmap, targeted in zip(captured, maps, again):
         weights = cf_cam(activations, gradients, None, config, backend="reference").weights
-        grid = (weights[:, :, None, None] * activations.double()).sum(1).relu()
+        signed = (weights[:, :, None, None] * activations.double()).sum(1)
+        grid = torch.from_numpy(averaged(signed, activations, config)).relu()
         assert (grid.amax((1, 2)) > 0).all(), "maps of zeros agree with everything"
         grid -= grid.amin((1, 2), True)
         assert_close(heatmap, grid / (grid.amax((1, 2), True) + 1e-8))
@@ -441,14 +442,17 @@ def test_the_device_path(resnet18, images, device_path, method, dtype):
 def test_cf_cam_on_the_device_path(device_path):
     model = Head(False).eval().to(device_path.device)
     images = torch.randn(2, 3, 32, 32, device=device_path.device)
-    with adapter.CFCAM(model, "0") as cam:
-        grid = cam([1, 2], model(images), normalized=False)[0]
-        assert device_path.launched[-1] == "weighted_sum_kernel" and "pairwise_distances_kernel" in device_path.launched
-        (activations,), (gradients,) = cam.hook_a, cam.hook_g
-    weights = cf_cam(activations, gradients).weights.double()
-    terms = weights[:, :, None, None] * activations.double()
-    assert grid.any()
-    assert (grid.double() - terms.sum(1).relu()).abs().le(1e-6 * terms.abs().sum(1)).all()
+    for power, kernel in ((0.0, "weighted_sum_kernel"), (3.0, "affinity_sum_kernel")):
+        config = CFCAMConfig(affinity_power=power)
+        with adapter.CFCAM(model, "0", config=config) as cam:
+            grid = cam([1, 2], model(images), normalized=False)[0]
+            assert device_path.launched[-1] == kernel and "pairwise_distances_kernel" in device_path.launched
+            (activations,), (gradients,) = cam.hook_a, cam.hook_g
+        weights = cf_cam(activations, gradients, config=config).weights.double()
+        terms = weights[:, :, None, None] * activations.double()
+        assert grid.any()
+        expected = torch.from_numpy(averaged(terms.sum(1), activations, config)).relu()
+        assert (grid.double().cpu() - expected).abs().max() <= 2e-6 * terms.abs().sum(1).max()
     device_path.launched.clear()
     with adapter.CFCAM(model, "0", backend="torch") as cam:
         cam([1, 2], model(images))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, averaged
 from torch import nn
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, torch_backend
@@ -149,6 +149,10 @@ def test_call_is_cf_cam_inside_pytorch_grad_cam(resnet18, images):
     class Theirs(grad_cam.base_cam.BaseCAM):
         def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
             return cf_cam(torch.from_numpy(activations), torch.from_numpy(grads)).weights.numpy()
+
+        def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
+            arguments = input_tensor, target_layer, targets, activations, grads, eigen_smooth
+            return averaged(super().get_cam_image(*arguments), activations)
 
     resnet18, images = resnet18.double(), images.double()
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]

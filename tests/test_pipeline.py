@@ -64,6 +64,7 @@ def test_cluster_channels_checks_too(activations, message):
         ({"eps_percentile": -1}, ValueError, r"eps_percentile must be in \[0, 100\], got -1"),
         ({"min_samples_fraction": float("nan")}, ValueError, r"min_samples_fraction must be in \[0, 1\], got nan"),
         ({"sigma": 0}, ValueError, "sigma must be above 0, got 0"),
+        ({"affinity_power": 17}, ValueError, r"affinity_power must be in \[0, 16\], got 17"),
         ({"sigma": "1"}, TypeError, "sigma must be a real number, got str"),
         ({"sigma": True}, TypeError, "sigma must be a real number, got bool"),
         ({"boundary": "wrap"}, ValueError, r"boundary must be one of \('constant', 'reflect', 'nearest'\), got 'wrap'"),
@@ -78,8 +79,8 @@ def test_bad_configurations(arguments, error, message):
 
 
 def test_configuration():
-    assert CFCAMConfig.paper() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
-    assert CFCAMConfig() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax")
+    assert CFCAMConfig.paper() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max", 0.0)
+    assert CFCAMConfig() == CFCAMConfig(50.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax", 3.0)
     with pytest.raises(AttributeError):
         CFCAMConfig().sigma = 2.0
     assert [CFCAMConfig().min_samples(n) for n in (0, 39, 60, 1536)] == [2, 2, 3, 76]

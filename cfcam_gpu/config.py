@@ -34,6 +34,7 @@ class CFCAMConfig:
     Args:
         dominant_percentile: channels whose L2 norm reaches this percentile of all norms (NumPy's linear
             rule) keep their own gradient and skip clustering; in [0, 100], 100 means that none is dominant.
+            Published: 75.
         descriptor: "raw" clusters the flattened activation, as the authors do; "unit" divides it by its
             L2 norm first: shape, not size.
         eps_percentile: DBSCAN's radius is this percentile of all pairwise distances; in [0, 100].
@@ -50,6 +51,7 @@ class CFCAMConfig:
         affinity_power: averages the weighted sum of the channels over the cells with alike features before the
             ReLU: cell q counts for cell p with max(0, cos(a_p, a_q))^affinity_power, a_p being p's activations in
             all channels; in [0, 16], 0 for no averaging. The data-dependent filter of this package, not published.
+            Lower is smoother, more stable, and less sensitive to the class.
             Time and memory traffic grow with the square of the grid's cells.
 
     Raises:

@@ -256,8 +256,9 @@ def main():
             "ratio": "{:.3f} x forward",
             "speedup": "{:.2f} x the other's speed",
         }
+        op = f"{row['op']}, {row['preset']}" if "preset" in row else row["op"]
         notes = "  ".join(text.format(row[key]) for key, text in extra.items() if key in row)
-        print(f"{row['op'] + (' published' if row.get('preset') == 'published' else ''):34s} {'x'.join(map(str, row['shape'])):18s} {row['median_us']:10.1f} us  {notes}")
+        print(f"{op:34s} {'x'.join(map(str, row['shape'])):18s} {row['median_us']:10.1f} us  {notes}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and no network, from a checkout: the whole GPU test suite, the adapters' tests where their
 # libraries are installed, the memory checker where there is one, all kernel benchmarks and the suite's part that fits.
-# Rows and the log go to $OUT (default: benchmarks/results); the limits add up to 590 s. python benchmarks/report.py then puts the
-# rows into the pages.
+# Rows and the log go to $OUT (default: benchmarks/results); the limits add up to 590 s. Afterwards
+# python benchmarks/report.py puts the rows into the pages.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results}

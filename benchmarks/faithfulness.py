@@ -291,6 +291,30 @@ def score_cam(subject, model, layer, n):
     yield f"Score-CAM, first {n}", row_of(few.answers(maps.clamp(0, 1)), 0, grad_cam)
 
 
+RANDOMIZED = ("_fc", "_conv_head", "_blocks.15", "_blocks.12", "_blocks.8", "_blocks.4")
+"""Layers of an EfficientNet-Lite made random one after the other, from the head down."""
+
+
+def randomization(subject, layer_name, n):
+    """How alike the maps of n photographs stay while the network is made random: rows of SSIM by layer."""
+    classes = subject.classes[:n, 0]
+    for name in ("Grad-CAM", "Eigen-CAM", "CF-CAM, published", "CF-CAM"):
+
+        def maps_of(model, images, method=METHODS[name]):
+            captured = HeadCapture(model, [get_layer(model, layer_name)])(images, classes)
+            return method(captured.activations[0], captured.gradients[0], images.shape[2:]).clamp(0, 1)
+
+        result = metrics.parameter_randomization(maps_of, subject.model, subject.images[:n], RANDOMIZED)
+        yield name, {
+            "n": n,
+            "zero": dict(zip(result.layers, result.zero.sum(0).tolist())),
+            "ssim": {
+                layer: [round(float(bound), 5) for bound in metrics.bootstrap_ci(of_layer, resamples=2000)[:3]]
+                for layer, of_layer in zip(result.layers, result.ssim.T)
+            },
+        }
+
+
 # The run
 
 
@@ -338,6 +362,7 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, help="only this many photographs of each half")
     parser.add_argument("--only", nargs="*", help="only the methods with these names")
     parser.add_argument("--score-cam", type=int, default=0, metavar="N", help="also Score-CAM, on N photographs")
+    parser.add_argument("--randomization", type=int, default=0, metavar="N", help="only that check, on N photographs")
     parser.add_argument("--again", action="store_true", help="make rows that are there already")
     parser.add_argument("--picture", type=Path, help="draw the maps of eight photographs instead, into this file")
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
@@ -366,6 +391,10 @@ def main(argv=None):
             if args.picture:
                 names = [file.stem.split("_", 2)[-1].replace("_", " ") for file in files[chosen]]
                 return picture(subject, names, args.picture)
+            if args.randomization:
+                for method, row in randomization(subject, name, args.randomization):
+                    rows.write("randomization", [{**point, "half": half, "method": method, **row, **here}], args.out)
+                return 0
             peer_model, peer_layer = check_peers(subject, layer)
             grad_cam = None
             for method in tqdm(methods, desc=f"{args.network}, {name}, {half}"):

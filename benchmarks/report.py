@@ -52,7 +52,9 @@ class Results:
             kind: rows.latest(_of_last_device(growth_rows, kind), "along", "provider", "x") for kind in KINDS
         }
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
-        self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), "network", "layer", "half", "method")
+        point = ("network", "layer", "half", "method")
+        self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
+        self.randomization = rows.latest(rows.read(folder / "randomization.jsonl"), *point)
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -203,7 +205,9 @@ IMAGES = {
 PAGES = {
     "README.md": ("accelerated", "faithfulness", "methods.jpg", "resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput.svg", "growth", "growth.svg"),
-    "benchmarks/faithfulness.md": ("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam"),
+    "benchmarks/faithfulness.md": (
+        *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization"),
+    ),
 }
 """{page: its tables and images}."""
 

@@ -185,6 +185,21 @@ def score_cam_table(results):
     return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
 
 
+def randomization_table(results):
+    """SSIM of the maps before and after each layer, and all behind it, was made random."""
+    found = {key: row for key, row in results.randomization.items() if key[:2] == MAIN}
+    if not found:
+        return NOT_MEASURED
+    layers = list(next(iter(found.values()))["ssim"])
+    body = []
+    for (*_, method), row in found.items():
+        cells = [f"{mean:.3f} ± {half_width(low, high)}" for mean, low, high in row["ssim"].values()]
+        zero = [f" ({count} zero)" if count else "" for count in row["zero"].values()]
+        body.append([method, *map("".join, zip(cells, zero))])
+    header = ["random from the head down to", *(f"`{layer}`" for layer in layers)]
+    return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
+
+
 TABLES = {
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
@@ -192,6 +207,7 @@ TABLES = {
     "choose": lambda results: methods_table(results, METHODS, "choose"),
     "elsewhere": elsewhere_table,
     "score-cam": score_cam_table,
+    "randomization": randomization_table,
 }
 
 

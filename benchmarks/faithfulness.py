@@ -263,12 +263,13 @@ def clustered_share(subject, method):
     return float(clustered.float().mean())
 
 
+def interval(*values):
+    """Mean, low and high of a 95 % bootstrap interval."""
+    return [round(float(bound), 5) for bound in metrics.bootstrap_ci(*values, resamples=2000)[:3]]
+
+
 def row_of(values, zero, grad_cam):
     """Means with intervals, and those of the paired differences from Grad-CAM."""
-
-    def interval(*args):
-        return [round(float(bound), 5) for bound in metrics.bootstrap_ci(*args, resamples=2000)[:3]]
-
     row = {"zero_pairs": zero, "n": len(values["insertion"])}
     row["measures"] = {name: interval(of_images) for name, of_images in values.items()}
     if grad_cam is not None:
@@ -309,7 +310,7 @@ def randomization(subject, layer_name, n):
             "n": n,
             "zero": dict(zip(result.layers, result.zero.sum(0).tolist())),
             "ssim": {
-                layer: [round(float(bound), 5) for bound in metrics.bootstrap_ci(of_layer, resamples=2000)[:3]]
+                layer: interval(of_layer) if of_layer.isfinite().sum() > 1 else None  # all of them zero
                 for layer, of_layer in zip(result.layers, result.ssim.T)
             },
         }

@@ -193,7 +193,7 @@ def randomization_table(results):
     layers = list(next(iter(found.values()))["ssim"])
     body = []
     for (*_, method), row in found.items():
-        cells = [f"{mean:.3f} ± {half_width(low, high)}" for mean, low, high in row["ssim"].values()]
+        cells = ["-" if of is None else f"{of[0]:.3f} ± {half_width(*of[1:])}" for of in row["ssim"].values()]
         zero = [f" ({count} zero)" if count else "" for count in row["zero"].values()]
         body.append([method, *map("".join, zip(cells, zero))])
     header = ["random from the head down to", *(f"`{layer}`" for layer in layers)]

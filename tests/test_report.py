@@ -215,14 +215,14 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
         score_cam,
     )
     random = {"network": "demo", "layer": "_swish", "half": "choose", "method": "CF-CAM", "n": 20}
-    random |= {"ssim": {"_fc": [0.3, 0.2, 0.4], "_conv_head": [0.1, 0.05, 0.15]}, "zero": {"_fc": 2, "_conv_head": 0}}
+    random |= {"ssim": {"_fc": [0.3, 0.2, 0.4], "_conv_head": None}, "zero": {"_fc": 2, "_conv_head": 20}}
     list(rows.append(tmp_path / "randomization.jsonl", [random | rows.about(device="cpu")]))
     results = report.Results(tmp_path)
     tables = {name: make(results) for name, make in faithful.TABLES.items()}
     energies = lambda name: [text for text in ("0.811", "0.822", "0.833", "0.844", "0.855") if text in tables[name]]
     assert energies("faithfulness") == ["0.811"] and energies("choose") == ["0.822"]
     assert energies("elsewhere") == ["0.844", "0.855"]  # "choose" only where there is no "confirm"
-    assert "| CF-CAM | 0.300 ± 0.1 (2 zero) | 0.100 ± 0.05 |" in tables["randomization"]
+    assert "| CF-CAM | 0.300 ± 0.1 (2 zero) | - (20 zero) |" in tables["randomization"]
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
 
 

@@ -337,6 +337,8 @@ def picture(subject, names, path, n=8):
     chosen = range(3, len(subject.images), len(subject.images) // n)[:n]
     figure = Figure(figsize=(1.5 * (len(columns) + 1), 1.55 * n))
     axes = figure.subplots(n, len(columns) + 1)
+    for axis, name in zip(axes[0, 1:], columns):
+        axis.set_title(name, fontsize=7)
     for line, index in zip(axes, chosen):
         photo = ((subject.images[index].permute(1, 2, 0) * 128 + 127) / 255).clamp(0, 1)
         photo = Image.fromarray((photo.numpy() * 255).round().astype(np.uint8))
@@ -345,8 +347,6 @@ def picture(subject, names, path, n=8):
         for axis, name in zip(line[1:], columns):
             arguments = subject.activations[index : index + 1], subject.gradients[index : index + 1]
             axis.imshow(overlay(photo, METHODS[name](*arguments, subject.images.shape[2:])[0]))
-            if line is axes[0]:
-                axis.set_title(name, fontsize=7)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -18,9 +18,6 @@ from cfcam_gpu.kernels.launch import next_power_of_2
 WORDS_PER_STEP = 8192
 """Mask words that one step of a loop over rows holds in registers."""
 
-ROWS_PER_STEP = 128
-"""Most rows of a step: with more, and short ones, some versions of the compiler spill a register or two."""
-
 
 @triton.jit
 def lowest_bit(words, word):
@@ -189,6 +186,7 @@ def connected_components(
     root, hook = torch.empty(2, batch, max_rows, **options)
     eps = torch.empty(batch, dtype=torch.float32, device=bits.device)
     block_r = max(next_power_of_2(max_rows), tile)
+    # At most 64 or 128 rows a step: with more, and short ones, some versions of the compiler spill a register or two.
     connected_components_kernel[(batch,)](
         bits,
         degree,
@@ -208,7 +206,7 @@ def connected_components(
         max_rows,
         n_words,
         TILE=tile,
-        ROWS=min(WORDS_PER_STEP // (block_r // 32), block_r, ROWS_PER_STEP),
+        ROWS=min(WORDS_PER_STEP // (block_r // 32), 64 if block_r <= 256 else 128),
         BLOCK_R=block_r,
         LOG_BLOCK_R=block_r.bit_length() - 1,
         num_warps=16,

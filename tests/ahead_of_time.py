@@ -108,7 +108,7 @@ CONFIGURATIONS = [
     ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper()),
     ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit")),
     ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=2.5)),
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig(affinity_power=4.0)),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.paper()),
 ]
 
 

@@ -258,11 +258,17 @@ def test_affinity_sum_equals_the_torch_backend(shape, power, seed):
     activations = torch.randn(shape).relu()
     activations[0, :, 0, 0] = 0  # a cell without features
     for weights in (torch.randn(shape[:2]), torch.randn(shape)):  # of a channel, of a cell
-        for relu in (True, False):
-            expected = torch_backend.class_grid(activations.double(), weights.double(), relu, affinity_power=power)
-            for layout in (activations, activations.to(memory_format=torch.channels_last)):
-                arguments = layout.to(DEVICE), weights.to(DEVICE), relu
-                assert_close(triton_backend.class_grid(*arguments, affinity_power=power), expected)
+        expected = torch_backend.class_grid(activations.double(), weights.double(), False, affinity_power=power)
+        for layout in (activations, activations.to(memory_format=torch.channels_last)):
+            arguments = layout.to(DEVICE), weights.to(DEVICE)
+            signed, positive = (
+                triton_backend.class_grid(*arguments, relu, affinity_power=power) for relu in (False, True)
+            )
+            # Averages of random signs may nearly cancel: the error is measured against the terms.
+            of_cells = weights.double() if weights.ndim == 4 else weights.double()[:, :, None, None]
+            size = (activations.double() * of_cells).abs().sum(1).max()
+            assert (signed.cpu() - expected).abs().max() <= 1e-6 * size < 1e-2 * expected.abs().max()
+            assert torch.equal(positive, signed.relu())
 
 
 @pytest.mark.parametrize("dtype", launch.DTYPES)
@@ -318,8 +324,11 @@ def test_scaling_equals_pytorch_grad_cam(sizes, new, seed):
     expected = base_cam.BaseCAM.aggregate_multi_layers(None, [layer[:, None] for layer in scaled])
     on_device = [grid.to(DEVICE) for grid in grids]
     maps = resize_as_grad_cam(on_device, new, GRAD_CAM_EPSILON)
-    np.testing.assert_allclose(maps.cpu(), expected, rtol=0, atol=GRAD_CAM_TOLERANCE)
-    np.testing.assert_allclose(maps.cpu(), torch_backend.grad_cam_maps(grids, new), rtol=0, atol=GRAD_CAM_TOLERANCE)
+    # The mean of several layers may span less than 0 to 1, and its scaling stretches the rounding with it.
+    span = np.ptp(np.mean(scaled, axis=0), axis=(1, 2))
+    tolerance = GRAD_CAM_TOLERANCE / np.where(span > 0, np.minimum(span, 1), 1)
+    for judge in (expected, torch_backend.grad_cam_maps(grids, new).numpy()):
+        assert (np.abs(maps.cpu().numpy() - judge).max((1, 2)) <= tolerance).all()
     for grid, layer in zip(on_device, scaled):
         maps = resize_as_grad_cam([grid], new, GRAD_CAM_EPSILON, scale_mean=False)
         np.testing.assert_allclose(maps.cpu(), layer, rtol=0, atol=GRAD_CAM_TOLERANCE)

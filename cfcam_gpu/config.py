@@ -106,6 +106,15 @@ class CFCAMConfig:
         """The published procedure: softmax weights, division by the maximum, no average over alike cells."""
         return cls(75.0, "raw", 25.0, 0.05, 1.0, "constant", weighting="softmax", normalize="max", affinity_power=0.0)
 
+    @classmethod
+    def stable(cls):
+        """The stable end of the trade-off: maps that change less under noise, and less with the class.
+
+        A wider average over alike cells than the default's. What it gains and loses is in
+        benchmarks/faithfulness.md, as "dominant 50, raw, 25th percentile, affinity 2".
+        """
+        return cls(affinity_power=2.0)
+
     def min_samples(self, n_clustered):
         """DBSCAN's min_samples for ``n_clustered`` channels, the point itself included."""
         return max(SMALLEST_MIN_SAMPLES, int(self.min_samples_fraction * n_clustered))

@@ -1,10 +1,10 @@
 """Stage 2 on the CPU, one image at a time: exact, and many times faster there than the batched form.
 
-On a CPU the host is the device, so shapes may depend on data. That pays three times. Rows of zeros, the dead channels
-of a ReLU, are clustered as one. Most pairs are told near or far by a matrix product with a bound on its rounding
-(`certified_neighbours`): only those closer to eps than the bound are measured, and eps is among them; where that does
-not settle it, all pairs are (`measured_neighbours`). And components are contracted, so that a round after the first
-works on a small graph.
+On a CPU the host is the device, so shapes may depend on data. That pays four times. Rows of zeros, the dead channels of
+a ReLU, are clustered as one. Many pairs are told near or far by their norms alone, and most of the rest by a matrix
+product with a bound on its rounding (`certified_neighbours`): only those closer to eps than the bound are measured, and
+eps is among them; where that does not settle it, all pairs are (`measured_neighbours`). And components are contracted,
+so that a round after the first works on a small graph.
 """
 
 from functools import lru_cache
@@ -20,13 +20,13 @@ FLOAT32_LENGTH = 4096
 """Longest descriptor whose float32 distances stay within 1e-6 of exact; longer ones are summed in float64."""
 
 CERTIFIED_ROWS = 512
-"""From how many rows on the matrix product is tried: for 512 both ways take 0.9 ms, for 1536 they take 4 and 8."""
+"""From how many rows on the matrix product is tried: for 512 both ways take 0.5 ms, for 1536 they take 2 and 5."""
 
 OPEN_SHARE = 1 / 256
 """Largest share of the pairs that the matrix product may leave open: measured singly, one costs 100 times as much."""
 
 BLOCK_ROWS = 128
-"""Rows of the matrix product at a time, to stay in the cache: with 768 instead, `cluster_image` takes 1.3 ms more."""
+"""Rows of the matrix product at a time: of fewer, more pairs are told by norms alone, but each block has its calls."""
 
 SAMPLE_COLUMNS = 32
 """Distances that the sample has for each row: with more, sorting them takes longer than a narrower bracket saves."""
@@ -56,8 +56,8 @@ def cluster_image(rows, config, engine):
     found = None
     if n >= CERTIFIED_ROWS and rows.dtype == torch.float32 and rows.shape[1] <= FLOAT32_LENGTH:
         found = certified_neighbours(rows, config)
-    place, adjacency, degrees, eps = found or measured_neighbours(rows, config)
-    return dbscan(adjacency, degrees, config.min_samples(n))[place], float(eps)
+    place, order, adjacency, degrees, eps = found or measured_neighbours(rows, config)
+    return dbscan(adjacency, degrees, config.min_samples(n), order)[place], float(eps)
 
 
 def measured_neighbours(rows, config):
@@ -65,8 +65,10 @@ def measured_neighbours(rows, config):
 
     Returns:
         place: where each row is among those of ``adjacency``, as an index; here, the same.
-        adjacency: bool (R, R), the pairs within eps, every point its own neighbour.
-        degrees: int (R,), how many neighbours each has.
+        order: int (M,), which row each of those is; here, M = R and the same.
+        adjacency: bool (M, M), True on and below the diagonal where two are within eps, as every row is of itself;
+            above it may be True where below it is.
+        degrees: int (M,), how many of the R rows are neighbours of each.
         eps: a scalar of the rows' dtype.
     """
     n = len(rows)
@@ -76,18 +78,18 @@ def measured_neighbours(rows, config):
     np.less_equal(distances, eps, out=near[:-1])
     near[-1] = True
     adjacency = torch.from_numpy(near).index_select(0, _square_index(n)).view(n, n)
-    return slice(None), adjacency.numpy(), adjacency.sum(1, dtype=torch.int32).numpy(), eps
+    return slice(None), np.arange(n), adjacency.numpy(), adjacency.sum(1, dtype=torch.int32).numpy(), eps
 
 
 def certified_neighbours(rows, config):
-    """What `measured_neighbours` returns, with all rows of zeros merged into the first; None if it is not certain.
+    """What `measured_neighbours` returns, sorted by norm and with all rows of zeros as one; None if it is not certain.
 
-    A sample brackets eps^2. A matrix product gives each pair's squared distance, scaled so that -1 and 1 are the ends
-    of the bracket: below is near, above is far. Of the entries between, those at the ranks of eps are eps^2 but for
-    rounding, whose bound ``slack`` leaves a few pairs open. These are measured, and eps is among them.
+    A sample brackets eps^2. Of rows sorted by norm many pairs are told near or far by their norms alone: all but a
+    stretch of columns for each block of rows. There a matrix product gives each pair's squared distance, scaled so that
+    -1 and 1 are the ends of the bracket: below is near, above is far. Of the entries between, those at the ranks of eps
+    are eps^2 but for rounding, whose bound ``slack`` leaves a few pairs open. These are measured; eps is among them.
 
-    A pair with the merged row counts ``copies`` times. Merging into the first keeps the order of smallest members, and
-    so the labels.
+    A pair with the merged row, which comes first, counts ``copies`` times.
     """
     rows = rows.numpy()
     n, length = rows.shape
@@ -97,7 +99,8 @@ def certified_neighbours(rows, config):
     if not 1e-20 < largest < 1e30:  # nor NaN; between these neither underflow nor overflow can matter
         return None
     # To first order and in units of 2^-24, with s = |x|^2 + |y|^2 and D = length, rounding moves the product and its
-    # operands by (D + 5)(2 s + middle), the norms by D s, the square of a measured distance by 2 (D + 6) s.
+    # operands by (D + 5)(2 s + middle), the norms by D s, the square of a measured distance by 2 (D + 6) s. What the
+    # norms alone tell is off by at most 2 D s.
     rounding = 6 * (length + 4) * 2.0**-24
     # NumPy for all but the product: a parallel region of torch waits milliseconds for its threads on a busy machine.
     left, right = np.ones((n, length + 2), np.float32), np.ones((n, length + 2), np.float32)
@@ -105,33 +108,43 @@ def certified_neighbours(rows, config):
     np.multiply(rows, -2, out=right[:, :-2])
     right[:, -1] = norms
 
-    place, kept, zero, copies = _merged_zeros(rows)
+    order = norms.argsort()
+    copies = max(1, n - np.count_nonzero(norms))
+    zeros = order[:copies]
+    if copies > 1 and rows[zeros].any():  # squares that underflow
+        return None
     at_zero = copies * (copies - 1) // 2
     is_floor = at_zero > high
     bracket = (0.0, EPS_FLOOR**2) if is_floor else _bracket(left, right, config.eps_percentile / 100, rounding)
     if bracket is None:
         return None
+    place = np.empty(n, np.intp)
+    place[order] = np.arange(1 - copies, n - copies + 1)
     if copies > 1:
-        rows, norms, left, right = rows[kept], norms[kept], left[kept], right[kept]
+        # The first of the zeros stands for all.
+        order = order[copies - 1 :]
+        order[0] = zeros.min()
+        np.maximum(place, 0, out=place)
+    norms, left, right = norms[order], left[order], right[order]
 
     middle = sum(bracket) / 2
     slack = rounding * (2 * largest + bracket[1])
     half = bracket[1] - middle + 3 * slack
+    told = _told_by_norms(norms, middle - half, middle + half, left.min() >= 0)
     slack, rounding = slack / half, rounding / half
     right *= 1 / half
     right[:, -1] -= middle / half
-    padded, i, j, entries, n_near, of_itself = _product_in_bracket(left, right)
+    adjacency, i, j, entries, n_near, of_itself = _product_in_bracket(left, right, *told)
     # A row is at 0 from itself, but for rounding. Where a setting lets float32 products round to bfloat16, such as
     # torch.set_float32_matmul_precision("medium"), the bound does not hold, and this shows it.
-    if not np.abs(of_itself + middle / half).max() <= slack:
+    if not np.abs(of_itself + middle / half).max(initial=0) <= slack:
         return None
-    adjacency = padded[:, : len(rows)]
-    counts = np.where((i == zero) | (j == zero), copies, 1) if copies > 1 else 1
+    counts = np.where(j == 0, copies, 1) if copies > 1 else 1
 
     if is_floor:
         start, end = -np.inf, (EPS_FLOOR**2 - middle) / half
     else:
-        of_zero = np.count_nonzero(adjacency[:zero, zero]) + np.count_nonzero(adjacency[zero, zero + 1 :])
+        of_zero = np.count_nonzero(adjacency[1:, 0])
         n_near += at_zero + (copies - 1) * of_zero
         counted = np.repeat(entries, counts)
         if low < n_near or high >= n_near + len(counted):
@@ -150,7 +163,7 @@ def certified_neighbours(rows, config):
     is_open[is_open] = (entries[is_open] >= start - reach) & (entries[is_open] <= end + reach)
     if np.count_nonzero(is_open) > OPEN_SHARE * n * (n - 1) / 2:
         return None
-    distances = _distances_of_pairs(rows, i[is_open], j[is_open])
+    distances = _distances_of_pairs(rows, order[i[is_open]], order[j[is_open]])
 
     if is_floor:
         eps = _round_down(EPS_FLOOR, distances.dtype)
@@ -161,31 +174,10 @@ def certified_neighbours(rows, config):
         if eps <= EPS_FLOOR:  # which may lie below the bracket
             return None
     is_near[is_open] = distances <= eps
-    adjacency[i, j] = adjacency[j, i] = is_near
-    np.fill_diagonal(adjacency, True)
-    # Bytes summed eight at a time, at most 255 of them: a quarter of the time of a sum of booleans.
-    words = padded.view(np.uint64)
-    degrees = np.add.reduceat(words, np.arange(0, words.shape[1], 255), axis=1).view(np.uint8).sum(1, dtype=np.int64)
-    return place, adjacency, degrees + (copies - 1) * adjacency[:, zero], eps
-
-
-def _merged_zeros(rows):
-    """All rows of zeros as one.
-
-    Returns:
-        place, kept: where each row is among the merged, and which rows these are, as indices.
-        zero, copies: where the merged row is, and of how many; 0 and 1 without any to merge.
-    """
-    is_kept = rows.any(1)
-    copies = len(rows) - np.count_nonzero(is_kept)
-    if copies < 2:
-        return slice(None), slice(None), 0, 1
-    zero = is_kept.argmin()
-    place = np.cumsum(is_kept)
-    place[:zero] -= 1
-    place[~is_kept] = zero
-    is_kept[zero] = True
-    return place, is_kept, zero, copies
+    adjacency[i, j] = is_near
+    degrees = _degrees(adjacency)
+    degrees += (copies - 1) * adjacency[:, 0]
+    return place, order, adjacency[:, : len(order)], degrees, eps
 
 
 def _bracket(left, right, share, rounding):
@@ -198,12 +190,13 @@ def _bracket(left, right, share, rounding):
     used = blocks * SAMPLE_COLUMNS
     columns = right[:used].reshape(SAMPLE_COLUMNS, blocks, -1).transpose(1, 2, 0)
     sample = np.sort((left[:used].reshape(blocks, SAMPLE_COLUMNS, -1) @ columns).ravel())
-    middle = share * (len(sample) - 1)
-    # Some of the sample is of a row with itself.
-    margin = 2 * (share * (1 - share) * len(sample)) ** 0.5 + SAMPLE_COLUMNS
+    # Some of the sample, and of its smallest, is of a row with itself.
+    of_itself = _rows_meeting_themselves(blocks)
+    middle = of_itself + share * (len(sample) - of_itself - 1)
+    margin = 2 * (share * (1 - share) * len(sample)) ** 0.5 + 4
     largest, value = float(left[:, -2].max()), float(sample[int(middle)])
     slack = rounding * (2 * largest + value)
-    first, last = np.searchsorted(sample, (value - 2 * slack, value + 2 * slack))
+    first, last = sample.searchsorted(np.float32([value - 2 * slack, value + 2 * slack]))
     if last - first > OPEN_SHARE * len(sample):
         return None
     bottom = float(sample[int(middle - margin)]) if middle > margin else 0.0
@@ -211,46 +204,97 @@ def _bracket(left, right, share, rounding):
     return max(bottom, 0.0), top
 
 
-def _product_in_bracket(left, right):
-    """The pairs i < j by their entry of left @ right.T: near where <= -1, far where >= 1, listed between.
+@lru_cache(maxsize=64)
+def _rows_meeting_themselves(blocks):
+    """How many pairs of `_bracket`'s sample are of a row with itself."""
+    row = np.arange(blocks * SAMPLE_COLUMNS)
+    return np.count_nonzero(row // SAMPLE_COLUMNS == row % blocks)
+
+
+def _told_by_norms(norms, low, high, is_positive):
+    """The columns that each block of BLOCK_ROWS rows need not be multiplied with.
+
+    Args:
+        norms: float32 (M,), squared and ascending.
+        low, high: squared distances below and above which a pair counts as near and far.
+        is_positive: no entry of the rows is negative: then |x - y|^2 <= |x|^2 + |y|^2.
 
     Returns:
-        adjacency: bool (M, W), True for the near, not yet decided where listed or on the diagonal; W is M rounded up to
-            whole words of 8 bytes, filled with False.
+        near, far: int (blocks,), how many of the first columns are near to, and far from, all rows of the block.
+    """
+    squares = norms.astype(np.float64)
+    lengths = np.sqrt(squares)
+    first = np.arange(0, len(norms), BLOCK_ROWS)
+    last = np.minimum(first + BLOCK_ROWS, len(norms)) - 1
+    far = lengths.searchsorted(lengths[first] - high**0.5, side="right")
+    if is_positive:
+        near = squares.searchsorted(low - squares[last], side="right")
+    else:
+        near = lengths.searchsorted(max(low, 0) ** 0.5 - lengths[last], side="right")
+    near = np.where(near > last, last + 1, np.minimum(near, first))
+    return near, np.minimum(far, first)
+
+
+def _product_in_bracket(left, right, near, far):
+    """The pairs j < i by their entry of left @ right.T: near where <= -1, far where >= 1, listed between.
+
+    Args:
+        left, right: float32 (M, D).
+        near, far: `_told_by_norms`.
+
+    Returns:
+        adjacency: bool (M, W), True for the near pairs below the diagonal and on the diagonal, not yet decided where
+            listed; W is M rounded up to whole words of 8 bytes.
         i, j, entries: the pairs between and their entries, float32.
         n_near: how many pairs are near.
-        of_itself: float32 (M,), the diagonal.
+        of_itself: float32, the diagonal of what was multiplied.
     """
     n = len(left)
     left, right = torch.from_numpy(left), torch.from_numpy(right)
-    adjacency = np.empty((n, n + -n % 8), bool)
-    adjacency[:, n:] = False
-    product, upper = torch.empty(min(BLOCK_ROWS, n), n), _upper_triangle(BLOCK_ROWS)
-    found, n_near, of_itself = [], 0, np.empty(n, np.float32)
-    for start in range(0, n, BLOCK_ROWS):
-        block = torch.mm(left[start : start + BLOCK_ROWS], right.T, out=product[: n - start]).numpy()
-        size, near = len(block), adjacency[start : start + BLOCK_ROWS, :n]
-        # Entries (j, i) and (i, j) may round to different sides of -1, but not so far that they are either side of 0.
-        np.less_equal(block[:, :start], 0, out=near[:, :start])
-        block, near, above = block[:, start:], near[:, start:], upper[:size, :size]
-        of_itself[start : start + size] = block.diagonal()
-        below = (block[:, :size] <= 0) & ~above
-        np.less_equal(block, -1, out=near)
+    adjacency = np.zeros((n, n + -n % 8), bool)
+    below = _below_diagonal(BLOCK_ROWS)
+    nothing = np.empty(0, np.intp)
+    found, of_itself = [(nothing, nothing, np.empty(0, np.float32))], [np.empty(0, np.float32)]
+    for start, is_near, is_far in zip(range(0, n, BLOCK_ROWS), near.tolist(), far.tolist()):
+        end = min(start + BLOCK_ROWS, n)
+        adjacency[start:end, :is_near] = True
+        if is_near == end:
+            adjacency[start:end, start:end] = below[: end - start, : end - start]
+            continue
+        first = max(is_near, is_far)
+        size, width = end - start, end - first
+        block = torch.mm(left[start:end], right[first:end].T).numpy()
+        close = adjacency[start:end, first:end]
+        np.less_equal(block, -1, out=close)
         between = block < 1
-        near[:, :size] &= above
-        between[:, :size] &= above
-        between ^= near
-        n_near += np.count_nonzero(near)
-        near[:, :size] |= below
-        i, j = np.divmod(np.flatnonzero(between), n - start)
-        found.append((i + start, j + start, block[i, j]))
-    return adjacency, *(np.concatenate(part) for part in zip(*found)), n_near, of_itself
+        between ^= close
+        square = slice(start - first, None)
+        of_itself.append(block[:, square].diagonal())
+        close[:, square] &= below[:size, :size]
+        between[:, square] &= below[:size, :size]
+        flat = np.flatnonzero(between)
+        i = flat // width
+        found.append((i + start, flat - (i * width - first), block.take(flat)))
+    n_near = np.count_nonzero(adjacency)
+    np.fill_diagonal(adjacency, True)
+    return adjacency, *(np.concatenate(part) for part in zip(*found)), n_near, np.concatenate(of_itself)
+
+
+def _degrees(adjacency):
+    """The neighbours of each row, itself included: int64 (M,), for `_product_in_bracket`'s adjacency."""
+    # Bytes summed eight at a time, at most 255 of them: a quarter of the time of a sum of booleans.
+    words = adjacency.view(np.uint64)
+    degrees = np.add.reduceat(words, np.arange(0, words.shape[1], 255), axis=1).view(np.uint8).sum(1, dtype=np.int64)
+    for start in range(0, len(words), 255):
+        of_columns = np.add.reduce(words[start : start + 255], axis=0).view(np.uint8)
+        degrees += of_columns[: len(degrees)]
+    return degrees - 1
 
 
 @lru_cache(maxsize=1)
-def _upper_triangle(n):
-    """True above the diagonal: bool (n, n)."""
-    return ~np.tri(n, dtype=bool)
+def _below_diagonal(n):
+    """True below the diagonal: bool (n, n)."""
+    return np.tri(n, k=-1, dtype=bool)
 
 
 def _distances_of_pairs(rows, i, j):
@@ -297,13 +341,14 @@ def _round_down(value, dtype):
     return np.nextafter(rounded, dtype.type(0)) if float(rounded) > value else rounded
 
 
-def dbscan(adjacency, degrees, min_samples):
+def dbscan(adjacency, degrees, min_samples, order):
     """DBSCAN's labels int32 (n,), numbered and resolved as scikit-learn does.
 
     Args:
-        adjacency: bool (n, n), symmetric and True on the diagonal; overwritten.
+        adjacency: bool (n, n), True on and below the diagonal where two points are near; above it, False or the same.
         degrees: int (n,), each point's neighbours, itself included.
         min_samples: how many make a core.
+        order: int (n,), distinct: clusters are numbered by the smallest that one of their cores has.
     """
     n = len(adjacency)
     is_core = degrees >= min_samples
@@ -312,18 +357,37 @@ def dbscan(adjacency, degrees, min_samples):
     if not len(core):
         return labels
 
-    # Which cores each point is near to.
-    reaches = np.logical_and(adjacency, is_core, out=adjacency)
-    nearest = reaches.argmax(1)  # the first core each point is near to, where there is one
-    cluster = _components(nearest, reaches, core)
-    if cluster[core].any():
-        # More than one cluster: a border point joins the lowest-numbered among its core neighbours'. With the
-        # cores sorted by cluster, that is again the first True of its row.
-        core = core[np.argsort(cluster[core], kind="stable")]
-        other = np.flatnonzero(~is_core)
-        nearest[other] = core[reaches[other][:, core].argmax(1)]
-    is_reached = reaches[np.arange(n), nearest]
-    labels[is_reached] = cluster[nearest[is_reached]]
+    # The first core each point is near to, where there is one before it.
+    nearest = adjacency.argmax(1)
+    others_first = np.flatnonzero(~is_core[nearest])
+    nearest[others_first] = (adjacency[others_first] & is_core).argmax(1)
+    cluster = _components(nearest, adjacency, core)[core]
+    n_clusters = cluster.max() + 1
+    if n_clusters > 1:
+        first = np.full(n_clusters, n)
+        np.minimum.at(first, cluster, order[core])
+        cluster = first.argsort().argsort()[cluster]
+    labels[core] = cluster
+    other = np.flatnonzero(~is_core)
+    if not len(other):
+        return labels
+    # A border point joins the lowest-numbered among its core neighbours' clusters, be they before it or after.
+    if n_clusters == 1:
+        joined = np.where(is_core[nearest[other]] & adjacency[other, nearest[other]], 0, n)
+    else:
+        by_cluster = cluster.argsort(kind="stable")
+        core, cluster = core[by_cluster], cluster[by_cluster]
+        before = adjacency[other][:, core]
+        nearest = before.argmax(1)
+        joined = np.where(before[np.arange(len(other)), nearest], cluster[nearest], n)
+    later = np.flatnonzero(core > other[0])
+    if len(later):
+        core, cluster = core[later], cluster[later]
+        starts = np.flatnonzero(np.diff(cluster, prepend=-1))
+        after = np.logical_or.reduceat(adjacency[core][:, other], starts)
+        nearest = after.argmax(0)
+        joined = np.minimum(joined, np.where(after[nearest, np.arange(len(other))], cluster[starts][nearest], n))
+    labels[other] = np.where(joined < n, joined, NOISE)
     return labels
 
 
@@ -355,7 +419,7 @@ def _components(smallest, adjacency, nodes):
 
     Args:
         smallest: int (n,), the smallest neighbour of each node, itself included.
-        adjacency: bool (n, n), symmetric and True on the diagonal of the nodes; False in the columns of the rest.
+        adjacency: bool (n, n), True on and below the diagonal where two nodes are near.
         nodes: int (m,), ascending.
 
     Each node points at its smallest neighbour; pointer jumping finds the roots, which are the smallest of their
@@ -366,12 +430,16 @@ def _components(smallest, adjacency, nodes):
     parent[nodes] = smallest[nodes]
     while not np.array_equal(parent, grandparent := parent[parent]):
         parent = grandparent
-    roots, tree = np.unique(parent[nodes], return_inverse=True)
-    if 1 < len(roots) < len(nodes):
+    root = parent[nodes]
+    if (root == root[0]).all():
+        return np.zeros_like(parent)
+    roots, tree = np.unique(root, return_inverse=True)
+    if len(roots) < len(nodes):
         by_tree = np.argsort(tree, kind="stable")
         starts = np.searchsorted(tree[by_tree], np.arange(len(roots)))
         rows = np.logical_or.reduceat(adjacency[nodes[by_tree]], starts, axis=0)
         contracted = np.logical_or.reduceat(rows[:, nodes[by_tree]], starts, axis=1)
+        contracted |= contracted.T
         tree = _components(contracted.argmax(1), contracted, np.arange(len(roots)))[tree]
     component = np.zeros(len(smallest), np.intp)
     component[nodes] = tree

@@ -75,7 +75,11 @@ def dominant_channels(norms, config):
     if config.dominant_percentile == 100:
         return torch.zeros_like(norms, dtype=torch.bool)
     rank = dominant_rank(norms.shape[1], config.dominant_percentile)
-    dominant = norms >= norms.sort(dim=1).values[:, rank, None]
+    if norms.device.type == "cpu":  # 20 times faster there than a sort; on CUDA not deterministic in its indices
+        threshold = norms.kthvalue(rank + 1, dim=1, keepdim=True).values
+    else:
+        threshold = norms.sort(dim=1).values[:, rank, None]
+    dominant = norms >= threshold
     return dominant if config.descriptor == "raw" else dominant & (norms > 0)
 
 
@@ -89,12 +93,13 @@ def descriptors(activations, norms, config):
 
 def _cluster_on_host(rows, clustered, labels, config, engine):
     device = rows.device
-    rows, clustered, labels = rows.cpu(), clustered.cpu(), labels.cpu()
-    eps = rows.new_empty(len(rows))
-    for image, (image_rows, members) in enumerate(zip(rows, clustered)):
-        members = members.nonzero()[:, 0]
-        found, eps[image] = cluster_host.cluster_image(image_rows[members], config, engine)
-        labels[image, members] = torch.from_numpy(found).int()
+    labels, eps = labels.cpu(), rows.new_empty(len(rows), device="cpu")
+    # Indexed by NumPy, which takes half of the time for so few.
+    for image, image_rows, members, image_labels in zip(
+        range(len(rows)), rows.cpu().numpy(), clustered.cpu().numpy(), labels.numpy()
+    ):
+        found, eps[image] = cluster_host.cluster_image(torch.from_numpy(image_rows[members]), config, engine)
+        image_labels[members] = found
     return labels.to(device), eps.to(device)
 
 
@@ -234,7 +239,7 @@ def average_alike_cells(grids, activations, power):
         grids: (B, h, w), or (B, K, h, w) for several of an image; what comes back has this shape.
     """
     cells = as_computed(activations).flatten(2)
-    norms = torch.linalg.vector_norm(cells, dim=1, keepdim=True)
+    norms = (cells * cells).sum(1, keepdim=True).sqrt()  # a third of the time of vector_norm, slow across rows
     cells = cells / torch.where(norms > 0, norms, 1)
     values = grids.to(cells.dtype).reshape(len(cells), -1, cells.shape[2]).transpose(1, 2)
     # In blocks of images, or of cells: the affinities of a large grid or batch would not fit in memory at once.

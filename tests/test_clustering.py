@@ -72,13 +72,40 @@ def twins(rng, n):
     return relu_rows(rng, n // 2).repeat(2, axis=0)
 
 
+def along_a_line(rng, n):
+    """Multiples of one row, none negative: the difference of two norms is their distance."""
+    return (rng.random((n, 1)) ** 2 * rng.random(49)).astype(np.float32)
+
+
+def both_ways_along_a_line(rng, n):
+    """Half of them negative: the sum of two norms is the distance of rows that point apart."""
+    return along_a_line(rng, n) * rng.choice(np.float32([-1, 1]), (n, 1))
+
+
+def one_cell_each(rng, n):
+    """One entry of each row is not zero: two norms give the distance of all rows that share no cell."""
+    return (rng.random((n, 1)) * np.eye(49)[rng.integers(0, 49, n)]).astype(np.float32)
+
+
+def heaps(rng, n):
+    """Several clusters and noise between, at norms from 1 to 30."""
+    centres = rng.normal(size=(12, 49)) * np.linspace(0.15, 4, 12)[:, None]
+    spread = 0.02 * 10 ** rng.uniform(0, 1.5, (n, 1))
+    return (centres[rng.integers(0, 12, n)] + spread * rng.normal(size=(n, 49))).astype(np.float32)
+
+
 FULL_SIZE = {
     **{kind: lambda rng, n, kind=kind: clustering_rows(rng, n, kind) for kind in CLUSTERING_KINDS},
     **{f"{dead} % dead": lambda rng, n, dead=dead: relu_rows(rng, n, dead / 100) for dead in (0, 30, 45, 55, 70)},
     "near duplicates": near_duplicates,
     "twins": twins,
+    "along a line": along_a_line,
+    "both ways along a line": both_ways_along_a_line,
+    "one cell each": one_cell_each,
+    "heaps": heaps,
 }
 MOSTLY_CERTIFIED = ("0 % dead", "30 % dead", "45 % dead", "55 % dead", "70 % dead", "near duplicates", "twins", "zeros")
+MOSTLY_CERTIFIED += ("along a line", "both ways along a line", "heaps")
 
 
 @pytest.mark.parametrize("kind", FULL_SIZE)
@@ -93,14 +120,18 @@ def test_certified_neighbours_are_the_measured_ones(kind, rng):
         labels, eps, distances = host(rows, config)
         np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, config.min_samples(n)))
         found = cluster_host.certified_neighbours(torch.from_numpy(rows), config)
-        _, adjacency, degrees, measured_eps = cluster_host.measured_neighbours(torch.from_numpy(rows), config)
+        _, _, adjacency, degrees, measured_eps = cluster_host.measured_neighbours(torch.from_numpy(rows), config)
         assert eps == float(measured_eps)
         if found:
             certified += 1
-            place, merged_adjacency, merged_degrees, certified_eps = found
+            place, order, merged_adjacency, merged_degrees, certified_eps = found
             assert certified_eps == measured_eps
-            np.testing.assert_array_equal(merged_adjacency[place][:, place], adjacency)
+            merged_adjacency = np.tril(merged_adjacency)
+            np.testing.assert_array_equal((merged_adjacency | merged_adjacency.T)[place][:, place], adjacency)
             np.testing.assert_array_equal(merged_degrees[place], degrees)
+            np.testing.assert_array_equal(place[order], np.arange(len(order)))
+            np.testing.assert_array_equal(rows[order][place], rows)
+            assert order[0] == np.flatnonzero(place == 0)[0], "the first of the merged rows numbers their cluster"
     print(f"{kind}: {certified} of {len(choices)} certified")
     if kind in MOSTLY_CERTIFIED:
         assert certified >= len(choices) // 2, "the fast path must be the one that is tested"
@@ -113,14 +144,32 @@ def test_zeros_are_merged_and_others_are_not(rng):
         # A sample can miss, but hardly for two percentiles.
         found = found or cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=25.0))
         n_zeros = int((rows == 0).all(1).sum())
-        assert len(found[1]) == 1536 - max(n_zeros - 1, 0) and (n_zeros > 1) == merged
+        assert len(found[2]) == 1536 - max(n_zeros - 1, 0) and (n_zeros > 1) == merged
 
 
 def test_degrees_beyond_a_byte_per_lane(rng):
     # 2100 neighbours are 263 words of 8 bytes: one more sum than a byte can count.
     rows = torch.from_numpy(rng.normal(size=(2100, 20)).astype(np.float32))
-    _, adjacency, degrees, _ = cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=100))
-    assert (degrees == 2100).all() and adjacency.all()
+    _, _, adjacency, degrees, _ = cluster_host.certified_neighbours(rows, CFCAMConfig(eps_percentile=100))
+    assert (degrees == 2100).all() and (adjacency | adjacency.T).all()
+
+
+@pytest.mark.parametrize("is_lower", [True, False])
+def test_dbscan_of_any_graph(is_lower, rng):
+    # Sparse graphs, which need no geometry: chains of cores, many clusters, and border points between several.
+    n_clusters = set()
+    for _ in range(400):
+        n, min_samples = int(rng.integers(1, 80)), int(rng.integers(1, 6))
+        near = np.tril(rng.random((n, n)) < rng.choice([0.01, 0.03, 0.1]), -1)
+        near |= near.T | np.eye(n, dtype=bool)
+        expected = sklearn_labels(1.0 - near, 0.5, min_samples)
+        order = rng.permutation(n)  # the graph as another order of its points has it
+        adjacency = near[order][:, order]
+        adjacency = np.tril(adjacency) if is_lower else adjacency
+        labels = cluster_host.dbscan(adjacency, near.sum(1)[order], min_samples, order)
+        np.testing.assert_array_equal(labels, expected[order])
+        n_clusters.add(expected.max() + 1)
+    assert {0, 1, 2, 3, 5} <= n_clusters
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def test_not_finite(bad, name):
             cluster_channels(arguments[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_finite_values_whose_sum_is_not(dtype):
+    activations = torch.full_like(A, torch.finfo(dtype).max / 4).to(dtype)
+    assert activations.sum().isinf()
+    labels, _ = cluster_channels(activations)
+    assert labels.shape == A.shape[:2]
+    activations[0, 0, 0, :2] = torch.tensor([torch.inf, -torch.inf])  # whose sum is NaN
+    with pytest.raises(ValueError, match="got 2 NaN or infinite values"):
+        cluster_channels(activations)
+
+
 @pytest.mark.parametrize("activations, message", [(A[0], "shape"), (A[:, :0], "empty")])
 def test_cluster_channels_checks_too(activations, message):
     with pytest.raises(ValueError, match=message):

@@ -67,19 +67,31 @@ def cf_cam(activations, gradients, output_size=None, config=None, backend="auto"
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
     gradients, _ = as_tensor("gradients", gradients)
+    module, engine = _checked(activations, gradients, backend, clustering, check_finite)
+    output_size = _check_output_size(output_size, activations)
+    with plain_arithmetic(activations.device):
+        result = module.cf_cam(activations, gradients, output_size, config, engine)
+    return CFCAMResult(*map(restore, result))
+
+
+def channel_weights(activations, gradients, config, backend="auto", clustering="auto", check_finite=None):
+    """`cf_cam`'s weights (B, C) of tensors (B, C, h, w), without its maps. Args, Raises: as there."""
+    module, engine = _checked(activations, gradients, backend, clustering, check_finite)
+    with plain_arithmetic(activations.device):
+        return module.cluster_and_weigh(activations, gradients, config, engine)[1]
+
+
+def _checked(activations, gradients, backend, clustering, check_finite):
+    """The module of the backend, and the engine, for tensors that are fit for them."""
     check_activations(activations)
     if gradients.shape != activations.shape:
         raise ValueError(f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}")
     _check_floating("gradients", gradients)
     if gradients.device != activations.device:
         raise ValueError(f"gradients must be on the activations' device {activations.device}, got {gradients.device}")
-    output_size = _check_output_size(output_size, activations)
     backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations, "gradients": gradients}, check_finite)
-
-    with plain_arithmetic(activations.device):
-        result = _module(backend).cf_cam(activations, gradients, output_size, config, engine)
-    return CFCAMResult(*map(restore, result))
+    return _module(backend), engine
 
 
 def cluster_channels(activations, config=None, backend="auto", clustering="auto", check_finite=None):
@@ -236,7 +248,7 @@ def check_choices(backend, clustering, check_finite):
 
 
 def _module(backend):
-    """The module whose ``cf_cam`` and ``cluster_channels`` are the backend's; imported when it is first asked for."""
+    """The module whose functions are the backend's; imported when it is first asked for."""
     return torch_backend if backend == "torch" else importlib.import_module(f"cfcam_gpu.{backend}_backend")
 
 

@@ -11,6 +11,11 @@ def cf_cam(activations, gradients, output_size, config, engine):
     return tuple(torch.from_numpy(array).to(activations.device) for array in result)
 
 
+def cluster_and_weigh(activations, gradients, config, engine):
+    """Labels int32 (B, C), weights and eps float64 (B, C) and (B,)."""
+    return cf_cam(activations, gradients, activations.shape[2:], config, engine)[1:]
+
+
 def cluster_channels(activations, config, engine):
     """Labels int32 (B, C) and eps float64 (B,)."""
     images = [reference.cluster_channels(image, config) for image in _float64(activations)]

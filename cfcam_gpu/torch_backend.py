@@ -35,10 +35,15 @@ def cf_cam(activations, gradients, output_size, config, engine):
     Returns:
         maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
     """
-    activations, gradients = as_computed(activations), as_computed(gradients)
-    labels, eps = cluster_channels(activations, config, engine)
-    weights = channel_weights(gradients, labels, config)
+    activations = as_computed(activations)
+    labels, weights, eps = cluster_and_weigh(activations, gradients, config, engine)
     return class_map(activations, weights, output_size, config), labels, weights, eps
+
+
+def cluster_and_weigh(activations, gradients, config, engine):
+    """Stages 1 to 4: labels int32 (B, C), weights (B, C) and eps (B,)."""
+    labels, eps = cluster_channels(activations, config, engine)
+    return labels, channel_weights(gradients, labels, config), eps
 
 
 def as_computed(tensor):

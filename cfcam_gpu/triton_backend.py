@@ -47,6 +47,12 @@ def cf_cam(activations, gradients, output_size, config, engine):
     return _in_chunks(_cf_cam, len(activations), _chunk(activations, config), arguments)
 
 
+def cluster_and_weigh(activations, gradients, config, engine):
+    """Stages 1 to 4: labels int32 (B, C), weights float32 (B, C) and eps float32 (B,)."""
+    arguments = (activations.detach(), gradients.detach(), config, engine)
+    return _in_chunks(_cluster_and_weigh, len(activations), _chunk(activations, config), arguments)[1:]
+
+
 def cluster_channels(activations, config, engine):
     """Labels int32 (B, C) and eps float32 (B,) of activations (B, C, h, w)."""
     arguments = (activations.detach(), config, engine)
@@ -93,15 +99,19 @@ def _in_chunks(function, batch, chunk, arguments):
 
 
 def _cf_cam(activations, gradients, output_size, config, engine):
-    height, width = activations.shape[2:]
-    pooling = _pooling(height, width, config.sigma, config.boundary, activations.device)
+    cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
+    weights_of_cells = weights[:, :, None].expand_as(cells)
+    grid = _sum(cells, weights_of_cells, affinity_power=config.affinity_power).view(-1, *activations.shape[2:])
+    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
+
+
+def _cluster_and_weigh(activations, gradients, config, engine):
+    """The activations float32 (B, C, h * w), neighbours in memory along C, and labels, weights and eps."""
+    pooling = _pooling(*activations.shape[2:], config.sigma, config.boundary, activations.device)
     transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients, pooling)
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
-    cells = transposed.transpose(1, 2)
-    weights_of_cells = weights[:, :, None].expand_as(cells)
-    grid = _sum(cells, weights_of_cells, affinity_power=config.affinity_power).view(-1, height, width)
-    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
+    return transposed.transpose(1, 2), labels, weights, eps
 
 
 def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):

@@ -150,7 +150,7 @@ class CFCAM(LayerAttribution, GradientAttribution):
         maps = []
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
-            weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             power, backend = self.config.affinity_power, self._choices["backend"]
             if attr_dim_summation:
                 options = {"affinity_power": power, "backend": backend}

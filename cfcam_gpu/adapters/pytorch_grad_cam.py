@@ -347,7 +347,7 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
 
     def channel_weights(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""
-        weights = pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+        weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
         return weights.to(activations.dtype)
 
     def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):

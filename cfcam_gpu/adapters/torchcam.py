@@ -248,7 +248,7 @@ class CFCAM(GradCAM):
     def _get_weights(self, class_idx, scores, **kwargs):
         self._backprop(scores, class_idx, **kwargs)
         return [
-            pipeline.cf_cam(activations, gradients, None, self.config, **self._choices).weights
+            pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             for activations, gradients in zip(self.hook_a, self.hook_g)
         ]
 

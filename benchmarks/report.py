@@ -31,6 +31,9 @@ COMPARED = (
 
 PEERS = ("cfcam", "pytorch-grad-cam", "pytorch-grad-cam:accelerated", "torch-cam", "captum")
 
+GPU_PEERS = ("cfcam", "pytorch-grad-cam")
+"""Of these the tables of all models have columns for a GPU."""
+
 GATES = {
     "test_end_to_end[1]": "`cam.maps` over the plain forward, ResNet-50, batch 1",
     "test_end_to_end[8]": "`cam.maps` over the plain forward, ResNet-50, batch 8",
@@ -122,12 +125,13 @@ def resnet50_table(results, providers):
 
 
 def models_table(results):
-    header = ["batch 1, time / plain forward", *(f"`{peer}`" for peer in PEERS), "GPU: `cfcam`", "`pytorch-grad-cam`"]
+    header = ["batch 1, time / plain forward", *(f"`{peer}`" for peer in PEERS)]
+    header += [f"GPU: `{peer}`" for peer in GPU_PEERS]
     body = [
         [
             model,
             *(ratio(results.row("cpu", model, 1, peer)) for peer in PEERS),
-            *(ratio(results.row("cuda", model, 1, peer)) for peer in ("cfcam", "pytorch-grad-cam")),
+            *(ratio(results.row("cuda", model, 1, peer)) for peer in GPU_PEERS),
         ]
         for model in bench.MODELS
     ]
@@ -152,6 +156,28 @@ def accelerated_table(results):
             factor = f"{pair[0]['median_ms'] / pair[1]['median_ms']:.2f}x" if measured else ""
             body.append([peer, str(batch), *map(times, pair), factor, *(value(row, "peak_mib") for row in pair)])
     return markdown(header, body)
+
+
+def throughput_table(results):
+    """The most maps per second of each provider, at whichever batch that is."""
+    columns = [("cpu", provider) for provider in (bench.UNIT, *PEERS)] + [("cuda", name) for name in GPU_PEERS]
+    header = ["maps/s (batch)"]
+    header += [f"`{provider}`" if kind == "cpu" else f"GPU: `{provider}`" for kind, provider in columns]
+    body = []
+    for model in bench.MODELS:
+        line = [model]
+        for kind, provider in columns:
+            found = [row for row in of_model(results, kind, model) if row["provider"] == provider]
+            best = max((row for row in found if "median_ms" in row), key=lambda row: row["maps_per_s"], default=None)
+            nothing = times(found[0]) if found else NOT_MEASURED
+            line.append(nothing if best is None else f"{number(best['maps_per_s'])} ({best['batch']})")
+        body.append(line)
+    return markdown(header, body)
+
+
+def of_model(results, kind, model, size=224):
+    """The rows of a model, of every batch and provider."""
+    return [row for row in results.bench[kind].values() if (row["model"], row["size"]) == (model, size)]
 
 
 def growth_table(results):
@@ -187,6 +213,7 @@ TABLES = {
     "resnet50": lambda results: resnet50_table(results, COMPARED),
     "providers": lambda results: resnet50_table(results, tuple(bench.PROVIDERS)),
     "models": models_table,
+    "throughput": throughput_table,
     "growth": growth_table,
     "gates": gates_table,
     **report_faithfulness.TABLES,
@@ -195,7 +222,7 @@ TABLES = {
 
 IMAGES = {
     "latency.svg": "Time over the plain forward of every provider on a ResNet-50, batch 1 and 8",
-    "throughput.svg": "Maps per second against the batch size on a ResNet-50",
+    "throughput.svg": "Maps per second against the batch size, a panel for each model",
     "growth.svg": "Time and memory against channels, grid side, batch and number of target layers",
     "tradeoff.svg": "Insertion minus deletion, and energy in the right cell, against stability, of every method tried",
     "methods.jpg": "Photographs, and the maps of several methods over them",
@@ -204,7 +231,7 @@ IMAGES = {
 
 PAGES = {
     "README.md": ("accelerated", "faithfulness", "methods.jpg", "resnet50", "latency.svg", "models", "gates"),
-    "benchmarks/README.md": ("providers", "throughput.svg", "growth", "growth.svg"),
+    "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
         *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization"),
     ),
@@ -305,15 +332,22 @@ def _throughput(results):
     kinds = _measured_kinds(results.bench)
     if not kinds:
         return None
-    figure, axes = _figure(len(kinds), width=5.5)
-    for axis, kind in zip(axes[0], kinds):
-        for index, provider in enumerate((bench.UNIT, *PEERS, "cfcam:capture")):
-            found = [row for row in results.bench[kind].values() if row["model"] == "resnet50" and "median_ms" in row]
-            found = [(row["batch"], row["maps_per_s"]) for row in found if row["provider"] == provider]
+    providers = (bench.UNIT, *PEERS, "cfcam:capture")
+    panels = [(kind, model) for kind in kinds for model in bench.MODELS]
+    columns = 4
+    figure, axes = _figure(columns, 3.2, 2.7, n_rows=-(-(len(panels) + 1) // columns))
+    for axis, (kind, model) in zip(axes.flat, panels):
+        measured = [row for row in of_model(results, kind, model) if "median_ms" in row]
+        for index, provider in enumerate(providers):
+            found = [(row["batch"], row["maps_per_s"]) for row in measured if row["provider"] == provider]
             _line(axis, sorted(found), f"C{index}", provider)
         _log_axes(axis, "batch", "maps/s")
-        axis.set_title(f"{_title(results.bench, kind)}, ResNet-50", fontsize=9)
-        axis.legend(fontsize=7)
+        axis.set_title(f"{model}, {KINDS[kind]}", fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+    title = "\n".join(_title(results.bench, kind) for kind in kinds)
+    axes.flat[-1].legend(lines.values(), lines.keys(), title=title, loc="center", fontsize=8, title_fontsize=8)
     figure.tight_layout()
     return figure
 

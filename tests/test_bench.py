@@ -307,13 +307,13 @@ def test_growth_rows(benchmarks, monkeypatch):
 
 
 def test_the_suite_goes_on_where_it_was(benchmarks, net, tmp_path, monkeypatch):
-    suite, plan = benchmarks("suite"), {net: {1: ["cfcam"]}}
+    suite, plan = benchmarks("suite"), [(net, {1: ["cfcam"]})]
     monkeypatch.setattr(suite, "plan", lambda: plan)
     args = ["--out", str(tmp_path / "out"), "--size", "64", "--models", net, "--no-growth", "--device", "cpu"]
     read = lambda: [(row["provider"], row["batch"]) for row in rows.read(tmp_path / "out" / "bench.jsonl")]
     suite.main(args)
     assert read() == [("forward", 1), ("cfcam", 1)]
-    plan[net][2] = ["cfcam"]
+    plan.append((net, {2: ["cfcam"]}))
     suite.main(args)
     suite.main(args)
     assert read() == [("forward", 1), ("cfcam", 1), ("forward", 2), ("cfcam", 2)]
@@ -321,16 +321,19 @@ def test_the_suite_goes_on_where_it_was(benchmarks, net, tmp_path, monkeypatch):
     assert len(read()) == 4
     suite.main([*args, "--again"])
     assert len(read()) == 8
-    plan["no_such_net:build"] = {1: ["cfcam"]}
+    plan.append(("no_such_net:build", {1: ["cfcam"]}))
     suite.main([*args[:4], *args[6:], "--models", net, "no_such_net:build"])
     assert len(read()) == 8
 
 
 def test_the_plan_has_every_model_and_provider(benchmarks):
     plan = benchmarks("suite").plan()
-    assert plan.keys() == set(bench.MODELS)
-    assert plan["resnet50"].keys() >= {1, 8, 256} and set(plan["resnet50"][8]) == PROVIDERS.keys()
-    for batches in plan.values():
+    points = [(model, batch) for model, batches in plan for batch in batches]
+    assert len(points) == len(set(points)), "nothing is planned twice"
+    assert set(points) >= {(model, batch) for model in bench.MODELS for batch in (1, 8, 256)}
+    assert points.index(("swin_t", 1)) < points.index(("resnet18", 2)), "latency before throughput"
+    assert set(dict(plan)["resnet50"][8]) == PROVIDERS.keys()
+    for _, batches in plan:
         for names in batches.values():
             assert bench.select(names) == [name for name in PROVIDERS if name in names]
 

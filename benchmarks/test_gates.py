@@ -14,14 +14,14 @@ import torchvision
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam
 
-END_TO_END = 1.2
-"""Largest end-to-end time as a multiple of the plain forward pass; the goal is 1.15."""
+END_TO_END = {1: 1.2, 8: 1.1}
+"""{batch: largest end-to-end time as a multiple of the plain forward pass}; the goals are 1.15 and 1.05."""
 
 NAIVE_SPEEDUP = 40
 """Smallest speed-up of the pipeline over the authors' approach."""
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", END_TO_END)
 def test_end_to_end(gate, batch):
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None).eval()
@@ -32,7 +32,7 @@ def test_end_to_end(gate, batch):
         with torch.no_grad():
             model(images)
 
-    gate(lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 8, at_most=END_TO_END)
+    gate(lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 8, at_most=END_TO_END[batch])
 
 
 @pytest.fixture

@@ -100,9 +100,8 @@ def _cluster_on_host(rows, clustered, labels, config, engine):
     device = rows.device
     labels, eps = labels.cpu(), rows.new_empty(len(rows), device="cpu")
     # Indexed by NumPy, which takes half of the time for so few.
-    for image, image_rows, members, image_labels in zip(
-        range(len(rows)), rows.cpu().numpy(), clustered.cpu().numpy(), labels.numpy()
-    ):
+    images = zip(rows.cpu().numpy(), clustered.cpu().numpy(), labels.numpy())
+    for image, (image_rows, members, image_labels) in enumerate(images):
         found, eps[image] = cluster_host.cluster_image(torch.from_numpy(image_rows[members]), config, engine)
         image_labels[members] = found
     return labels.to(device), eps.to(device)

@@ -50,7 +50,7 @@ def cf_cam(activations, gradients, output_size, config, engine):
 def cluster_and_weigh(activations, gradients, config, engine):
     """Stages 1 to 4: labels int32 (B, C), weights float32 (B, C) and eps float32 (B,)."""
     arguments = (activations.detach(), gradients.detach(), config, engine)
-    return _in_chunks(_cluster_and_weigh, len(activations), _chunk(activations, config), arguments)[1:]
+    return _in_chunks(_without_cells, len(activations), _chunk(activations, config), arguments)
 
 
 def cluster_channels(activations, config, engine):
@@ -112,6 +112,10 @@ def _cluster_and_weigh(activations, gradients, config, engine):
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
     return transposed.transpose(1, 2), labels, weights, eps
+
+
+def _without_cells(*arguments):
+    return _cluster_and_weigh(*arguments)[1:]
 
 
 def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):

@@ -199,6 +199,8 @@ def test_chunks_do_not_matter(seed, monkeypatch):
     monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 1)
     for one, two in zip(whole, triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched")):
         assert torch.equal(one, two)
+    for one, two in zip(whole[1:], triton_backend.cluster_and_weigh(*arguments[:2], CFCAMConfig(), "batched")):
+        assert torch.equal(one, two)
 
 
 def test_flat_and_empty_maps():
@@ -358,6 +360,10 @@ def test_at_most_ten_launches_a_batch(batch, affinity_power, seed, monkeypatch):
     triton_backend.cf_cam(activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), config, "batched")
     assert 1 <= len(names) <= 10, names
     assert ("affinity_sum_kernel" in names) == (affinity_power > 0)
+    with_maps = names.copy()
+    names.clear()
+    triton_backend.cluster_and_weigh(activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), config, "batched")
+    assert names == with_maps[:-2], "neither the sum nor the maps"
 
 
 def test_launchers_never_wait(seed, monkeypatch):

@@ -38,6 +38,19 @@ def test_bad_arguments(arguments, error, message):
         cf_cam(*arguments)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_weights_without_maps(backend, seed):
+    if backend == "reference" and pipeline.unavailable(backend):
+        pytest.skip(f"the reference cannot run: {pipeline.unavailable(backend)}")
+    activations, gradients = activations_like((2, 40, 4, 4)), torch.randn(2, 40, 4, 4)
+    for config in (CFCAMConfig(), CFCAMConfig.paper()):
+        expected = cf_cam(activations, gradients, None, config, backend=backend).weights
+        weights = pipeline.channel_weights(activations, gradients, config, backend=backend)
+        assert torch.equal(weights, expected)
+    with pytest.raises(ValueError, match="gradients must match"):
+        pipeline.channel_weights(activations, gradients[:1], CFCAMConfig())
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["activations", "gradients"])
 def test_not_finite(bad, name):

@@ -357,12 +357,13 @@ def test_one_launch_a_layer(seed, monkeypatch):
 def test_at_most_ten_launches_a_batch(batch, affinity_power, seed, monkeypatch):
     names = launched(monkeypatch)
     shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_power=affinity_power)
-    triton_backend.cf_cam(activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), config, "batched")
+    activations, gradients = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
+    triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched")
     assert 1 <= len(names) <= 10, names
     assert ("affinity_sum_kernel" in names) == (affinity_power > 0)
     with_maps = names.copy()
     names.clear()
-    triton_backend.cluster_and_weigh(activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), config, "batched")
+    triton_backend.cluster_and_weigh(activations, gradients, config, "batched")
     assert names == with_maps[:-2], "neither the sum nor the maps"
 
 

@@ -19,8 +19,8 @@ from cfcam_gpu.ranks import dominant_rank, radius_ranks
 CHUNK_BYTES = 512 * 2**20
 """Extra memory the batched clustering may take at once; larger batches go in chunks."""
 
-AFFINITY_BYTES = 32 * 2**20
-"""Memory the affinities between cells may take at once."""
+AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
+"""Memory the affinities between cells may take at once; on a CPU less, which stays in the cache."""
 
 
 def cf_cam(activations, gradients, output_size, config, engine):
@@ -246,21 +246,26 @@ def average_alike_cells(grids, activations, power):
     norms = (cells * cells).sum(1, keepdim=True).sqrt()  # a third of the time of vector_norm, slow across rows
     cells = cells / torch.where(norms > 0, norms, 1)
     values = grids.to(cells.dtype).reshape(len(cells), -1, cells.shape[2]).transpose(1, 2)
+    values = torch.cat([values, torch.ones_like(values[:, :, :1])], dim=2)  # whose sum is the mass
     # In blocks of images, or of cells: the affinities of a large grid or batch would not fit in memory at once.
     # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
     n_cells = values.shape[1]
     row_bytes = n_cells * cells.element_size()
-    images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // (n_cells * row_bytes))
-    rows = max(1, min(n_cells, AFFINITY_BYTES // row_bytes))
-    averaged = torch.empty_like(values)
+    on_cpu = values.device.type == "cpu"
+    images = 1 if on_cpu else max(1, AFFINITY_BYTES // (n_cells * row_bytes))
+    rows = max(1, min(n_cells, (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // row_bytes))
+    sums = torch.zeros_like(values)
     for image in range(0, len(cells), images):
         chunk = slice(image, image + images)
         for row in range(0, n_cells, rows):
-            block = slice(row, row + rows)
-            affinity = torch.bmm(cells[chunk, :, block].transpose(1, 2), cells[chunk]).clamp_min_(0).pow_(power)
-            mass = affinity.sum(2, keepdim=True)  # 0 for a cell without features
-            averaged[chunk, block] = torch.bmm(affinity, values[chunk]) / torch.where(mass > 0, mass, 1)
-    return averaged.transpose(1, 2).reshape(grids.shape)
+            block, behind = slice(row, row + rows), slice(row + rows, None)
+            affinity = torch.bmm(cells[chunk, :, block].transpose(1, 2), cells[chunk, :, row:])
+            affinity.clamp_min_(0).pow_(power)
+            sums[chunk, block] += torch.bmm(affinity, values[chunk, row:])
+            if row + rows < n_cells:  # the cells behind are as alike to these as these to them
+                sums[chunk, behind] += torch.bmm(affinity[:, :, rows:].transpose(1, 2), values[chunk, block])
+    mass = sums[:, :, -1:]  # 0 for a cell without features
+    return (sums[:, :, :-1] / torch.where(mass > 0, mass, 1)).transpose(1, 2).reshape(grids.shape)
 
 
 def resize(grid, output_size):

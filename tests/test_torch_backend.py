@@ -84,10 +84,12 @@ def test_average_of_alike_cells_equals_scikit_learn(shape, power, seed):
 
 
 def test_average_of_alike_cells_in_blocks(seed, monkeypatch):
-    activations, grids = torch.randn(3, 20, 9, 5), torch.randn(3, 9, 5)
+    activations, grids = torch.randn(3, 20, 9, 5), torch.randn(3, 2, 9, 5)
+    activations[1, :, 8, 4] = 0
     whole = torch_backend.average_alike_cells(grids, activations, 2.0)
-    for block_bytes in (1, 7 * 45 * 4):  # a cell, some cells at a time
-        monkeypatch.setattr(torch_backend, "AFFINITY_BYTES", block_bytes)
+    for block_bytes in (1, 7 * 45 * 4, 15 * 45 * 4):  # a cell, some cells, a third of them at a time
+        for name in ("AFFINITY_BYTES", "AFFINITY_BYTES_ON_CPU"):
+            monkeypatch.setattr(torch_backend, name, block_bytes)
         assert_close(torch_backend.average_alike_cells(grids, activations, 2.0), whole)
 
 

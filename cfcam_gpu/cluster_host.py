@@ -115,7 +115,8 @@ def certified_neighbours(rows, config):
         return None
     at_zero = copies * (copies - 1) // 2
     is_floor = at_zero > high
-    bracket = (0.0, EPS_FLOOR**2) if is_floor else _bracket(left, right, config.eps_percentile / 100, rounding)
+    share = config.eps_percentile / 100
+    bracket = (0.0, EPS_FLOOR**2) if is_floor else _bracket(left, right, largest, share, rounding)
     if bracket is None:
         return None
     place = np.empty(n, np.intp)
@@ -180,7 +181,7 @@ def certified_neighbours(rows, config):
     return place, order, adjacency[:, : len(order)], degrees, eps
 
 
-def _bracket(left, right, share, rounding):
+def _bracket(left, right, largest, share, rounding):
     """Squared distances below and above that at ``share`` of all, by a sample; None where too many are as far.
 
     The sample is of blocks of the product. Each row meets SAMPLE_COLUMNS columns and each column as many rows, so that
@@ -194,7 +195,7 @@ def _bracket(left, right, share, rounding):
     of_itself = _rows_meeting_themselves(blocks)
     middle = of_itself + share * (len(sample) - of_itself - 1)
     margin = 2 * (share * (1 - share) * len(sample)) ** 0.5 + 4
-    largest, value = float(left[:, -2].max()), float(sample[int(middle)])
+    value = float(sample[int(middle)])
     slack = rounding * (2 * largest + value)
     first, last = sample.searchsorted(np.float32([value - 2 * slack, value + 2 * slack]))
     if last - first > OPEN_SHARE * len(sample):

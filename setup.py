@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 INIT = (ROOT / "cfcam_gpu" / "__init__.py").read_text(encoding="utf-8")
@@ -23,6 +23,14 @@ DEMO = [
 PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
+# Called through ctypes, so without Python's API; optional, because everything runs without a compiler, if slower.
+CLUSTER_HOST = Extension(
+    "cfcam_gpu._cluster_host",
+    ["cfcam_gpu/cluster_host.c"],
+    extra_compile_args=["-O3", "-fno-math-errno", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
 TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
 
 setup(
@@ -36,6 +44,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
     package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
+    ext_modules=[CLUSTER_HOST],
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "reference": REFERENCE,

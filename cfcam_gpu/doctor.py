@@ -89,7 +89,7 @@ def probe():
     """Print the rows that need torch, CUDA or Triton to be started, as JSON on the last line of stdout."""
     import torch
 
-    from cfcam_gpu import pipeline
+    from cfcam_gpu import cluster_host, pipeline
 
     rows = [("torch", True, torch.__version__, ""), ("device cpu", True, "", f"{torch.get_num_threads()} threads")]
     rows += _cuda_rows(torch)
@@ -105,7 +105,13 @@ def probe():
             reason = f"in torch; not in Triton: {pipeline.unavailable('triton')}"
         version = _version(distributions[module]) if util.find_spec(module) else ""
         rows.append((f"clustering {engine}", ok, version, str(reason or "")))
+    rows.append(_compiled_row(cluster_host.compiled() is not None))
     print(json.dumps(rows))
+
+
+def _compiled_row(is_compiled):
+    slower = "on a CPU 3 to 5 times slower: not installed, or installed where no C compiler was"
+    return ("clustering compiled", is_compiled, "", "" if is_compiled else slower)
 
 
 def _cuda_rows(torch):

@@ -97,14 +97,10 @@ def descriptors(activations, norms, config):
 
 
 def _cluster_on_host(rows, clustered, labels, config, engine):
-    device = rows.device
-    labels, eps = labels.cpu(), rows.new_empty(len(rows), device="cpu")
-    # Indexed by NumPy, which takes half of the time for so few.
-    images = zip(rows.cpu().numpy(), clustered.cpu().numpy(), labels.numpy())
-    for image, (image_rows, members, image_labels) in enumerate(images):
-        found, eps[image] = cluster_host.cluster_image(torch.from_numpy(image_rows[members]), config, engine)
-        image_labels[members] = found
-    return labels.to(device), eps.to(device)
+    labels = labels.cpu()
+    arrays = (tensor.cpu().numpy() for tensor in (rows, clustered, labels))
+    eps = torch.from_numpy(cluster_host.cluster_images(*arrays, config, engine))
+    return labels.to(rows.device), eps.to(rows.device)
 
 
 def _cluster_with_cuml(rows, clustered, labels, config):

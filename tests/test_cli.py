@@ -14,7 +14,7 @@ for package in ("matplotlib", "tqdm", "efficientnet_lite_pytorch", "imagenet_cla
     pytest.importorskip(package)
 data = pytest.importorskip("skimage.data")
 
-from cfcam_gpu import cli, doctor, pipeline
+from cfcam_gpu import cli, cluster_host, doctor, pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -274,6 +274,12 @@ def test_doctor_says_so_when_the_probe_fails(monkeypatch):
         monkeypatch.setattr(subprocess, "run", fake)
         row = next(row for row in doctor.report() if row.name == "torch")
         assert not row.ok and reason in row.reason and row.version == torch.__version__.partition("+")[0]
+
+
+def test_doctor_says_whether_the_clustering_is_compiled(run):
+    (line,) = (line for line in run("doctor")[1].splitlines() if "clustering compiled" in line)
+    assert line.startswith("yes") == (cluster_host.compiled() is not None)
+    assert doctor._compiled_row(False)[1] is False and "slower" in doctor._compiled_row(False)[3]
 
 
 def test_doctor_names_what_is_missing(monkeypatch):

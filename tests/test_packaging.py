@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -26,8 +27,7 @@ def run(*command, **options):
 EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "bench", "test"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def build_wheel(tmp_path_factory, **environment):
     """The unpacked wheel, built from a copy so that nothing is left in the checkout."""
     if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
         pytest.skip("building a wheel needs pip and setuptools")
@@ -36,13 +36,19 @@ def wheel(tmp_path_factory):
         pytest.skip(f"setuptools {version} builds wheels only with the package wheel")
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("cfcam_gpu", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", built, cwd=source)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", built]
+    run(*command, cwd=source, env={**os.environ, **environment})
     (path,) = built.glob("*.whl")
     zipfile.ZipFile(path).extractall(built / "unpacked")
     return built / "unpacked"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory)
 
 
 def test_wheel_holds_the_kernels_inside_the_package(wheel):
@@ -51,6 +57,28 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in inside
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
+
+
+CLUSTER = """
+import numpy as np, torch
+from cfcam_gpu import cluster_channels, cluster_host
+labels, eps = cluster_channels(torch.arange(24.0).reshape(1, 6, 2, 2))
+print(cluster_host.compiled() is not None, labels.tolist(), cluster_host.__file__)
+"""
+
+
+def test_wheel_holds_the_compiled_clustering(wheel, tmp_path):
+    if shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is None:
+        pytest.skip("there is no C compiler")
+    out = run(sys.executable, "-c", CLUSTER, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel)})
+    assert out.startswith("True [[0, 0, 0, -2, -2, -2]]") and str(wheel) in out
+
+
+def test_a_machine_without_a_compiler(tmp_path_factory, tmp_path):
+    wheel = build_wheel(tmp_path_factory, CC="false", LDSHARED="false")
+    assert not list(wheel.rglob("*.so"))
+    out = run(sys.executable, "-c", CLUSTER, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel)})
+    assert out.startswith("False [[0, 0, 0, -2, -2, -2]]") and str(wheel) in out
 
 
 def test_wheel_metadata(wheel):
@@ -88,7 +116,9 @@ def test_make_says_what_is_missing(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "setup.py").touch()
+    (tmp_path / "cfcam_gpu").mkdir()
+    for name in ("setup.py", "cfcam_gpu/cluster_host.c"):
+        (tmp_path / name).touch()
     for name, script, message in (
         ("old", "exit 1", "Python 3.10 or later is needed"),
         ("bare", '[ "$1" = -c ]', "sudo apt install python3-venv"),

@@ -1,29 +1,30 @@
 /* Stage 2 on a CPU, compiled: what cluster_host.py does in torch and NumPy where this was not built.
 
 Pairs are those i < j in row order, as SciPy's pdist has them. Plain C without Python's API, called through ctypes.
-OpenMP, because torch has it: threads of any other kind would share the cores with torch's, which go on turning for
-milliseconds after each of its operators. */
 
-#include <float.h>
+Threads are those of torch, whose Linux builds have GCC's OpenMP: others would share the cores with torch's, which go on
+turning for milliseconds after each of its operators. With Clang's, eight images take longer than in NumPy. */
+
+#if !defined(__GNUC__) || defined(__clang__)
+#error "only GCC shares its OpenMP threads with torch"
+#endif
+
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* One build runs on every x86-64 and takes the widest vectors there are; elsewhere the compiler's own target serves.
-   Only for functions without OpenMP, whose loops the compiler would move out of the versions. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
+/* A build for x86-64 runs on every one and takes the widest vectors there are; elsewhere the compiler's own target
+   serves. Only for functions without OpenMP, whose loops the compiler would move out of the versions. */
+#if defined(__x86_64__) && defined(__GLIBC__)
 #define FOR_EACH_CPU(...) __attribute__((target_clones(__VA_ARGS__, "default")))
-#endif
-#endif
-#ifndef FOR_EACH_CPU
+#else
 #define FOR_EACH_CPU(...)
 #endif
 
 enum {
-    ROWS = 4, COLUMNS = 16, /* of a tile, whose sums stay in registers: twice as many would not */
+    ROWS = 4, COLUMNS = 16, /* of a tile, whose sums stay in registers: of twice as many they would not */
     TERMS = 64,             /* of a partial sum: with all in one, rounding would grow with the length */
     BLOCK = 1 << 20,        /* values counted in 32 bits */
     SAMPLE = 2048           /* values that bracket an order statistic, and how many are few enough to select from */
@@ -272,15 +273,16 @@ int dbscan(const float *distances, ptrdiff_t n, float eps, int32_t min_samples, 
     return 0;
 }
 
-/* What an image's clustering depends on, as cluster_host.py's PROBLEM: how many channels it has, the ranks of eps and its
-   part of the way between them, and how many neighbours make a core. */
+/* What an image's clustering depends on, as cluster_host.py's PROBLEM: how many channels it has, the ranks of eps and
+   its part of the way between them, and how many neighbours make a core. */
 struct problem {
     ptrdiff_t n, low, high;
     double fraction;
     int32_t min_samples;
 };
 
-/* Labels and eps of one image's channels: of rows (n_channels, length) those with members 1. Fewer than two keep eps. */
+/* Labels and eps of one image's channels: of rows (n_channels, length) those with members 1. Fewer than two leave eps
+   as it is. */
 static int cluster_image(const float *rows, const uint8_t *members, ptrdiff_t n_channels, ptrdiff_t length,
                          struct problem problem, double floor, int32_t *labels, float *eps)
 {
@@ -304,10 +306,10 @@ static int cluster_image(const float *rows, const uint8_t *members, ptrdiff_t n_
     return status;
 }
 
-/* Labels and eps of a batch: rows (n_images, n_channels, length), members and labels (n_images, n_channels), problems and
-   eps (n_images). Labels of others than members stay as they are. Returns 0, or -1 without memory. */
-int cluster_images(const float *rows, const uint8_t *members, ptrdiff_t n_images, ptrdiff_t n_channels, ptrdiff_t length,
-                   const struct problem *problems, double floor, int32_t *labels, float *eps)
+/* Labels and eps of a batch: rows (n_images, n_channels, length), members and labels (n_images, n_channels), problems
+   and eps (n_images). Labels of others than members stay as they are. Returns 0, or -1 without memory. */
+int cluster_images(const float *rows, const uint8_t *members, ptrdiff_t n_images, ptrdiff_t n_channels,
+                   ptrdiff_t length, const struct problem *problems, double floor, int32_t *labels, float *eps)
 {
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) reduction(| : failed) if (n_images > 1)

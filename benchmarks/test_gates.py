@@ -4,7 +4,7 @@
 
 What the clocks contain: for the end-to-end gates, ``cam.maps`` (forward, head backward, pipeline, maps at the input's
 size) over the model's plain forward under ``torch.no_grad``; for the pipeline gates, from activations and gradients to
-maps. Warm-up is outside. Two threads.
+maps. Warm-up is outside. Two threads, and the compiled clustering: without it the limits do not hold.
 """
 
 import naive
@@ -14,7 +14,7 @@ import torchvision
 
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam
 
-END_TO_END = {1: 1.2, 8: 1.12}
+END_TO_END = {1: 1.15, 8: 1.1}
 """{batch: largest end-to-end time as a multiple of the plain forward pass}; the goals are 1.15 and 1.05."""
 
 NAIVE_SPEEDUP = 40

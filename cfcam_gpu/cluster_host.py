@@ -2,7 +2,7 @@
 
 On a CPU the host is the device, so shapes may depend on data: only the pairs of the channels that are really clustered
 are looked at, each once. `cluster_host.c` does it, compiled; where no compiler was at hand when the package was
-installed, and in float64, torch and NumPy do, three times as slow and equal but for the rounding of the distances.
+installed, and in float64, torch and NumPy do, 3 to 5 times slower and equal but for the rounding of the distances.
 """
 
 import ctypes

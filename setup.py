@@ -23,7 +23,9 @@ DEMO = [
 PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
-# Called through ctypes, so without Python's API; optional, because everything runs without a compiler, if slower.
+TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
+
+# Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
 CLUSTER_HOST = Extension(
     "cfcam_gpu._cluster_host",
     ["cfcam_gpu/cluster_host.c"],
@@ -31,7 +33,6 @@ CLUSTER_HOST = Extension(
     extra_link_args=["-fopenmp"],
     optional=True,
 )
-TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
 
 setup(
     name="cfcam_gpu",

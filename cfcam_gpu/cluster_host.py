@@ -1,8 +1,8 @@
 """Stage 2 on the CPU, one image at a time: exact, and many times faster there than the batched form.
 
 On a CPU the host is the device, so shapes may depend on data: only the pairs of the channels that are really clustered
-are looked at, each once. `cluster_host.c` does it, compiled; where no compiler was at hand when the package was
-installed, and in float64, torch and NumPy do, 3 to 5 times slower and equal but for the rounding of the distances.
+are looked at, each once. `cluster_host.c` does it, compiled; where GCC was not at hand when the package was installed,
+and in float64, torch and NumPy do, 3 to 5 times slower and equal but for the rounding of the distances.
 """
 
 import ctypes
@@ -96,10 +96,9 @@ def _cluster_compiled(rows, members, labels, eps, config):
 
 
 def pairwise_distances(rows):
-    """Euclidean distances of the pairs i < j in row order: (P,) NumPy array, by direct differences.
+    """Euclidean distances of the pairs i < j in row order: (P,) of the rows' dtype, by direct differences.
 
-    Equal rows are at exactly 0, which |x|^2 + |y|^2 - 2xy does not give; it is also no faster, because it
-    cannot skip half of the pairs.
+    Equal rows are at exactly 0, which |x|^2 + |y|^2 - 2xy does not give.
     """
     n, length = rows.shape
     if is_compiled(rows):

@@ -110,7 +110,7 @@ def probe():
 
 
 def _compiled_row(is_compiled):
-    slower = "on a CPU 3 to 5 times slower: not installed, or installed where no C compiler was"
+    slower = "on a CPU 3 to 5 times slower: not installed, or installed where no GCC was"
     return ("clustering compiled", is_compiled, "", "" if is_compiled else slower)
 
 

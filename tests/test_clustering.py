@@ -28,10 +28,16 @@ def host(rows, config):
     return labels[0], float(eps), squareform(distances, checks=False)
 
 
+def library():
+    """The functions of `cluster_host.c`."""
+    if cluster_host.compiled() is None:
+        pytest.skip("cluster_host.c is not built: no GCC when the package was installed, or it is not installed")
+    return cluster_host.compiled()
+
+
 def compiled(rows, config):
     """The same, where it is not the one in NumPy."""
-    if cluster_host.compiled() is None:
-        pytest.skip("cluster_host.c is not built: no C compiler when the package was installed, or it is not installed")
+    library()
     return host(rows, config)
 
 
@@ -70,14 +76,14 @@ def test_labels_equal_scikit_learn(path, problems, rng):
     assert {0, 1, 2, 3} <= n_clusters, "the problems must have no, one and several clusters"
 
 
-def relu_rows(rng, n, dead=0.0, length=49):
-    """Descriptors of ReLU channels, scales spread out, a share of them exactly zero: float32 (n, length)."""
-    rows = np.maximum(rng.normal(size=(n, length)), 0) * rng.random((n, 1)) * (rng.random((n, 1)) >= dead)
+def relu_rows(rng, n, dead=0.0):
+    """Descriptors of ReLU channels, scales spread out, a share of them exactly zero: float32 (n, 49)."""
+    rows = np.maximum(rng.normal(size=(n, 49)), 0) * rng.random((n, 1)) * (rng.random((n, 1)) >= dead)
     return rows.astype(np.float32)
 
 
 def near_duplicates(rng, n):
-    """Half of the rows are the other half, each entry moved by 1e-7 to 1e-3 of itself: what the product cannot tell."""
+    """Half of the rows are the other half, each entry moved by 1e-7 to 1e-3 of itself, about as little as it rounds."""
     rows = relu_rows(rng, n // 2)
     moved = rows * (1 + 10 ** rng.uniform(-7, -3, rows.shape) * rng.choice([-1, 1], rows.shape))
     return np.concatenate([rows, moved]).astype(np.float32)
@@ -175,14 +181,13 @@ def test_ranks_among_awkward_distances(rows, path, rng):
 
 def dbscan_compiled(distances, n, eps, min_samples):
     labels = np.full(n, -7, np.int32)
-    cluster_host.compiled().dbscan(distances, n, eps, min_samples, labels)
+    library().dbscan(distances, n, eps, min_samples, labels)
     return labels
 
 
 @pytest.mark.parametrize("dbscan", [dbscan_compiled, cluster_host.dbscan])
 def test_dbscan_of_any_graph(dbscan, rng):
     # Sparse graphs, which need no geometry: chains of cores, many clusters, and border points between several.
-    compiled(np.zeros((2, 1), np.float32), CFCAMConfig())
     n_clusters = set()
     for _ in range(600):
         n, min_samples = int(rng.integers(2, 80)), int(rng.integers(1, 6))
@@ -217,11 +222,9 @@ def test_images_of_a_batch_do_not_touch_each_other(threads, rng):
 
 
 def test_no_memory_is_an_error_in_python():
-    if cluster_host.compiled() is None:
-        pytest.skip("cluster_host.c is not built")
     nothing = np.zeros((1, 1), np.float32)
     with pytest.raises(MemoryError, match="no memory for the distances"):
-        cluster_host.compiled().pairwise_distances(nothing, 2**40, 2**19, nothing)
+        library().pairwise_distances(nothing, 2**40, 2**19, nothing)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_eps_is_numpys_percentile_of_the_same_distances(path, rng):
 def test_fewer_than_two_channels_are_noise(n):
     for path in (compiled, in_numpy):
         labels, eps, _ = path(np.ones((n, 4), np.float32), CFCAMConfig())
-        assert list(labels) == [-1] * n and eps == pytest.approx(EPS_FLOOR)
+        assert list(labels) == [-1] * n and eps == np.float32(EPS_FLOOR)
     labels, eps = cluster_batched.cluster_rows(torch.ones(1, 3, 4), torch.tensor([n]), CFCAMConfig())
     assert labels.tolist() == [[-1] * 3] and eps == pytest.approx(EPS_FLOOR)
 

@@ -60,7 +60,7 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
 
 
 CLUSTER = """
-import numpy as np, torch
+import torch
 from cfcam_gpu import cluster_channels, cluster_host
 labels, eps = cluster_channels(torch.arange(24.0).reshape(1, 6, 2, 2))
 print(cluster_host.compiled() is not None, labels.tolist(), cluster_host.__file__)

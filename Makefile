@@ -18,6 +18,6 @@ $(BIN)/python:
 		echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 
 # Editable, so that the checkout itself is what runs; again where the requirements or what is compiled changed.
-.venv/%.stamp: setup.py cfcam_gpu/cluster_host.c | $(BIN)/python
+.venv/%.stamp: setup.py cfcam_gpu/clustering/host.c | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[$*]'
 	@touch $@

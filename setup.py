@@ -26,9 +26,9 @@ BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values
 TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
-CLUSTER_HOST = Extension(
-    "cfcam_gpu._cluster_host",
-    ["cfcam_gpu/cluster_host.c"],
+HOST = Extension(
+    "cfcam_gpu.clustering._host",
+    ["cfcam_gpu/clustering/host.c"],
     extra_compile_args=["-O3", "-fno-math-errno", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
     package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
-    ext_modules=[CLUSTER_HOST],
+    ext_modules=[HOST],
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
         "reference": REFERENCE,

@@ -14,13 +14,14 @@ import growth
 import rows
 import torch
 
-from cfcam_gpu import cluster_channels, pipeline
+from cfcam_gpu import cluster_channels
 from cfcam_gpu.bench import timing
+from cfcam_gpu.clustering import ENGINES
 
 
 def measure(channels, batch, device, rounds):
     activations, _ = growth.problem((batch, channels, 7, 7), device)
-    engines = {"auto": None, "cuml": pipeline.clustering_unavailable("cuml"), "sklearn": None}
+    engines = {"auto": None, **{name: ENGINES[name].unavailable() for name in ("cuml", "sklearn")}}
     runs = {
         engine: lambda engine=engine: cluster_channels(activations, clustering=engine)[0]
         for engine, reason in engines.items()

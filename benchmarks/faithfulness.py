@@ -306,14 +306,17 @@ def randomization(subject, layer_name, n):
             return method(captured.activations[0], captured.gradients[0], images.shape[2:]).clamp(0, 1)
 
         result = metrics.parameter_randomization(maps_of, subject.model, subject.images[:n], RANDOMIZED)
-        yield name, {
-            "n": n,
-            "zero": dict(zip(result.layers, result.zero.sum(0).tolist())),
-            "ssim": {
-                layer: interval(of_layer) if of_layer.isfinite().sum() > 1 else None  # all of them zero
-                for layer, of_layer in zip(result.layers, result.ssim.T)
+        yield (
+            name,
+            {
+                "n": n,
+                "zero": dict(zip(result.layers, result.zero.sum(0).tolist())),
+                "ssim": {
+                    layer: interval(of_layer) if of_layer.isfinite().sum() > 1 else None  # all of them zero
+                    for layer, of_layer in zip(result.layers, result.ssim.T)
+                },
             },
-        }
+        )
 
 
 # The run

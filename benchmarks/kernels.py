@@ -16,10 +16,10 @@ from pathlib import Path
 
 import rows
 import torch
-from cfcam_gpu.kernels.class_map import weighted_sum_kernel
 
 from cfcam_gpu import CFCAM, CFCAMConfig, accelerate, torch_backend, triton_backend
-from cfcam_gpu.ranks import dominant_rank
+from cfcam_gpu.clustering.ranks import dominant_rank
+from cfcam_gpu.kernels.class_map import weighted_sum_kernel
 
 COPY_BYTES_PER_SECOND = 4.3e12
 """Measured device-to-device copy of an H200, bytes read plus written: the ceiling for moving bytes."""

@@ -265,7 +265,7 @@ def filled(page, text, results):
 
 def plots(results, folder):
     """Draw what has been measured of `DRAWN` into a folder; the paths written."""
-    from cfcam_gpu.images import needs
+    from cfcam_gpu.checks import needs
 
     try:
         import matplotlib

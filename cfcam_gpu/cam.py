@@ -2,7 +2,7 @@
 
 import torch
 
-from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu import checks, pipeline, torch_backend
 from cfcam_gpu.capture import HeadCapture
 
 
@@ -40,7 +40,7 @@ class CFCAM:
         clustering="auto",
         check_finite=None,
     ):
-        self.config = pipeline.check_config(config)
+        self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
         self.outputs = None
         self._capture = HeadCapture(model, target_layers, reshape_transform)
@@ -103,9 +103,9 @@ class CFCAM:
         >>> replay = cam.capture(images)
         >>> maps = replay(other_images)
         """
-        from cfcam_gpu import graph
+        from cfcam_gpu import cuda_graph
 
-        return graph.capture(self, example_input, targets)
+        return cuda_graph.capture(self, example_input, targets)
 
     def _run(self, input_tensor, targets):
         capture = self._capture(input_tensor, targets)

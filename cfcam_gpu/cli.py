@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cfcam_gpu import CFCAM, CFCAMConfig, __version__, doctor, images, models, pipeline
+from cfcam_gpu.checks import needs
 
 PANEL_PIXELS = 448
 """Height of the photograph and of each overlay in a picture."""
@@ -181,7 +182,7 @@ def _chelsea():
     try:
         from skimage.data import chelsea
     except ImportError as error:
-        raise ImportError(images.needs("scikit-image")) from error
+        raise ImportError(needs("scikit-image")) from error
     from PIL import Image
 
     return Image.fromarray(chelsea())
@@ -227,7 +228,7 @@ def _tqdm():
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError(images.needs("tqdm")) from error
+        raise ImportError(needs("tqdm")) from error
     return tqdm
 
 

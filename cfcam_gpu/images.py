@@ -2,11 +2,12 @@
 
 import os
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
+
+from cfcam_gpu.checks import did_you_mean, needs
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What counts as an image when a folder is listed; a file that is named is always tried."""
@@ -19,11 +20,6 @@ CAPTION_SIZE = 0.065
 
 SMALLEST_CAPTION = 0.7
 """A long caption shrinks to this share of CAPTION_SIZE before it is cut with an ellipsis."""
-
-
-def needs(package, extra="demo"):
-    """Import error text that names the extra and the line that installs it."""
-    return f'{package} is not installed; it comes with the "{extra}" extra: pip install "cfcam_gpu[{extra}]"'
 
 
 def _pillow():
@@ -159,12 +155,6 @@ def get_colormap(name):
     if name not in colormaps:
         raise ValueError(f"colormap must be one of matplotlib's, got {name!r}{did_you_mean(name, list(colormaps))}")
     return colormaps[name]
-
-
-def did_you_mean(name, choices):
-    """'; did you mean ...?' with the closest choices, or nothing when none is close."""
-    matches = get_close_matches(name, choices)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def side_by_side(panels, captions):

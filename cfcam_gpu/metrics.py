@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 from cfcam_gpu.arrays import as_tensor
 from cfcam_gpu.capture import check_targets, classes_on
+from cfcam_gpu.checks import check_values, needs
 from cfcam_gpu.gaussian import filter_matrix
-from cfcam_gpu.images import needs
 from cfcam_gpu.models import IMAGENET_MEAN, IMAGENET_STD
-from cfcam_gpu.pipeline import check_values, plain_arithmetic
-from cfcam_gpu.torch_backend import _constant, filter_grids
+from cfcam_gpu.pipeline import plain_arithmetic
+from cfcam_gpu.torch_backend import constant, filter_grids
 
 BASELINES = ("blurred", "mean", "zero")
 
@@ -152,7 +152,7 @@ def blurred(images, sigma_pixels=BLUR_SIGMA_PIXELS):
     if not sigma_pixels > 0:
         raise ValueError(f"sigma_pixels must be positive, got {sigma_pixels}")
     rows, columns = (
-        _constant(filter_matrix, (size, float(sigma_pixels), "nearest"), images.device, images.dtype)
+        constant(filter_matrix, (size, float(sigma_pixels), "nearest"), images.device, images.dtype)
         for size in images.shape[2:]
     )
     with plain_arithmetic(images.device):
@@ -745,7 +745,7 @@ def _masked(images, maps, variant, threshold, fill):
 
 def _colour(fill, images):
     if not isinstance(fill, torch.Tensor):
-        fill = _constant(tuple, (tuple(fill),), images.device, images.dtype)
+        fill = constant(tuple, (tuple(fill),), images.device, images.dtype)
     if tuple(fill.shape) != (images.shape[1],):
         raise ValueError(f"fill must be {images.shape[1]} numbers, one per channel, got shape {tuple(fill.shape)}")
     return fill.to(images.device, images.dtype).view(1, -1, 1, 1)

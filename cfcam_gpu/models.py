@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfcam_gpu.images import did_you_mean, needs
+from cfcam_gpu.checks import did_you_mean, needs
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

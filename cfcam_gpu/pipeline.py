@@ -1,20 +1,18 @@
 """The public functions on activations and gradients: checks, choice of backend and engine, and the result."""
 
 import importlib
-import importlib.util
 import os
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
-from cfcam_gpu import cuml_engine, torch_backend
+from cfcam_gpu import torch_backend
 from cfcam_gpu.arrays import as_tensor
-from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.checks import check_config, check_floating, check_grid, check_output_size, check_values, is_installed
+from cfcam_gpu.clustering import ENGINES, automatic, reference_unavailable
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-ENGINES = ("auto", "cuml", "batched", "sklearn")
 
 
 class CFCAMResult(NamedTuple):
@@ -41,9 +39,10 @@ def cf_cam(activations, gradients, output_size=None, config=None, backend="auto"
         backend: "triton" (CUDA or ROCm devices; at most 4096 channels, float32 and less), "torch" (any device),
             "reference" (NumPy, SciPy and scikit-learn in float64, on the host), or "auto": triton where it takes the
             tensors, else torch.
-        clustering: "batched" (ours, on the device and without a host synchronisation), "cuml", "sklearn" (on the
-            host), or "auto": ours, on a CPU in the form that is fastest there. All give the same labels. cuML
-            works image by image and makes the host wait; see `cfcam_gpu.cuml_engine` for its streams and memory.
+        clustering: "batched" (ours, on the device and without a host synchronisation), "host" (ours, compiled, on the
+            host), "cuml" (RAPIDS, image by image on the device), "sklearn" (on the host), or "auto": "host" for
+            tensors on a CPU, else "batched". All give the same labels. cuML makes the host wait; see
+            `cfcam_gpu.clustering.cuml` for its streams and memory.
         check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
             wait for the device.
 
@@ -68,7 +67,7 @@ def cf_cam(activations, gradients, output_size=None, config=None, backend="auto"
     activations, restore = as_tensor("activations", activations)
     gradients, _ = as_tensor("gradients", gradients)
     module, engine = _checked(activations, gradients, backend, clustering, check_finite)
-    output_size = _check_output_size(output_size, activations)
+    output_size = check_output_size(output_size, activations)
     with plain_arithmetic(activations.device):
         result = module.cf_cam(activations, gradients, output_size, config, engine)
     return CFCAMResult(*map(restore, result))
@@ -83,10 +82,10 @@ def channel_weights(activations, gradients, config, backend="auto", clustering="
 
 def _checked(activations, gradients, backend, clustering, check_finite):
     """The module of the backend, and the engine, for tensors that are fit for them."""
-    check_activations(activations)
+    check_grid("activations", activations)
     if gradients.shape != activations.shape:
         raise ValueError(f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}")
-    _check_floating("gradients", gradients)
+    check_floating("gradients", gradients)
     if gradients.device != activations.device:
         raise ValueError(f"gradients must be on the activations' device {activations.device}, got {gradients.device}")
     backend, engine = choose(backend, clustering, activations)
@@ -108,7 +107,7 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     """
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
-    check_activations(activations)
+    check_grid("activations", activations)
     backend, engine = choose(backend, clustering, activations)
     check_values({"activations": activations}, check_finite)
 
@@ -177,52 +176,46 @@ def plain_arithmetic(device):
 def unavailable(backend):
     """Why ``backend`` cannot run in this installation, as an exception; None when it can."""
     if backend == "triton":
-        if not _installed("triton"):
+        if not is_installed("triton"):
             return ImportError("triton is not installed; it comes with torch on Linux")
         if not (torch.cuda.is_available() or _interpreted()):
             return ValueError("no CUDA or ROCm device is usable here")
     if backend == "reference":
-        return _missing_reference()
-    return None
-
-
-def clustering_unavailable(engine):
-    """Why the clustering engine cannot run in this installation, as an exception; None when it can."""
-    if engine == "cuml":
-        if not _installed("cuml"):
-            return ImportError(cuml_engine.NOT_INSTALLED)
-        if not torch.cuda.is_available():
-            return ValueError("no CUDA device is usable here")
-    if engine == "sklearn":
-        return _missing_reference()
+        return reference_unavailable()
     return None
 
 
 def choose(backend, clustering, activations=None):
     """The backend and engine to run on these activations, "auto" resolved; raises when what is asked for cannot run."""
-    for name, value, choices in (("backend", backend, BACKENDS), ("clustering", clustering, ENGINES)):
+    for name, value, choices in (("backend", backend, BACKENDS), ("clustering", clustering, ("auto", *ENGINES))):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, got {type(value).__name__}")
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    engine = ENGINES.get(clustering)
     for choice, reason in (
         (f"backend={backend!r}", unavailable(backend)),
-        (f"clustering={clustering!r}", clustering_unavailable(clustering)),
+        (f"clustering={clustering!r}", engine and engine.unavailable()),
     ):
         if reason:
             raise type(reason)(f"{choice} cannot run: {reason}")
     if backend == "reference":
-        if clustering not in ("auto", "sklearn"):
-            raise ValueError('backend="reference" clusters with scikit-learn: clustering must be "auto" or "sklearn"')
-        return backend, "sklearn"
+        if engine is None:
+            return backend, next(name for name, each in ENGINES.items() if each.in_reference)
+        if not engine.in_reference:
+            names = ["auto", *(name for name, each in ENGINES.items() if each.in_reference)]
+            expected = " or ".join(f'"{name}"' for name in names)
+            raise ValueError(f'backend="reference" clusters with scikit-learn: clustering must be {expected}')
+        return backend, clustering
     if activations is None:
         return backend, clustering
+    refusal = engine and engine.refusal(activations.device)
+    if refusal:
+        raise refusal
     on_gpu = activations.device.type == "cuda"
-    if clustering == "cuml" and not on_gpu:
-        raise ValueError(f'clustering="cuml" needs tensors on a CUDA device, got {activations.device}')
     if backend == "auto":
         backend = "torch"
-        if on_gpu and _installed("triton") and _module("triton").refusal(activations) is None:
+        if on_gpu and is_installed("triton") and _module("triton").refusal(activations) is None:
             backend = "triton"
     elif backend == "triton":
         if not on_gpu and not _interpreted():
@@ -233,9 +226,7 @@ def choose(backend, clustering, activations=None):
         refusal = _module("triton").refusal(activations)
         if refusal:
             raise refusal
-    if clustering == "auto":
-        clustering = "host" if backend == "torch" and activations.device.type == "cpu" else "batched"
-    return backend, clustering
+    return backend, automatic(backend, activations.device) if clustering == "auto" else clustering
 
 
 def check_choices(backend, clustering, check_finite):
@@ -252,66 +243,5 @@ def _module(backend):
     return torch_backend if backend == "torch" else importlib.import_module(f"cfcam_gpu.{backend}_backend")
 
 
-def _installed(package):
-    return importlib.util.find_spec(package) is not None
-
-
 def _interpreted():
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def _missing_reference():
-    missing = [name for name in ("scipy", "sklearn") if not _installed(name)]
-    if missing:
-        return ImportError(f'{" and ".join(missing)} not installed; pip install "cfcam_gpu[reference]"')
-    return None
-
-
-# Checks of the arguments, at the public edge and before anything is done.
-
-
-def check_config(config):
-    """``config``, or the default for None."""
-    if config is None:
-        return CFCAMConfig()
-    if not isinstance(config, CFCAMConfig):
-        raise TypeError(f"config must be a CFCAMConfig, got {type(config).__name__}")
-    return config
-
-
-def check_activations(activations):
-    """Refuse what is not a non-empty floating-point (B, C, h, w)."""
-    if activations.ndim != 4:
-        raise ValueError(f"activations must have shape (B, C, h, w), got {tuple(activations.shape)}")
-    if 0 in activations.shape:
-        raise ValueError(f"activations (B, C, h, w) must not be empty, got {tuple(activations.shape)}")
-    _check_floating("activations", activations)
-
-
-def check_values(named_tensors, check_finite):
-    """Refuse NaN and infinity where ``check_finite`` says so; None: on the CPU only."""
-    for name, tensor in named_tensors.items():
-        check = tensor.device.type == "cpu" if check_finite is None else check_finite
-        # A sum is finite only if all its terms are: a thirtieth of the time. It may overflow, so then they are counted.
-        if check and not tensor.sum().isfinite():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values of {tensor.numel()}")
-
-
-def _check_floating(name, tensor):
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-
-
-def _check_output_size(output_size, activations):
-    if output_size is None:
-        return tuple(activations.shape[2:])
-    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
-        raise TypeError(f"output_size must be a pair (H, W), got {output_size!r}")
-    for side in output_size:
-        if isinstance(side, bool) or not isinstance(side, Integral):
-            raise TypeError(f"output_size must be a pair of integers, got {output_size!r}")
-        if side < 1:
-            raise ValueError(f"output_size must be at least (1, 1), got {tuple(output_size)}")
-    return tuple(int(side) for side in output_size)

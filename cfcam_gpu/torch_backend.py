@@ -1,7 +1,6 @@
 """CF-CAM in vectorised PyTorch, on any device: the five stages for a whole batch.
 
-The clustering runs batched and without a host synchronisation (`cluster_batched`), or on the host image by image
-(`cluster_host`), which is faster where the host is the device; the rest is the same code. Arithmetic is in float32 for
+The clustering is an engine's (`cfcam_gpu.clustering`); the rest is the same code. Arithmetic is in float32 for
 float16, bfloat16 and float32 inputs, in float64 for float64. Function names are those of `reference`.
 """
 
@@ -10,14 +9,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from cfcam_gpu import cluster_batched, cluster_host, cuml_engine
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
+from cfcam_gpu.clustering import ENGINES
+from cfcam_gpu.clustering.ranks import dominant_rank
+from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 from cfcam_gpu.labels import DOMINANT, NOISE
-from cfcam_gpu.ranks import dominant_rank, radius_ranks
-
-CHUNK_BYTES = 512 * 2**20
-"""Extra memory the batched clustering may take at once; larger batches go in chunks."""
 
 AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
 """Memory the affinities between cells may take at once; on a CPU less, which stays in the cache."""
@@ -30,7 +26,7 @@ def cf_cam(activations, gradients, output_size, config, engine):
         activations, gradients: (B, C, h, w) on one device.
         output_size: (H, W).
         config: `CFCAMConfig`.
-        engine: "batched" (any device), "cuml" (CUDA devices), "host" or "sklearn" (both on the host).
+        engine: a name in `cfcam_gpu.clustering.ENGINES`.
 
     Returns:
         maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
@@ -63,11 +59,7 @@ def cluster_channels(activations, config, engine):
     clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
     rows = descriptors(activations, norms, config)
     labels = torch.where(dominant, DOMINANT, NOISE).int()
-    if engine == "batched":
-        return _cluster_batched(rows, clustered, labels, config)
-    if engine == "cuml":
-        return _cluster_with_cuml(rows, clustered, labels, config)
-    return _cluster_on_host(rows, clustered, labels, config, engine)
+    return ENGINES[engine].load().cluster(rows, clustered, labels, config)
 
 
 def channel_norms(activations):
@@ -96,51 +88,6 @@ def descriptors(activations, norms, config):
     return rows / torch.where(norms > 0, norms, 1)[:, :, None]
 
 
-def _cluster_on_host(rows, clustered, labels, config, engine):
-    labels = labels.cpu()
-    arrays = (tensor.cpu().numpy() for tensor in (rows, clustered, labels))
-    eps = torch.from_numpy(cluster_host.cluster_images(*arrays, config, engine))
-    return labels.to(rows.device), eps.to(rows.device)
-
-
-def _cluster_with_cuml(rows, clustered, labels, config):
-    eps = rows.new_full((len(rows),), EPS_FLOOR)
-    for image, members in enumerate(clustered):
-        members = members.nonzero()[:, 0]
-        n = len(members)
-        if n > 1:
-            all_rows = torch.ones(1, n, dtype=torch.bool, device=rows.device)
-            distances = cluster_batched.pairwise_distances(rows[image, members][None], all_rows)
-            low, high, fraction = radius_ranks(n, config.eps_percentile)
-            ranks = (torch.tensor([rank], device=rows.device) for rank in (low, high))
-            eps[image], radius = cluster_batched.neighbourhood_radius(distances, *ranks, fraction)
-            labels[image, members] = cuml_engine.dbscan(distances[0] <= radius, config.min_samples(n))
-    return labels, eps
-
-
-def _cluster_batched(rows, clustered, labels, config):
-    # One row at least, if only padding: reductions need something to reduce.
-    largest = rows.shape[1]
-    if config.dominant_percentile < 100:
-        largest = max(dominant_rank(largest, config.dominant_percentile), 1)
-    chunk = max(1, CHUNK_BYTES // cluster_batched.bytes_per_image(largest, rows.element_size()))
-    results = [
-        _cluster_chunk(rows[start : start + chunk], clustered[start : start + chunk], largest, config)
-        for start in range(0, len(rows), chunk)
-    ]
-    found, eps = (torch.cat(column) for column in zip(*results))
-    return torch.where(clustered, found, labels), eps
-
-
-def _cluster_chunk(rows, clustered, largest, config):
-    # The clustered channels first, in their order: a stable sort instead of a data-dependent selection.
-    order = (~clustered).to(torch.uint8).argsort(dim=1, stable=True)[:, :largest]
-    gathered = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
-    found, eps = cluster_batched.cluster_rows(gathered, clustered.sum(1), config)
-    labels = found.new_full(clustered.shape, NOISE)
-    return labels.scatter_(1, order, found), eps
-
-
 # Stages 3 and 4: filtered gradients and weights.
 
 
@@ -158,7 +105,7 @@ def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
     gradients = as_computed(gradients)
     mean = _cluster_mean(gradients.flatten(2), labels).view_as(gradients)
     rows, columns = (
-        _constant(filter_matrix, (size, config.sigma, config.boundary), mean.device, mean.dtype)
+        constant(filter_matrix, (size, config.sigma, config.boundary), mean.device, mean.dtype)
         for size in gradients.shape[2:]
     )
     filtered = filter_grids(mean.flatten(0, 1), rows, columns).view_as(mean)
@@ -171,7 +118,7 @@ def channel_weights(gradients, labels, config):
     gradients = as_computed(gradients)
     flat = gradients.flatten(2)
     arguments = (*gradients.shape[2:], config.sigma, config.boundary)
-    pooling = _constant(pooling_weights, arguments, flat.device, flat.dtype)
+    pooling = constant(pooling_weights, arguments, flat.device, flat.dtype)
     of_cluster = _cluster_mean((flat * pooling.flatten()).sum(2, keepdim=True), labels)[:, :, 0]
     weights = torch.where(labels == DOMINANT, flat.mean(2), of_cluster)
     kept = labels != NOISE
@@ -193,7 +140,7 @@ def _cluster_mean(values, labels):
 
 
 @lru_cache(maxsize=64)
-def _constant(function, args, device, dtype):
+def constant(function, args, device, dtype):
     """``function(*args)`` as a tensor; cached, because a copy from the host would make the host wait."""
     return torch.tensor(function(*args), dtype=dtype, device=device)
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from cfcam_gpu import torch_backend
+from cfcam_gpu.clustering import ENGINES
+from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import pooling_weights
 from cfcam_gpu.kernels import launch
@@ -22,7 +24,6 @@ from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.order_statistic import refine
 from cfcam_gpu.kernels.pairwise_distances import TILE, distance_matrices, pairwise_distances
-from cfcam_gpu.ranks import dominant_rank, rank_table
 
 WORKSPACE_BYTES = 4 * 2**30
 """Device memory the distances and masks of one launch may take; larger batches go in chunks."""
@@ -38,7 +39,7 @@ def cf_cam(activations, gradients, output_size, config, engine):
         activations, gradients: (B, C, h, w), float16, bfloat16 or float32, on one CUDA or ROCm device; any strides.
         output_size: (H, W).
         config: `CFCAMConfig`.
-        engine: "batched", or "cuml" or "sklearn" on the kernels' distances and eps.
+        engine: a name in `cfcam_gpu.clustering.ENGINES`; one that is not in the kernels labels their distances.
 
     Returns:
         maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,).
@@ -167,24 +168,18 @@ def _cluster(transposed, squared_norm, config, engine):
     eps = connected_components(
         bits, degree, member, n_rows, min_samples, fraction, below, above, EPS_FLOOR_FLOAT32, labels, TILE
     )
-    if engine != "batched":
-        _label_with(engine, labels, distance_matrices(distances, n_rows), member, eps, config)
+    if not ENGINES[engine].in_kernels:
+        _label_with(ENGINES[engine].load(), labels, distance_matrices(distances, n_rows), member, eps, config)
     return labels, eps
 
 
 def _label_with(engine, labels, matrices, member, eps, config):
     """Overwrite the clusters of ``labels`` by those of another engine, for the same distances and eps."""
-    from cfcam_gpu import cuml_engine, reference
-
     for image, matrix in enumerate(matrices):
         n = len(matrix)
-        if n < 2:
-            continue
-        if engine == "cuml":
-            found = cuml_engine.dbscan(matrix <= eps[image], config.min_samples(n))
-        else:
-            found = torch.from_numpy(reference.dbscan(matrix.cpu().numpy(), float(eps[image]), config.min_samples(n)))
-        labels[image, member[image, :n].long()] = found.to(labels)
+        if n > 1:
+            found = engine.label(matrix, eps[image], config.min_samples(n))
+            labels[image, member[image, :n].long()] = found.to(labels)
 
 
 @lru_cache(maxsize=64)

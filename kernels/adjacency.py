@@ -9,6 +9,7 @@ Floor: one read of the stored distances, R^2 / 8 bytes written.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, find_bin, tile_of
 from cfcam_gpu.kernels.pairwise_distances import TILE
 

@@ -15,6 +15,7 @@ Floor: C * h * w reads; 2 * C * (h * w)^2 operations.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 

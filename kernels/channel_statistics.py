@@ -13,6 +13,7 @@ Floor: 2 * C * h * w reads in the input dtype and C * h * w float32 writes; 5 op
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 

@@ -11,6 +11,7 @@ Floor: 3 * C reads and C writes; C operations a cluster.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import next_power_of_2
 
 

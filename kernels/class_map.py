@@ -18,6 +18,7 @@ Floor: C * h * w reads and H * W writes; 2 * C * h * w + 2 * 8 * H * W operation
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 PARTS = 8

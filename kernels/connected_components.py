@@ -13,6 +13,7 @@ Floor: R^2 / 8 bytes read a round, of which the typical image needs three.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import next_power_of_2
 
 WORDS_PER_STEP = 8192
@@ -169,9 +170,7 @@ def connected_components_kernel(
         start += ROWS
 
 
-def connected_components(
-    bits, degree, member, n_rows, min_samples, fraction, below, above, eps_floor, labels, tile
-):
+def connected_components(bits, degree, member, n_rows, min_samples, fraction, below, above, eps_floor, labels, tile):
     """Write the cluster labels into ``labels`` int32 (B, C) and return eps float32 (B,).
 
     Args:

@@ -1,6 +1,6 @@
 """Which channels are dominant, and the list of those left to cluster.
 
-The threshold is the order statistic at a rank that the host knows (`cfcam_gpu.ranks.dominant_rank`): no
+The threshold is the order statistic at a rank that the host knows (`cfcam_gpu.clustering.ranks.dominant_rank`): no
 interpolation. It is found bit by bit: the bits of non-negative float32 numbers order like the numbers, so that 31
 counts over values held in registers give the exact value. One program an image.
 
@@ -10,6 +10,7 @@ Floor: C reads, 2 * C writes; 31 * C comparisons.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import next_power_of_2
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS
 

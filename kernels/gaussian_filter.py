@@ -12,6 +12,7 @@ Floor: one read and one write of the grids a launch; 2 * n operations a cell alo
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 

@@ -10,6 +10,7 @@ Floor of a launch: one read of the stored distances, R^2 / 2 float32.
 
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv
 
 DIGIT_BINS = (2048, 1024, 1024)

@@ -12,6 +12,7 @@ Floor: R^2 / 2 * h * w differences and multiply-adds, R^2 / 2 float32 writes.
 import torch
 import triton
 import triton.language as tl
+
 from cfcam_gpu.kernels.launch import cdiv
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, tile_of
 

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
-from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cfcam_gpu import CFCAMConfig, triton_backend
+from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 
 TYPES = {
     torch.float32: "*fp32",

@@ -14,7 +14,8 @@ for package in ("matplotlib", "tqdm", "efficientnet_lite_pytorch", "imagenet_cla
     pytest.importorskip(package)
 data = pytest.importorskip("skimage.data")
 
-from cfcam_gpu import cli, cluster_host, doctor, pipeline
+from cfcam_gpu import cli, doctor, pipeline
+from cfcam_gpu.clustering import ENGINES, host
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -256,7 +257,7 @@ def test_doctor_reports_every_backend_and_engine(run):
     for name in ("python", "torch", "device cpu", "backend torch", "clustering batched", "package pillow"):
         assert any(line.startswith("yes") and name in line for line in lines), name
     choices = [f"backend {name}" for name in pipeline.BACKENDS[1:]]
-    for choice in choices + [f"clustering {name}" for name in pipeline.ENGINES[1:]]:
+    for choice in choices + [f"clustering {name}" for name in ENGINES]:
         assert any(choice in line for line in lines), choice
     for line in lines:  # every no has its reason
         assert line.startswith("yes") or len(line.split()) > 3
@@ -267,6 +268,7 @@ def test_doctor_says_so_when_the_probe_fails(monkeypatch):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     crash = subprocess.CompletedProcess([], -11, "", "warning\nSegmentation fault")
+
     def crashed(command, **options):
         return crash
 
@@ -278,12 +280,14 @@ def test_doctor_says_so_when_the_probe_fails(monkeypatch):
 
 def test_doctor_says_whether_the_clustering_is_compiled(run):
     (line,) = (line for line in run("doctor")[1].splitlines() if "clustering compiled" in line)
-    assert line.startswith("yes") == (cluster_host.compiled() is not None)
+    assert line.startswith("yes") == (host.compiled() is not None)
     assert doctor._compiled_row(False)[1] is False and "slower" in doctor._compiled_row(False)[3]
 
 
 def test_doctor_names_what_is_missing(monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", (("a_package_nobody_has", ("nobody",), "pip install nobody"),))
+    monkeypatch.setattr(
+        doctor, "PACKAGES", (doctor.Package("a_package_nobody_has", ("nobody",), "pip install nobody"),)
+    )
     assert doctor.report()[-1] == doctor.Row("package nobody", False, "", "not installed; pip install nobody")
 
 

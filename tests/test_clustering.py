@@ -9,9 +9,11 @@ from problems import CLUSTERING_KINDS, activations_like, clustering_rows, pairs_
 from scipy.spatial.distance import cdist, squareform
 from sklearn.cluster import DBSCAN
 
-from cfcam_gpu import CFCAMConfig, cluster_batched, cluster_channels, cluster_host, reference
+from cfcam_gpu import CFCAMConfig, cluster_channels, reference
+from cfcam_gpu.clustering import batched as batched_engine
+from cfcam_gpu.clustering import host as host_engine
+from cfcam_gpu.clustering.ranks import radius_ranks
 from cfcam_gpu.config import EPS_FLOOR
-from cfcam_gpu.ranks import radius_ranks
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-sample"
 
@@ -23,16 +25,16 @@ def sklearn_labels(distances, eps, min_samples):
 def host(rows, config):
     """Labels, eps and the distances that the CPU path itself saw."""
     labels = np.full((1, len(rows)), -7, np.int32)
-    (eps,) = cluster_host.cluster_images(rows[None], np.ones((1, len(rows)), bool), labels, config, "host")
-    distances = cluster_host.pairwise_distances(rows).astype(np.float64)
+    (eps,) = host_engine.cluster_images(rows[None], np.ones((1, len(rows)), bool), labels, config)
+    distances = host_engine.pairwise_distances(rows).astype(np.float64)
     return labels[0], float(eps), squareform(distances, checks=False)
 
 
 def library():
-    """The functions of `cluster_host.c`."""
-    if cluster_host.compiled() is None:
-        pytest.skip("cluster_host.c is not built: no GCC when the package was installed, or it is not installed")
-    return cluster_host.compiled()
+    """The functions of `clustering/host.c`."""
+    if host_engine.compiled() is None:
+        pytest.skip("clustering/host.c is not built: no GCC when the package was installed, or it is not installed")
+    return host_engine.compiled()
 
 
 def compiled(rows, config):
@@ -44,7 +46,7 @@ def compiled(rows, config):
 def in_numpy(rows, config):
     """The same from torch and NumPy, which stand in for what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_host, "compiled", lambda: None)
+        patch.setattr(host_engine, "compiled", lambda: None)
         return host(rows, config)
 
 
@@ -54,8 +56,8 @@ def batched(rows, config):
     padded[0, : len(rows)] = torch.from_numpy(rows)
     n_rows = torch.tensor([len(rows)])
     is_row = torch.arange(padded.shape[1]) < n_rows[:, None]
-    labels, eps = cluster_batched.cluster_rows(padded, n_rows, config)
-    distances = cluster_batched.pairwise_distances(padded, is_row)[0, : len(rows), : len(rows)].double()
+    labels, eps = batched_engine.cluster_rows(padded, n_rows, config)
+    distances = batched_engine.pairwise_distances(padded, is_row)[0, : len(rows), : len(rows)].double()
     assert (labels[0, len(rows) :] == -1).all()
     return labels[0, : len(rows)].numpy(), float(eps), distances.numpy()
 
@@ -185,7 +187,7 @@ def dbscan_compiled(distances, n, eps, min_samples):
     return labels
 
 
-@pytest.mark.parametrize("dbscan", [dbscan_compiled, cluster_host.dbscan])
+@pytest.mark.parametrize("dbscan", [dbscan_compiled, host_engine.dbscan])
 def test_dbscan_of_any_graph(dbscan, rng):
     # Sparse graphs, which need no geometry: chains of cores, many clusters, and border points between several.
     n_clusters = set()
@@ -208,7 +210,7 @@ def test_images_of_a_batch_do_not_touch_each_other(threads, rng):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        eps = cluster_host.cluster_images(rows, members, labels, config, "host")
+        eps = host_engine.cluster_images(rows, members, labels, config)
     finally:
         torch.set_num_threads(before)
     assert (labels[~members] == -7).all(), "what is not clustered keeps its label"
@@ -232,7 +234,7 @@ def test_no_memory_is_an_error_in_python():
 )
 def test_what_is_compiled(length, dtype, is_compiled, rng):
     rows = rng.normal(size=(20, length)).astype(dtype)
-    assert cluster_host.is_compiled(rows) == (is_compiled and cluster_host.compiled() is not None)
+    assert host_engine.is_compiled(rows) == (is_compiled and host_engine.compiled() is not None)
     labels, eps, distances = host(rows, CFCAMConfig())
     np.testing.assert_array_equal(labels, sklearn_labels(distances, eps, 2))
     assert distances.max() == pytest.approx(cdist(rows.astype(float), rows.astype(float)).max(), rel=1e-6)
@@ -255,7 +257,7 @@ def test_fewer_than_two_channels_are_noise(n):
     for path in (compiled, in_numpy):
         labels, eps, _ = path(np.ones((n, 4), np.float32), CFCAMConfig())
         assert list(labels) == [-1] * n and eps == np.float32(EPS_FLOOR)
-    labels, eps = cluster_batched.cluster_rows(torch.ones(1, 3, 4), torch.tensor([n]), CFCAMConfig())
+    labels, eps = batched_engine.cluster_rows(torch.ones(1, 3, 4), torch.tensor([n]), CFCAMConfig())
     assert labels.tolist() == [[-1] * 3] and eps == pytest.approx(EPS_FLOOR)
 
 

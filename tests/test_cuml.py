@@ -10,9 +10,10 @@ import torch
 from problems import CLUSTERING_KINDS, activations_like, clustering_rows, random_config
 from sklearn.cluster import DBSCAN as SklearnDBSCAN
 
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, cuml_engine, pipeline, torch_backend
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, clustering, torch_backend
+from cfcam_gpu.clustering import cuml as cuml_engine
 
-CUML = pipeline.clustering_unavailable("cuml") is None
+CUML = clustering.ENGINES["cuml"].unavailable() is None
 
 
 class FakeDBSCAN:
@@ -147,15 +148,15 @@ def test_on_the_kernels_distances(fake, seed):
 
 
 def test_absent_cuml_names_the_extra_and_the_pip_line(monkeypatch):
-    monkeypatch.setattr(pipeline, "_installed", lambda package: package != "cuml")
+    monkeypatch.setattr(clustering, "is_installed", lambda package: package != "cuml")
     activations = torch.rand(1, 8, 3, 3)
     for call in (lambda: cluster_channels(activations, clustering="cuml"),):
-        with pytest.raises(ImportError, match=r'cuml is not installed; pip install "cfcam_gpu\[cuml\]"'):
+        with pytest.raises(ImportError, match=r'cuml is not installed; .*: pip install "cfcam_gpu\[cuml\]"'):
             call()
 
 
 def test_cuml_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(pipeline, "_installed", lambda package: True)
+    monkeypatch.setattr(clustering, "is_installed", lambda package: True)
     with pytest.raises(ValueError, match="clustering='cuml' cannot run: no CUDA device is usable here"):
         cf_cam(torch.rand(1, 8, 3, 3), torch.rand(1, 8, 3, 3), clustering="cuml")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,16 +15,15 @@ from sklearn.cluster import DBSCAN
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend
+from cfcam_gpu.config import BOUNDARIES, FLAT_RANGE, GRAD_CAM_EPSILON
+from cfcam_gpu.gaussian import filter_matrix
 from cfcam_gpu.kernels import connected_components, launch
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.class_map import resize_as_grad_cam, resize_normalize
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
 from cfcam_gpu.kernels.pairwise_distances import distance_matrices, pairwise_distances
-
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend, triton_backend
-from cfcam_gpu.config import BOUNDARIES, FLAT_RANGE, GRAD_CAM_EPSILON
-from cfcam_gpu.gaussian import filter_matrix
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -61,9 +61,10 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
 
 CLUSTER = """
 import torch
-from cfcam_gpu import cluster_channels, cluster_host
+from cfcam_gpu import cluster_channels
+from cfcam_gpu.clustering import host
 labels, eps = cluster_channels(torch.arange(24.0).reshape(1, 6, 2, 2))
-print(cluster_host.compiled() is not None, labels.tolist(), cluster_host.__file__)
+print(host.compiled() is not None, labels.tolist(), host.__file__)
 """
 
 
@@ -117,8 +118,8 @@ def test_make_says_what_is_missing(tmp_path):
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "cfcam_gpu").mkdir()
-    for name in ("setup.py", "cfcam_gpu/cluster_host.c"):
+    (tmp_path / "cfcam_gpu" / "clustering").mkdir(parents=True)
+    for name in ("setup.py", "cfcam_gpu/clustering/host.c"):
         (tmp_path / name).touch()
     for name, script, message in (
         ("old", "exit 1", "Python 3.10 or later is needed"),

@@ -1,13 +1,31 @@
 """Adapters to other CAM libraries: `accelerate`, and one module per library, imported when it is first needed."""
 
 import importlib
+from typing import NamedTuple
 
-_ADAPTERS = {
-    "pytorch_grad_cam": "pytorch_grad_cam",
-    "torchcam": "torchcam",
-    "captum": "captum",
+
+class Peer(NamedTuple):
+    """Another CAM library, whose adapter is the module of this package with the library's import name."""
+
+    name: str
+    """As it calls itself."""
+    module: str
+    """As it is imported."""
+    distribution: str
+    """As it is installed."""
+    extra: str
+    """The extra of this package that brings it."""
+
+
+PEERS = {
+    peer.module: peer
+    for peer in (
+        Peer("pytorch-grad-cam", "pytorch_grad_cam", "grad-cam", "grad-cam"),
+        Peer("torch-cam", "torchcam", "torchcam", "torchcam"),
+        Peer("captum", "captum", "captum", "captum"),
+    )
 }
-"""Import name of a library -> name of its adapter in this package."""
+"""By import name."""
 
 
 def accelerate(cam):
@@ -30,10 +48,11 @@ def accelerate(cam):
     (2, 224, 224)
     """
     for base in type(cam).__mro__:
-        adapter = _ADAPTERS.get(base.__module__.partition(".")[0])
-        if adapter is not None:
-            return importlib.import_module(f"{__name__}.{adapter}").accelerate(cam)
-    raise TypeError(f"cam must be an object of pytorch-grad-cam, torch-cam or captum, got {_describe(cam)}")
+        peer = PEERS.get(base.__module__.partition(".")[0])
+        if peer is not None:
+            return importlib.import_module(f"{__name__}.{peer.module}").accelerate(cam)
+    *names, last = (peer.name for peer in PEERS.values())
+    raise TypeError(f"cam must be an object of {', '.join(names)} or {last}, got {_describe(cam)}")
 
 
 def _describe(cam):

@@ -17,7 +17,7 @@ import logging
 import torch
 from torch import nn
 
-from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu import checks, pipeline, torch_backend
 from cfcam_gpu.capture import eager_without_grad
 
 try:
@@ -105,7 +105,7 @@ class CFCAM(LayerAttribution, GradientAttribution):
     ):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)
-        self.config = pipeline.check_config(config)
+        self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
 
     @log_usage(part_of_slo=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
-from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu import checks, pipeline, torch_backend
 from cfcam_gpu.capture import HeadCapture, check_targets
 
 try:
@@ -340,7 +340,7 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
         clustering="auto",
         check_finite=None,
     ):
-        self.config = pipeline.check_config(config)
+        self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
         self._backend, self._affinity_power = backend, self.config.affinity_power
         super().__init__(model, target_layers, reshape_transform)

@@ -41,7 +41,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from cfcam_gpu import pipeline
+from cfcam_gpu import checks, pipeline
 from cfcam_gpu.capture import GraphRoot, eager_without_grad
 
 try:
@@ -241,7 +241,7 @@ class CFCAM(GradCAM):
         check_finite=None,
         **kwargs,
     ):
-        self.config = pipeline.check_config(config)
+        self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
         super().__init__(model, target_layer, input_shape, **kwargs)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
 from cfcam_gpu.bench.trunk import Unavailable
-from cfcam_gpu.images import needs
+from cfcam_gpu.checks import needs
 
 CF_CAM, GRAD_CAM, SCORES = "CF-CAM", "Grad-CAM", "scores"
 

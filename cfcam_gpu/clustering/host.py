@@ -1,8 +1,8 @@
 """Stage 2 on the CPU, one image at a time: exact, and many times faster there than the batched form.
 
 On a CPU the host is the device, so shapes may depend on data: only the pairs of the channels that are really clustered
-are looked at, each once. `cluster_host.c` does it, compiled; where GCC was not at hand when the package was installed,
-and in float64, torch and NumPy do, 3 to 5 times slower and equal but for the rounding of the distances.
+are looked at, each once. `host.c` does it, compiled; where GCC was not at hand when the package was installed, and in
+float64, torch and NumPy do, 3 to 5 times slower and equal but for the rounding of the distances.
 """
 
 import ctypes
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cfcam_gpu.clustering.ranks import radius_ranks
 from cfcam_gpu.config import EPS_FLOOR
 from cfcam_gpu.labels import NOISE
-from cfcam_gpu.ranks import radius_ranks
 
 FLOAT32_LENGTH = 4096
 """Longest descriptor whose float32 distances stay within 1e-6 of exact; longer ones are summed in float64."""
@@ -23,10 +23,30 @@ FLOAT32_LENGTH = 4096
 PROBLEM = np.dtype(
     [("n", np.intp), ("low", np.intp), ("high", np.intp), ("fraction", float), ("min_samples", np.int32)], align=True
 )
-"""What one image's clustering depends on besides its rows, as `cluster_host.c` has it."""
+"""What one image's clustering depends on besides its rows, as `host.c` has it."""
 
 
-def cluster_images(rows, members, labels, config, engine):
+def cluster(rows, members, labels, config):
+    """Labels and eps of a batch, as `cfcam_gpu.clustering.Engine` has them."""
+    return on_host(rows, members, labels, config, dbscan)
+
+
+def label(distances, eps, min_samples):
+    """Labels (R,) of one image's distances (R, R), on the host."""
+    square = distances.cpu().numpy()
+    condensed = square[np.triu_indices(len(square), 1)]
+    return torch.from_numpy(dbscan(condensed, len(square), square.dtype.type(eps), min_samples))
+
+
+def on_host(rows, members, labels, config, dbscan):
+    """Labels and eps of a batch of tensors, clustered on the host by `cluster_images`; back on their device."""
+    labels = labels.cpu()
+    arrays = (tensor.cpu().numpy() for tensor in (rows, members, labels))
+    eps = torch.from_numpy(cluster_images(*arrays, config, dbscan))
+    return labels.to(rows.device), eps.to(rows.device)
+
+
+def cluster_images(rows, members, labels, config, run=None):
     """Cluster each image's descriptors, and write their labels.
 
     Args:
@@ -34,35 +54,34 @@ def cluster_images(rows, members, labels, config, engine):
         members: bool (B, C), which of them are clustered.
         labels: int32 (B, C); those of the members are overwritten.
         config: `CFCAMConfig`.
-        engine: "host" for `dbscan`, "sklearn" for scikit-learn's on the same distances and eps.
+        run: what labels condensed distances; default: `dbscan`, compiled where it can be.
 
     Returns:
         eps (B,) of the rows' dtype.
     """
     eps = np.full(len(rows), EPS_FLOOR, rows.dtype)
-    if engine == "host" and is_compiled(rows):
+    if run in (None, dbscan) and is_compiled(rows):
         _cluster_compiled(rows, members, labels, eps, config)
         return eps
     for image, chosen in enumerate(members):
-        labels[image, chosen], eps[image] = _cluster_image(rows[image, chosen], config, engine)
+        labels[image, chosen], eps[image] = _cluster_image(rows[image, chosen], config, run or dbscan)
     return eps
 
 
-def _cluster_image(rows, config, engine):
+def _cluster_image(rows, config, run):
     n = len(rows)
     if n < 2:
         return NOISE, EPS_FLOOR
     distances = pairwise_distances(rows)
     eps = neighbourhood_radius(distances, n, config)
-    run = dbscan_sklearn if engine == "sklearn" else dbscan
     return run(distances, n, eps, config.min_samples(n)), eps
 
 
 @lru_cache(maxsize=1)
 def compiled():
-    """The functions of `cluster_host.c`, or None where they were not built."""
+    """The functions of `host.c`, or None where they were not built."""
     # Beside this file, not by import: that could find another installation's.
-    paths = (Path(__file__).with_name(f"_cluster_host{suffix}") for suffix in EXTENSION_SUFFIXES)
+    paths = (Path(__file__).with_name(f"_host{suffix}") for suffix in EXTENSION_SUFFIXES)
     path = next(filter(Path.exists, paths), None)
     if path is None:
         return None
@@ -84,7 +103,7 @@ def _check_memory(status, *_):
 
 
 def is_compiled(rows):
-    """Whether `cluster_host.c` measures these rows."""
+    """Whether `host.c` measures these rows."""
     return rows.dtype == np.float32 and rows.shape[-1] <= FLOAT32_LENGTH and compiled() is not None
 
 
@@ -152,16 +171,6 @@ def dbscan(distances, n, eps, min_samples):
     is_reached = reaches[np.arange(n), nearest]
     labels[is_reached] = cluster[nearest[is_reached]]
     return labels
-
-
-def dbscan_sklearn(distances, n, eps, min_samples):
-    """scikit-learn's own DBSCAN on the same condensed distances."""
-    from cfcam_gpu import reference
-
-    square = np.zeros((n, n))
-    row, column = np.triu_indices(n, 1)
-    square[row, column] = square[column, row] = distances
-    return reference.dbscan(square, float(eps), min_samples)
 
 
 @lru_cache(maxsize=4)

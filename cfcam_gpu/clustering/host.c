@@ -1,4 +1,4 @@
-/* Stage 2 on a CPU, compiled: what cluster_host.py does in torch and NumPy where this was not built.
+/* Stage 2 on a CPU, compiled: what host.py does in torch and NumPy where this was not built.
 
 Pairs are those i < j in row order, as SciPy's pdist has them. Plain C without Python's API, called through ctypes.
 
@@ -178,7 +178,7 @@ static int32_t select_next(const bits *values, ptrdiff_t n, int32_t value, ptrdi
 }
 
 /* eps between the distances of two ranks that are the same or neighbours, at least the floor, and rounded down: rounded
-   up it could reach one pair further. As cluster_host.py's neighbourhood_radius. */
+   up it could reach one pair further. As host.py's neighbourhood_radius. */
 static float neighbourhood_radius(const float *distances, ptrdiff_t n_pairs, ptrdiff_t low, ptrdiff_t high,
                                   double fraction, double floor, bits *spare)
 {
@@ -273,7 +273,7 @@ int dbscan(const float *distances, ptrdiff_t n, float eps, int32_t min_samples, 
     return 0;
 }
 
-/* What an image's clustering depends on, as cluster_host.py's PROBLEM: how many channels it has, the ranks of eps and
+/* What an image's clustering depends on, as host.py's PROBLEM: how many channels it has, the ranks of eps and
    its part of the way between them, and how many neighbours make a core. */
 struct problem {
     ptrdiff_t n, low, high;

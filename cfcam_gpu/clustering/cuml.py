@@ -14,10 +14,34 @@ Source: cuML 26.10, ``cuml.cluster.DBSCAN``.
 
 import torch
 
-NOT_INSTALLED = 'cuml is not installed; pip install "cfcam_gpu[cuml]"'
+from cfcam_gpu.checks import needs
+from cfcam_gpu.clustering import batched
+from cfcam_gpu.clustering.ranks import radius_ranks
+from cfcam_gpu.config import EPS_FLOOR
 
 PER_THREAD_DEFAULT_STREAM = 2
 """The CUDA handle cudaStreamPerThread, on which cuML works."""
+
+
+def cluster(rows, members, labels, config):
+    """Labels and eps of a batch, as `cfcam_gpu.clustering.Engine` has them."""
+    eps = rows.new_full((len(rows),), EPS_FLOOR)
+    for image, chosen in enumerate(members):
+        chosen = chosen.nonzero()[:, 0]
+        n = len(chosen)
+        if n > 1:
+            all_rows = torch.ones(1, n, dtype=torch.bool, device=rows.device)
+            distances = batched.pairwise_distances(rows[image, chosen][None], all_rows)
+            low, high, fraction = radius_ranks(n, config.eps_percentile)
+            ranks = (torch.tensor([rank], device=rows.device) for rank in (low, high))
+            eps[image], radius = batched.neighbourhood_radius(distances, *ranks, fraction)
+            labels[image, chosen] = dbscan(distances[0] <= radius, config.min_samples(n))
+    return labels, eps
+
+
+def label(distances, eps, min_samples):
+    """Labels (R,) of one image's distances (R, R), on their device."""
+    return dbscan(distances <= eps, min_samples)
 
 
 def dbscan(near, min_samples):
@@ -33,7 +57,7 @@ def dbscan(near, min_samples):
     try:
         from cuml.cluster import DBSCAN
     except ImportError as error:
-        raise ImportError(f"clustering='cuml' cannot run: {NOT_INSTALLED}") from error
+        raise ImportError(f"clustering='cuml' cannot run: {needs('cuml', 'cuml')}") from error
 
     matrix = (~near).float().contiguous()
     ours = torch.cuda.current_stream(near.device)

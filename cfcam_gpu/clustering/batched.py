@@ -9,12 +9,39 @@ from functools import lru_cache
 
 import torch
 
+from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR
 from cfcam_gpu.labels import NOISE
-from cfcam_gpu.ranks import rank_table
+
+CHUNK_BYTES = 512 * 2**20
+"""Extra memory that may be taken at once; larger batches go in chunks."""
 
 FLOAT32_LENGTH = 256
 """Longest descriptor whose float32 distances stay within 1e-6 of exact, even if a device sums one by one."""
+
+
+def cluster(rows, members, labels, config):
+    """Labels and eps of a batch, as `cfcam_gpu.clustering.Engine` has them."""
+    # One row at least, if only padding: reductions need something to reduce.
+    largest = rows.shape[1]
+    if config.dominant_percentile < 100:
+        largest = max(dominant_rank(largest, config.dominant_percentile), 1)
+    chunk = max(1, CHUNK_BYTES // bytes_per_image(largest, rows.element_size()))
+    results = [
+        _cluster_chunk(rows[start : start + chunk], members[start : start + chunk], largest, config)
+        for start in range(0, len(rows), chunk)
+    ]
+    found, eps = (torch.cat(column) for column in zip(*results))
+    return torch.where(members, found, labels), eps
+
+
+def _cluster_chunk(rows, members, largest, config):
+    # The clustered channels first, in their order: a stable sort instead of a data-dependent selection.
+    order = (~members).to(torch.uint8).argsort(dim=1, stable=True)[:, :largest]
+    gathered = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2]))
+    found, eps = cluster_rows(gathered, members.sum(1), config)
+    labels = found.new_full(members.shape, NOISE)
+    return labels.scatter_(1, order, found), eps
 
 
 def cluster_rows(rows, n_rows, config):

@@ -1,0 +1,75 @@
+"""Checks of arguments at the public edge, and what their errors say."""
+
+import importlib.util
+from difflib import get_close_matches
+from numbers import Integral
+
+import torch
+
+from cfcam_gpu.config import CFCAMConfig
+
+
+def needs(package, extra="demo"):
+    """Text of an ImportError: the package, the extra that brings it, and the line that installs it."""
+    return f'{package} is not installed; it comes with the "{extra}" extra: pip install "cfcam_gpu[{extra}]"'
+
+
+def did_you_mean(name, choices):
+    """'; did you mean ...?' with the closest choices, or nothing when none is close."""
+    matches = get_close_matches(name, choices)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def is_installed(package):
+    """Whether ``package`` can be imported; it is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def check_config(config):
+    """``config``, or the default for None."""
+    if config is None:
+        return CFCAMConfig()
+    if not isinstance(config, CFCAMConfig):
+        raise TypeError(f"config must be a CFCAMConfig, got {type(config).__name__}")
+    return config
+
+
+def check_floating(name, tensor):
+    """Refuse a tensor that is not floating point."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_grid(name, tensor):
+    """Refuse what is not a non-empty floating-point (B, C, h, w)."""
+    if tensor.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, C, h, w), got {tuple(tensor.shape)}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{name} (B, C, h, w) must not be empty, got {tuple(tensor.shape)}")
+    check_floating(name, tensor)
+
+
+def check_values(named_tensors, check_finite):
+    """Refuse NaN and infinity where ``check_finite`` says so; None: on the CPU only."""
+    for name, tensor in named_tensors.items():
+        check = tensor.device.type == "cpu" if check_finite is None else check_finite
+        # A sum is finite only if all its terms are, and takes a thirtieth of the time. Since it may also overflow, the
+        # values are counted before they are refused.
+        if check and not tensor.sum().isfinite():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values of {tensor.numel()}")
+
+
+def check_output_size(output_size, activations):
+    """``output_size`` as a pair of ints; of None, the size of the activations' grid."""
+    if output_size is None:
+        return tuple(activations.shape[2:])
+    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
+        raise TypeError(f"output_size must be a pair (H, W), got {output_size!r}")
+    for side in output_size:
+        if isinstance(side, bool) or not isinstance(side, Integral):
+            raise TypeError(f"output_size must be a pair of integers, got {output_size!r}")
+        if side < 1:
+            raise ValueError(f"output_size must be at least (1, 1), got {tuple(output_size)}")
+    return tuple(int(side) for side in output_size)

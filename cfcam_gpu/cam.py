@@ -1,9 +1,19 @@
 """`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
 
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
+from torch import nn
 
 from cfcam_gpu import checks, pipeline, torch_backend
-from cfcam_gpu.capture import HeadCapture
+from cfcam_gpu.capture import HeadCapture, Targets
+from cfcam_gpu.config import CFCAMConfig
+
+if TYPE_CHECKING:
+    from cfcam_gpu.cuda_graph import CapturedCFCAM
 
 
 class CFCAM:
@@ -31,21 +41,21 @@ class CFCAM:
 
     def __init__(
         self,
-        model,
-        target_layers,
-        reshape_transform=None,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
-        config=None,
-        backend="auto",
-        clustering="auto",
-        check_finite=None,
-    ):
+        config: CFCAMConfig | None = None,
+        backend: str = "auto",
+        clustering: str = "auto",
+        check_finite: bool | None = None,
+    ) -> None:
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self.outputs = None
+        self.outputs: Any = None
         self._capture = HeadCapture(model, target_layers, reshape_transform)
 
-    def maps(self, input_tensor, targets=None):
+    def maps(self, input_tensor: torch.Tensor, targets: Targets = None) -> torch.Tensor:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
@@ -62,14 +72,14 @@ class CFCAM:
             TypeError: the input or a target is of the wrong kind.
         """
         layers = [
-            pipeline.cf_cam(*layer, input_tensor.shape[-2:], self.config, **self._choices).maps
-            for layer in self._run(input_tensor, targets)
+            pipeline.cf_cam(activations, gradients, input_tensor.shape[-2:], self.config, **self._choices).maps
+            for activations, gradients in self._run(input_tensor, targets)
         ]
         if len(layers) == 1:
             return layers[0]
         return torch_backend.normalize(torch.stack(layers).mean(0), self.config)
 
-    def __call__(self, input_tensor, targets=None):
+    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> np.ndarray:
         """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W).
 
         Args, Raises: as for `maps`. Each layer's map is scaled to (x - min) / (1e-7 + max) on its grid, resized and
@@ -85,7 +95,7 @@ class CFCAM:
         maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
         return maps.float().cpu().numpy()
 
-    def capture(self, example_input, targets=None):
+    def capture(self, example_input: torch.Tensor, targets: torch.Tensor | None = None) -> "CapturedCFCAM":
         """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
 
         Args:
@@ -112,12 +122,17 @@ class CFCAM:
         self.outputs = capture.outputs
         return list(zip(capture.activations, capture.gradients))
 
-    def release(self):
+    def release(self) -> None:
         """Let go of the model; a second call does nothing."""
         self._capture.release()
 
-    def __enter__(self):
+    def __enter__(self) -> "CFCAM":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.release()

@@ -9,18 +9,21 @@ callers under ``torch.no_grad`` or ``torch.inference_mode`` get them too.
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
+
+Targets: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Callable[[Any], torch.Tensor]] | None
+"""What to explain: one class index or callable per image, or None for each image's top class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,12 @@ class HeadCapture:
     (torch.Size([2, 8]), torch.Size([2, 8, 6, 6]))
     """
 
-    def __init__(self, model, target_layers, reshape_transform=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
         self.model = _unwrap(model)
@@ -95,14 +103,14 @@ class HeadCapture:
             raise TypeError("model and target_layers must be eager modules, got scripted or traced, which run no hooks")
         self.reshape_transform = reshape_transform
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
-        self._last_call = {}  # layer -> number of its calls in the previous pass
+        self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
-        self._calls = Counter()
-        self._taps = {}
-        self._rooted = []
-        self._handles = []
+        self._calls: Counter[nn.Module] = Counter()
+        self._taps: dict[nn.Module, _Tap] = {}
+        self._rooted: list[torch.Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __call__(self, input_tensor, targets=None):
+    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> Capture:
         """Run the model once and return a :class:`Capture`.
 
         Args:
@@ -145,7 +153,7 @@ class HeadCapture:
             finally:
                 self.release()
 
-    def release(self):
+    def release(self) -> None:
         """Take every hook off the model. Calls do so themselves; safe to call at any time and more than once."""
         while self._handles:
             self._handles.pop().remove()
@@ -153,7 +161,7 @@ class HeadCapture:
             self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
         self._taps = {}
 
-    def repeated_layers(self):
+    def repeated_layers(self) -> list[tuple[str, int]]:
         """(name, number of runs) of every target layer that ran more than once in the latest pass."""
         return [(self._names[layer], count) for layer, count in self._last_call.items() if count > 1]
 
@@ -249,7 +257,7 @@ class HeadCapture:
         return gradients
 
 
-def find_module_name(model, module):
+def find_module_name(model: nn.Module, module: nn.Module) -> str:
     """Qualified name of ``module`` in ``model``, such as "layer4.1.conv2"; the class name for the model itself.
 
     Args:

@@ -29,7 +29,8 @@ from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, metrics, torch_back
 from cfcam_gpu.adapters import pytorch_grad_cam as adapter
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.labels import DOMINANT
-from cfcam_gpu.models import Preprocess, find_target_layer, get_layer, load_model
+from cfcam_gpu.layers import find_target_layer, get_layer
+from cfcam_gpu.models import Preprocess, load_model
 
 STEPS = 12
 """Steps of the insertion and deletion curves: 25 forward passes an image."""

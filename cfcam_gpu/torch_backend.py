@@ -4,14 +4,13 @@ The clustering is an engine's (`cfcam_gpu.clustering`); the rest is the same cod
 float16, bfloat16 and float32 inputs, in float64 for float64. Function names are those of `reference`.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
+from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 from cfcam_gpu.labels import DOMINANT, NOISE
 
@@ -137,12 +136,6 @@ def _cluster_mean(values, labels):
     slots = slot[:, :, None].expand_as(values)
     total = values.new_zeros(len(values), n_channels + 1, values.shape[2]).scatter_add_(1, slots, values)
     return total.gather(1, slots) / count.gather(1, slot)[:, :, None]
-
-
-@lru_cache(maxsize=64)
-def constant(function, args, device, dtype):
-    """``function(*args)`` as a tensor; cached, because a copy from the host would make the host wait."""
-    return torch.tensor(function(*args), dtype=dtype, device=device)
 
 
 # Stage 5: the map.

@@ -73,6 +73,7 @@ class HeadCapture:
             (B, C, h, w); for transformers. Default: none, the layer must return (B, C, h, w).
         guide_layer: the earlier layer whose output is captured beside each target layer's: a module, "auto" (`Guides`
             says which), None, or a list with one of these per target layer. Default: None.
+        guided: False checks ``guide_layer`` and captures no guide.
         margin_temperature: of the score of class indices and of None; 0 (default) for the logit, above for the margin
             (`margin_cotangent`).
 
@@ -96,7 +97,8 @@ class HeadCapture:
         target_layers: Sequence[nn.Module],
         reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
-        guide_layer: "GuideLayer" = None,
+        guide_layer: GuideLayer = None,
+        guided: bool = True,
         margin_temperature: float = 0.0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -119,7 +121,8 @@ class HeadCapture:
         self.reshape_transform = reshape_transform
         self.margin_temperature = margin_temperature
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
-        self._guides = self._make_guides(guide_layer)
+        guides = self._make_guides(guide_layer)
+        self._guides = guides if guided else None
         self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
         self._calls: Counter[nn.Module] = Counter()

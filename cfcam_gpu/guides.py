@@ -6,17 +6,19 @@ in place afterwards is told by its version, and then the pass is repeated with c
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from cfcam_gpu.models import PASSED_OVER
+from cfcam_gpu.layers import PASSED_OVER, channels_last_to_map
 
 AUTO = "auto"
 
-FINER = 2
-"""How many times the target's sides a guide's are at least, where it is chosen."""
+FINER = (2, 4)
+"""How many times the target's sides a guide's are, at least and at most, where it is chosen. A layer much farther from
+the target sees edges and colours rather than things, and its cells are many."""
 
 
 class _Kept(NamedTuple):
@@ -28,7 +30,8 @@ class _Kept(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    name: str
+    depth: int  # of the module's name: 0 for a child of the model
+    order: int  # in which the modules finished
     module: nn.Module
     kept: _Kept
 
@@ -37,14 +40,15 @@ class Guides:
     """The guides of a model's target layers.
 
     Of a layer "auto", the guide is found in the first pass: the last layer whose output is a map with at least twice
-    the target's sides. Of the layers with that grid it is the outermost, as for target layers; so it is the end of a
-    stage or of a block, and not the inside of the next one, which the stage that shrinks the map begins with. Layers
-    that had run more than once do not count. Where there is none, the target layer guides itself.
+    the target's sides (`FINER`). Of the layers with that grid it is the outermost, as for target layers: the end of a
+    stage or of a block, and not a layer inside the next one, before that makes the map smaller. Layers that had run
+    more than once do not count. Where there is none, the target layer guides itself.
 
     Args:
         guides: per target layer a module, "auto", or None for the target layer itself.
         names: the names of the modules among them.
-        reshape_transform: as for the target layers.
+        reshape_transform: as for the target layers. Where the guide is found, outputs that it does not make a map of
+            count as they are, (B, C, h, w) or (B, h, w, C).
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Guides:
         self._found = list(guides)
         self._names = dict(names)
         self._reshape = reshape_transform
+        self._readings = [reshape_transform] * len(self._asked)
         self._copied: set[nn.Module] = set()
         self.begin()
 
@@ -71,8 +76,8 @@ class Guides:
         """Let go of what the last pass kept."""
         self._runs: Counter[nn.Module] = Counter()
         self._latest: dict[nn.Module, _Kept] = {}
-        self._seen: dict[tuple[int, int], dict[int, _Candidate]] = {}  # grid -> depth of the name -> the latest
-        self._candidates: dict[int, dict] = {}  # per target layer what had been seen when it ran
+        self._seen: dict[tuple, list[_Candidate]] = {}  # the latest two of every size and depth
+        self._candidates: dict[int, list[_Candidate]] = {}  # per target layer what had been seen when it ran
         self._guides: dict[int, _Kept | None] = {}  # per target layer what its guide had returned by then
         self._used: list[tuple[nn.Module, _Kept | None]] = []
         self._is_stale = False
@@ -106,20 +111,13 @@ class Guides:
     def _look(self, module, inputs, output):
         self._runs[module] += 1
         tensor = _first(output)
-        grid = None if tensor is None else self._map(tensor)
-        if grid is not None and grid.ndim == 4 and grid.shape[0] == tensor.shape[0]:
-            name = self._names[module]
-            candidate = _Candidate(name, module, self._kept(module, tensor))
-            self._seen.setdefault(tuple(grid.shape[2:]), {})[name.count(".")] = candidate
-
-    def _map(self, tensor):
-        """``tensor`` as (B, C, h, w), or None where the transform does not take it."""
-        if self._reshape is None:
-            return tensor
-        try:
-            return self._reshape(tensor)
-        except Exception:  # it was written for the target layer's output, and may do anything with another's
-            return None
+        if self._runs[module] > 1 or tensor is None or tensor.ndim < 3:
+            return
+        depth = self._names[module].count(".")
+        candidate = _Candidate(depth, self._runs.total(), module, self._kept(module, tensor))
+        # Two, because the latest may turn out to be a shared layer, which runs again.
+        latest = self._seen.setdefault((*tensor.shape[2:], depth), [])
+        latest[:] = [*latest[-1:], candidate]
 
     def at_target(self, index: int) -> None:
         """Called when target layer ``index`` has run: what has run until now may guide it."""
@@ -128,10 +126,8 @@ class Guides:
             self._guides[index] = self._latest.get(found)
         elif found == AUTO:
             # Now and not later: a shared layer that runs behind the target layer too is still the one it was.
-            self._candidates[index] = {
-                grid: {depth: each for depth, each in by_depth.items() if self._runs[each.module] == 1}
-                for grid, by_depth in self._seen.items()
-            }
+            candidates = chain.from_iterable(self._seen.values())
+            self._candidates[index] = [each for each in candidates if self._runs[each.module] == 1]
 
     def of(self, index: int, target_name: str, activations: torch.Tensor) -> torch.Tensor | None:
         """The guide (B, Cg, hg, wg) of target layer ``index`` in this pass, None where that is the layer itself.
@@ -141,9 +137,7 @@ class Guides:
         """
         found, sides = self._found[index], tuple(activations.shape[2:])
         if found == AUTO:
-            candidate = _finest_enough(self._candidates[index], sides)
-            self._found[index] = found = candidate and candidate.module
-            self._guides[index] = candidate and candidate.kept
+            self._found[index] = found = self._choose(index, sides)
         if not isinstance(found, nn.Module):
             return None
         kept, name = self._guides[index], f"guide layer {self._names[found]!r}"
@@ -152,18 +146,34 @@ class Guides:
         if kept is None:
             problem = f"{name} must return a floating-point tensor before target layer {target_name!r} runs; it did not"
         else:
-            guide = kept.tensor if self._reshape is None else self._reshape(kept.tensor)
+            reading = self._readings[index]
+            guide = kept.tensor if reading is None else reading(kept.tensor)
             if guide.ndim != 4 or len(guide) != len(activations):
                 problem = f"{name} must return ({len(activations)}, C, h, w), a map per image, got {tuple(guide.shape)}"
             elif guide.shape[2] < sides[0] or guide.shape[3] < sides[1]:
-                expected = f"of at least target layer {target_name!r}'s size {sides}"
-                problem = f"{name} must have a grid {expected}, got {tuple(guide.shape[2:])}"
+                expected = f"the size {sides} of target layer {target_name!r}"
+                problem = f"{name} must have a grid of at least {expected}, got {tuple(guide.shape[2:])}"
         if problem and self._asked[index] == AUTO:  # it was right for other inputs
             self._found[index], self._is_stale = AUTO, True
             return None
         if problem:
             raise ValueError(problem)
         return guide
+
+    def _choose(self, index, sides):
+        """The guide for a target of these sides, or None: the smallest grid, then the outermost, then the latest."""
+        choices = []
+        for candidate in self._candidates[index]:
+            for reading in (self._reshape, None, channels_last_to_map):
+                grid = _grid(candidate.kept.tensor, reading)
+                if grid is not None and _fits(grid, sides):
+                    choices.append((grid[0] * grid[1], candidate.depth, -candidate.order, candidate, reading))
+                    break
+        if not choices:
+            return None
+        *_, candidate, self._readings[index] = min(choices, key=lambda choice: choice[:3])
+        self._guides[index] = candidate.kept
+        return candidate.module
 
     def must_repeat(self) -> bool:
         """Whether a guide has been changed in place since, or is not the right one for these inputs.
@@ -175,20 +185,23 @@ class Guides:
         return bool(changed) or self._is_stale
 
 
-def _finest_enough(seen, sides):
-    """The candidate for a target of these sides: of the smallest grid that is fine enough the outermost, or None."""
-    height, width = sides
-
-    def fits(grid):
-        # The same shape of the grid, but for rounding: a transform may take another layer's axes for a grid.
-        ratio = abs(grid[0] * width - grid[1] * height) <= max(*grid, *sides)
-        return grid[0] >= FINER * height and grid[1] >= FINER * width and ratio
-
-    grids = [grid for grid, by_depth in seen.items() if by_depth and fits(grid)]
-    if not grids:
+def _grid(tensor, reading):
+    """(h, w) of a layer's output as this transform reads it; None where it is no (B, C, h, w) then."""
+    try:
+        found = tensor if reading is None else reading(tensor)
+    except Exception:  # a transform was written for the target layer's output, and may do anything with another's
         return None
-    by_depth = seen[min(grids, key=lambda grid: grid[0] * grid[1])]
-    return by_depth[min(by_depth)]
+    is_map = isinstance(found, torch.Tensor) and found.ndim == 4 and len(found) == len(tensor)
+    return tuple(found.shape[2:]) if is_map else None
+
+
+def _fits(grid, sides):
+    """Whether the grid is fine enough for a target of these sides, and of its shape but for what strides round off."""
+    least, most = FINER
+    # A side of 2 n - 1 cells too is halved to n.
+    is_finer = all(least * (side - 1) < cells <= most * side for cells, side in zip(grid, sides))
+    times = grid[0] / sides[0], grid[1] / sides[1]
+    return is_finer and abs(times[0] - times[1]) <= max(times) / min(sides)
 
 
 def _first(output):

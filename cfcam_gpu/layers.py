@@ -105,7 +105,7 @@ def inspect_target_layer(model, example_input, name=None):
                     f"with a grid like the image's {image_size}, got {tuple(tensor.shape)}"
                 )
             continue
-        # The last map wins; of the names of one map the outermost, of those the last to finish.
+        # Prefer the latest map, then its outermost module, then the last to finish.
         key = (last_run[id(tensor), version], -layer_name.count("."), order)
         candidates.append((key, layer_name, module, reshape, gradient))
     candidates.sort(key=lambda candidate: candidate[0], reverse=True)

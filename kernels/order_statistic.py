@@ -90,7 +90,7 @@ def order_statistic_kernel(
             bits = tl.load(distances_ptr + offset, mask=pair, other=0.0).to(tl.int32, bitcast=True)
             wanted = pair & ((bits >> (SHIFT + 10)) == prefix)
             digit = (bits >> SHIFT) & 1023
-            # Without a mask argument in every release: what is not wanted is counted in bin 0 and taken off again.
+            # Not every release's histogram takes a mask: count unwanted values in bin 0, then subtract.
             n_unwanted = tl.sum(tl.sum((~wanted).to(tl.int32), axis=1), axis=0)
             counts += tl.histogram(tl.reshape(tl.where(wanted, digit, 0), [TILE * TILE]), 1024)
             counts -= tl.where(tl.arange(0, 1024) == 0, n_unwanted, 0)

@@ -303,7 +303,10 @@ def explain_images(args, sources):
                 config = CFCAMConfig.paper() if args.paper else None
                 options = {"config": config, "backend": args.backend}
                 cam = CFCAM(loaded.model, [target.module], target.reshape_transform, **options)
+            announced = cam.guide_names is not None
             classes, scores, maps = _explain_batch(cam, inputs, args)
+            if not announced and cam.guide_names != cam.target_names:
+                bar.write(f"guide layer: {cam.guide_names[0]}")
             for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
                 captions = [f"{loaded.class_name(i, target.n_classes)} {score:.2f}" for i, score in zip(*result[:2])]
                 _write(args, source, seen, captions, result[0], result[2])

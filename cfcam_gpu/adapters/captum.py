@@ -244,7 +244,10 @@ def _start(tensor):
 
 
 def _pooled(gradients):
-    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves."""
+    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves.
+
+    In the gradients' dtype and torch's order, as captum has it: `cfcam_gpu.weights.grad_cam` rounds otherwise.
+    """
     return gradients.mean(tuple(range(2, gradients.ndim)), keepdim=True) if gradients.ndim > 2 else gradients
 
 

@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import checks, pipeline
 from cfcam_gpu.capture import GraphRoot, eager_without_grad
+from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:
     import torchcam.methods as original
@@ -200,12 +201,7 @@ class GradCAMpp(_HeadOnly, original.GradCAMpp):
     def _get_weights(self, class_idx, scores, eps=0.0, **kwargs):
         """Weights (N, C) per layer; ``eps`` is added to the denominator 2 + g sum A."""
         self._backprop(scores, class_idx, **kwargs)
-        weights = []
-        for activations, gradients in zip(self.hook_a, self.hook_g):
-            total = activations.flatten(2).sum(-1, keepdim=True)
-            gradients = gradients.flatten(2)
-            weights.append((gradients.relu() / (2 + gradients * total + eps)).nan_to_num(0.0).sum(-1))
-        return weights
+        return [exact_grad_cam_plus_plus(*layer, eps) for layer in zip(self.hook_a, self.hook_g)]
 
 
 class CFCAM(GradCAM):

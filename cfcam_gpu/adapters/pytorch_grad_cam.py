@@ -5,7 +5,6 @@ can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `H
 `cfcam_gpu.accelerate` turns an object of the original classes into one of these.
 """
 
-import logging
 import warnings
 from contextlib import contextmanager
 from itertools import chain
@@ -13,8 +12,10 @@ from itertools import chain
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
-from cfcam_gpu import checks, pipeline, torch_backend, weights
+from cfcam_gpu import pipeline, torch_backend, weights
+from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
 from cfcam_gpu.capture import HeadCapture, check_targets
+from cfcam_gpu.checks import needs
 
 try:
     import pytorch_grad_cam as original
@@ -22,11 +23,9 @@ try:
     from pytorch_grad_cam.base_cam import BaseCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
 except ImportError as error:
-    raise ImportError(f'pytorch-grad-cam cannot be imported ({error}); pip install "cfcam_gpu[grad-cam]"') from error
+    raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
 # No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam.
-
-_LOG = logging.getLogger("cfcam_gpu")
 
 
 def accelerate(cam):
@@ -47,20 +46,17 @@ def accelerate(cam):
     """
     if isinstance(cam, HeadOnlyCAM):
         return cam
-    reason = _obstacle(cam)
+    reason = obstacle(cam, ACCELERATED) or _own_settings(cam)
     if reason is None:
         try:
             return _accelerated(cam)
         except (TypeError, ValueError) as error:
             reason = str(error)
-    _LOG.warning("accelerate: %s is left as it is: %s", type(cam).__name__, reason)
-    return cam
+    return left_as_it_is(cam, reason)
 
 
-def _obstacle(cam):
-    """Why ``cam`` is not sped up; None when it can be."""
-    if type(cam) not in ACCELERATED:
-        return f"only {', '.join(cls.__name__ for cls in ACCELERATED)} themselves are sped up"
+def _own_settings(cam):
+    """What keeps an object of a class that can be sped up from it; None when nothing does."""
     for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", True)):
         if getattr(cam, name) is not usual:
             return f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up"
@@ -141,7 +137,7 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         repeated = captured.repeated_layers()
         if repeated and not self._told:
             self._told = True
-            _LOG.warning(
+            LOG.warning(
                 "target layer %r runs %d times in a forward pass: its last run is explained (pytorch-grad-cam"
                 " explains its first)",
                 *repeated[0],
@@ -192,9 +188,7 @@ class HeadOnlyCAM:
 
     outputs = None
     batch_size = None
-    # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
-    _backend = "auto"
-    _affinity_power = 0.0
+    _grid_options = {"affinity_power": 0.0, "backend": "auto"}  # `CFCAM`'s are its arguments
 
     def __init__(self, model, target_layers, reshape_transform=None):
         hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
@@ -257,7 +251,7 @@ class HeadOnlyCAM:
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
 
     def _scaled(self, grids, input_tensor, scale_mean=True):
-        return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._backend)
+        return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._grid_options["backend"])
 
     def _mean_of_volumes(self, grids, input_tensor):
         mean = torch.stack(self._resized_volumes(grids, input_tensor)).mean(0)
@@ -282,16 +276,16 @@ class HeadOnlyCAM:
         with pipeline.plain_arithmetic(activations.device):
             computed = _computed(activations)
             of_channels = self.channel_weights(computed, _computed(gradients))
-            if eigen_smooth or not pipeline.takes_kernels(activations, self._backend):
+            if eigen_smooth or not pipeline.takes_kernels(activations, self._grid_options["backend"]):
                 # The weights first, as in the original: of two layouts the product takes the first one's.
                 terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
                 grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
-                if self._affinity_power > 0:
-                    grid = torch_backend.average_alike_cells(grid, computed, self._affinity_power)
+                power = self._grid_options["affinity_power"]
+                if power > 0:
+                    grid = torch_backend.average_alike_cells(grid, computed, power)
                 grid = grid.relu_()
             else:
-                options = {"affinity_power": self._affinity_power, "backend": self._backend}
-                grid = pipeline.class_grid(activations, of_channels, **options)
+                grid = pipeline.class_grid(activations, of_channels, **self._grid_options)
         return grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
@@ -315,7 +309,7 @@ class HeadOnlyCAM:
         """Nothing to do: no hook stays on the model."""
 
 
-class CFCAM(HeadOnlyCAM, BaseCAM):
+class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
     """CF-CAM as a method of pytorch-grad-cam.
 
     Args:
@@ -339,15 +333,12 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
         clustering="auto",
         check_finite=None,
     ):
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self._backend, self._affinity_power = backend, self.config.affinity_power
+        self._configure(config, backend, clustering, check_finite)
         super().__init__(model, target_layers, reshape_transform)
 
     def channel_weights(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""
-        of_channels = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-        return of_channels.to(activations.dtype)
+        return self._weights_of(activations, gradients).to(activations.dtype)
 
     def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
         """The weights as NumPy (B, C), of NumPy activations and gradients (B, C, h, w)."""

@@ -26,11 +26,11 @@ from tqdm import tqdm
 from variants import VARIANTS
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, metrics, torch_backend
-from cfcam_gpu.adapters import pytorch_grad_cam as adapter
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.labels import DOMINANT
 from cfcam_gpu.layers import find_target_layer, get_layer
 from cfcam_gpu.models import Preprocess, load_model
+from cfcam_gpu.weights import WEIGHTS, principal_projection
 
 STEPS = 12
 """Steps of the insertion and deletion curves: 25 forward passes an image."""
@@ -141,9 +141,9 @@ def from_grid(grid_of, activations, gradients, output_size):
     return torch_backend.normalize(torch_backend.resize(grid, output_size), CFCAMConfig())
 
 
-def from_weights(cls, activations, gradients):
-    """The sum with the weights of a class of the adapter, which are those of pytorch-grad-cam (`check_peers`)."""
-    return torch_backend.class_grid(activations, cls.channel_weights(None, activations, gradients), relu=False)
+def from_weights(rule, activations, gradients):
+    """The sum with the weights of a rule, which are those of pytorch-grad-cam (`check_peers`)."""
+    return torch_backend.class_grid(activations, rule(activations, gradients), relu=False)
 
 
 def from_config(config, activations, gradients, output_size):
@@ -151,8 +151,8 @@ def from_config(config, activations, gradients, output_size):
 
 
 def eigen_cam(activations, gradients):
-    """Source: Muhammad and Yeasin, IJCNN 2020; as in pytorch-grad-cam, by the adapter's projection."""
-    return adapter.principal_projection(activations)
+    """Source: Muhammad and Yeasin, IJCNN 2020; as in pytorch-grad-cam."""
+    return principal_projection(activations)
 
 
 def random_maps(activations, gradients):
@@ -163,14 +163,17 @@ def random_maps(activations, gradients):
 SIGNED = {"weighting": "signed", "normalize": "minmax"}
 
 PEERS = {
-    "Grad-CAM": adapter.GradCAM,
-    "Grad-CAM++": adapter.GradCAMPlusPlus,
-    "LayerCAM": adapter.LayerCAM,
-    "XGrad-CAM": adapter.XGradCAM,
-    "HiResCAM": adapter.HiResCAM,
+    "Grad-CAM": "GradCAM",
+    "Grad-CAM++": "GradCAMPlusPlus",
+    "LayerCAM": "LayerCAM",
+    "XGrad-CAM": "XGradCAM",
+    "HiResCAM": "HiResCAM",
+    "Eigen-CAM": "EigenCAM",
 }
+"""Method -> pytorch-grad-cam's class."""
+
 METHODS = {
-    **{name: partial(from_grid, partial(from_weights, cls)) for name, cls in PEERS.items()},
+    **{name: partial(from_grid, partial(from_weights, WEIGHTS[name])) for name in PEERS if name in WEIGHTS},
     "Eigen-CAM": partial(from_grid, eigen_cam),
     "mean activation": partial(from_grid, lambda activations, gradients: activations.mean(1)),
     "random": partial(from_grid, random_maps),
@@ -215,8 +218,8 @@ def check_peers(subject, layer):
         model._avg_pooling = torch.nn.Sequential(layer, model._avg_pooling)
     images, size = subject.images[:3], subject.images.shape[2:]
     classes = [pytorch_grad_cam.utils.model_targets.ClassifierOutputTarget(int(c)) for c in subject.classes[:3, 0]]
-    for name, cls in {**PEERS, "Eigen-CAM": pytorch_grad_cam.EigenCAM}.items():
-        with getattr(pytorch_grad_cam, cls.__name__)(model, [layer]) as cam, torch.enable_grad():
+    for name, cls in PEERS.items():
+        with getattr(pytorch_grad_cam, cls)(model, [layer]) as cam, torch.enable_grad():
             expected = cam(images, classes)
         maps = METHODS[name](subject.activations[:3], subject.gradients[:3], size)
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-4, err_msg=name)

@@ -32,10 +32,10 @@ TOLERANCE = 2e-6
 METHODS = ("GradCAM", "HiResCAM", "GradCAMElementWise", "GradCAMPlusPlus", "XGradCAM", "LayerCAM")
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # the library's metrics
-
-
-pytestmark = pytest.mark.usefixtures("one_thread", "seed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),  # the library's metrics
+    pytest.mark.usefixtures("one_thread", "seed"),
+]
 
 
 def categories(*indices):

@@ -157,7 +157,7 @@ def test_accelerate_leaves_the_rest(resnet18, caplog):
         content = dict(vars(cam))
         caplog.clear()
         assert adapter.accelerate(cam) is cam and type(cam) is make and vars(cam) == content
-        assert f"{make.__name__} as it is" in caplog.text
+        assert f"accelerate: {make.__name__} is left as it is: only " in caplog.text
     for other in (resnet18, None, original.GradCAM):
         with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
             adapter.accelerate(other)

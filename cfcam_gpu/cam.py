@@ -80,8 +80,7 @@ class CFCAM:
         grids, backend = [], self._choices["backend"]
         for activations, gradients in self._run(input_tensor, targets):
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            power = self.config.affinity_power
-            grids.append(pipeline.class_grid(activations, weights, affinity_power=power, backend=backend))
+            grids.append(pipeline.class_grid(activations, weights, config=self.config, backend=backend))
         maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
         return maps.float().cpu().numpy()
 

@@ -151,15 +151,13 @@ class CFCAM(LayerAttribution, GradientAttribution):
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            power, backend = self.config.affinity_power, self._choices["backend"]
             if attr_dim_summation:
-                options = {"affinity_power": power, "backend": backend}
+                options = {"config": self.config, "backend": self._choices["backend"]}
                 result = pipeline.class_grid(activations, weights, relu=False, **options)[:, None]
             else:
                 result = weights[:, :, None, None] * activations
-                if power > 0:
-                    with pipeline.plain_arithmetic(activations.device):
-                        result = torch_backend.average_alike_cells(result, activations, power)
+                with pipeline.plain_arithmetic(activations.device):
+                    result = torch_backend.average_alike_cells(result, activations, self.config)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
 

@@ -6,8 +6,10 @@ can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `H
 """
 
 import logging
+import math
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -195,7 +197,7 @@ class HeadOnlyCAM:
     batch_size = None
     # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
     _backend = "auto"
-    _affinity_power = 0.0
+    _average = None
 
     def __init__(self, model, target_layers, reshape_transform=None):
         hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
@@ -279,6 +281,9 @@ class HeadOnlyCAM:
 
     def _grid(self, activations, gradients, shape, eigen_smooth):
         """The non-negative map of one layer on its own grid: (B, *shape)."""
+        average = self._average
+        if average is not None and len(shape) > 2:  # a volume is given as a grid, on which distances mean nothing
+            average = replace(average, affinity_sigma=math.inf)
         # A caller's autocast is for the model; the maps are computed in float32.
         with pipeline.plain_arithmetic(activations.device):
             computed = _computed(activations)
@@ -287,12 +292,11 @@ class HeadOnlyCAM:
                 # The weights first, as in the original: of two layouts the product takes the first one's.
                 terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * computed
                 grid = principal_projection(terms) if eigen_smooth else _sum(terms, 1)
-                if self._affinity_power > 0:
-                    grid = torch_backend.average_alike_cells(grid, computed, self._affinity_power)
+                if average is not None:
+                    grid = torch_backend.average_alike_cells(grid, computed, average)
                 grid = grid.relu_()
             else:
-                options = {"affinity_power": self._affinity_power, "backend": self._backend}
-                grid = pipeline.class_grid(activations, weights, **options)
+                grid = pipeline.class_grid(activations, weights, config=average, backend=self._backend)
         return grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
@@ -342,7 +346,7 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
     ):
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self._backend, self._affinity_power = backend, self.config.affinity_power
+        self._backend, self._average = backend, self.config
         super().__init__(model, target_layers, reshape_transform)
 
     def channel_weights(self, activations, gradients):

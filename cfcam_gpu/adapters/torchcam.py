@@ -257,7 +257,7 @@ class CFCAM(GradCAM):
         if targets is not None:
             kwargs["targets"] = targets
         weights = self._get_weights(class_idx, scores, **kwargs)
-        options = {"affinity_power": self.config.affinity_power, "backend": self._choices["backend"]}
+        options = {"config": self.config, "backend": self._choices["backend"]}
         return self._maps(weights, normalized, **options)
 
 

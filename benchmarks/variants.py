@@ -4,6 +4,8 @@ What became an option of `CFCAMConfig` is there; what did not earn its place is 
 can be made again. A function takes activations and gradients (B, C, h, w) and returns the signed sum (B, h, w).
 """
 
+import math
+
 import numpy as np
 import torch
 from sklearn.cluster import DBSCAN
@@ -140,13 +142,18 @@ def largest(share):
     return grid
 
 
+def everywhere(power):
+    """One average over all alike cells, near and far."""
+    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1)
+
+
 def centred_affinity(power):
     """The average over alike cells, with the mean cell subtracted before the cosine."""
 
     def grid(activations, gradients):
         centred = activations - activations.mean((2, 3), keepdim=True)
         plain = weighted(activations, grad_cam(activations, gradients))
-        return torch_backend.average_alike_cells(plain, centred, power)
+        return torch_backend.average_alike_cells(plain, centred, everywhere(power))
 
     return grid
 
@@ -155,7 +162,8 @@ def grad_cam_with_affinity(power):
     """Grad-CAM's weights, no clustering, and the average over alike cells."""
 
     def grid(activations, gradients):
-        return torch_backend.class_grid(activations, grad_cam(activations, gradients), relu=False, affinity_power=power)
+        weights = grad_cam(activations, gradients)
+        return torch_backend.class_grid(activations, weights, relu=False, config=everywhere(power))
 
     return grid
 

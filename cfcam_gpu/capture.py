@@ -121,7 +121,7 @@ class HeadCapture:
         self.reshape_transform = reshape_transform
         self.margin_temperature = margin_temperature
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
-        guides = self._make_guides(guide_layer)
+        guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
         self._guides = guides if guided else None
         self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
@@ -129,25 +129,6 @@ class HeadCapture:
         self._taps: dict[nn.Module, _Tap] = {}
         self._rooted: list[torch.Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def _make_guides(self, guide_layer):
-        """The `Guides` of the target layers; None when nothing is asked for."""
-        n_layers = len(self.target_layers)
-        if not isinstance(guide_layer, (list, tuple)):
-            guide_layer = [guide_layer] * n_layers
-        if len(guide_layer) != n_layers:
-            raise ValueError(f"guide_layer must hold one guide per target layer: {n_layers}, got {len(guide_layer)}")
-        names = {}
-        for index, guide in enumerate(guide_layer):
-            if isinstance(guide, nn.Module):
-                names[_unwrap(guide)] = find_module_name(self.model, guide, "guide layer")
-            elif not (guide is None or (isinstance(guide, str) and guide == AUTO)):
-                got = repr(guide) if isinstance(guide, str) else _type(guide)
-                raise TypeError(f'guide_layer must be a module of the model, "{AUTO}" or None, got {got} at [{index}]')
-        if not any(guide is not None for guide in guide_layer):
-            return None
-        guides = [_unwrap(guide) if isinstance(guide, nn.Module) else guide for guide in guide_layer]
-        return Guides(guides, names, self.reshape_transform)
 
     @property
     def target_names(self) -> list[str]:
@@ -161,7 +142,7 @@ class HeadCapture:
         if self._guides is None:
             return self.target_names
         names = self._guides.names
-        return names and [guide or target for guide, target in zip(names, self.target_names)]
+        return None if names is None else [guide or target for guide, target in zip(names, self.target_names)]
 
     def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> Capture:
         """Run the model once and return a :class:`Capture`.
@@ -202,7 +183,7 @@ class HeadCapture:
             self._handles.append(layer.register_forward_hook(self._tap))
         if self._guides is not None:
             # Behind the taps, so that a guide which is a target layer too is seen as the model goes on with it.
-            self._handles += self._guides.register(_named_modules(self.model))
+            self._handles += self._guides.register(named_modules(self.model))
         outputs = self._forward(input_tensor)
         taps = [self._taps[layer] for layer in self.target_layers]
         activations = tuple(
@@ -353,14 +334,46 @@ def find_module_name(model: nn.Module, module: nn.Module, what: str = "target la
     raise ValueError(f"{what} must be one of the modules of {_type(model)}, got a {_type(module)} that is not")
 
 
-def _named_modules(model):
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the model's parts, the model itself left out."""
-    return [(_clean(name), module) for name, module in model.named_modules() if name]
+    return [(_clean(name), module) for name, module in _unwrap(model).named_modules() if name]
 
 
 def _clean(name):
     """A module's name without what torch.compile puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def make_guides(
+    model: nn.Module,
+    guide_layer: GuideLayer,
+    n_layers: int,
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    copies: bool = False,
+) -> Guides | None:
+    """The `Guides` of ``n_layers`` target layers; None when every layer guides itself.
+
+    Args:
+        guide_layer: as for `HeadCapture`; reshape_transform, copies: as for `Guides`.
+
+    Raises:
+        TypeError: ``guide_layer`` is of another kind.
+        ValueError: a module is no part of ``model``, or there is not one guide per target layer.
+    """
+    guides: list[Any] = list(guide_layer) if isinstance(guide_layer, (list, tuple)) else [guide_layer] * n_layers
+    if len(guides) != n_layers:
+        raise ValueError(f"guide_layer must hold one guide per target layer: {n_layers}, got {len(guides)}")
+    names = {}
+    for index, guide in enumerate(guides):
+        if isinstance(guide, nn.Module):
+            guides[index] = _unwrap(guide)
+            names[guides[index]] = find_module_name(model, guide, "guide layer")
+        elif not (guide is None or (isinstance(guide, str) and guide == AUTO)):
+            got = repr(guide) if isinstance(guide, str) else _type(guide)
+            raise TypeError(f'guide_layer must be a module of the model, "{AUTO}" or None, got {got} at [{index}]')
+    if all(guide is None for guide in guides):
+        return None
+    return Guides(guides, names, reshape_transform, copies)
 
 
 class _Tap(NamedTuple):

@@ -50,6 +50,22 @@ def check_grid(name: str, tensor: torch.Tensor) -> None:
     check_floating(name, tensor)
 
 
+def check_guide(guide: torch.Tensor | None, activations: torch.Tensor) -> None:
+    """Refuse a guide (B, Cg, hg, wg) that does not go with these activations (B, C, h, w); None is none."""
+    if guide is None:
+        return
+    if not isinstance(guide, torch.Tensor):
+        raise TypeError(f"guide must be a torch.Tensor, got {type(guide).__name__}")
+    check_grid("guide", guide)
+    if len(guide) != len(activations):
+        raise ValueError(f"guide must have the activations' batch size {len(activations)}, got {len(guide)}")
+    if guide.device != activations.device:
+        raise ValueError(f"guide must be on the activations' device {activations.device}, got {guide.device}")
+    if guide.shape[2] < activations.shape[2] or guide.shape[3] < activations.shape[3]:
+        expected, got = tuple(activations.shape[2:]), tuple(guide.shape[2:])
+        raise ValueError(f"guide must have a grid of at least the activations' {expected}, got {got}")
+
+
 def check_values(named_tensors: Mapping[str, torch.Tensor], check_finite: bool | None) -> None:
     """Refuse NaN and infinity where ``check_finite`` says so; None: on the CPU only."""
     for name, tensor in named_tensors.items():

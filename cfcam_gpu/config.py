@@ -1,7 +1,8 @@
 """The configuration of CF-CAM: every number of the procedure, in one frozen dataclass."""
 
+import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 DESCRIPTORS = ("raw", "unit")
 BOUNDARIES = ("constant", "reflect", "nearest")
@@ -26,6 +27,15 @@ MAX_SIGMA_CELLS = 1024.0
 MAX_AFFINITY_POWER = 16.0
 """Largest affinity_power: it multiplies the rounding of the cosine, and beyond it hardly a cell is alike to another."""
 
+MAX_AFFINITY_STEPS = 16
+"""Largest affinity_steps: each is a pass over all pairs of cells within the window."""
+
+WINDOW_SIGMAS = 3.0
+"""Cells farther apart than this many affinity_sigma, in y or in x, do not count for each other: exp(-4.5) is 1 %."""
+
+MAX_MARGIN_TEMPERATURE = 100.0
+"""Largest margin_temperature: the softmax over the other classes is uniform long before."""
+
 
 @dataclass(frozen=True)
 class CFCAMConfig:
@@ -48,14 +58,24 @@ class CFCAMConfig:
             a softmax over the kept channels, as published. Pooled gradients are so small that the softmax
             is nearly uniform: such maps hardly depend on the class.
         normalize: "minmax" maps to [0, 1]; "max" divides by the maximum, as published.
-        affinity_power: averages the weighted sum of the channels over the cells with alike features before the
-            ReLU: cell q counts for cell p with max(0, cos(a_p, a_q))^affinity_power, a_p being p's activations in
-            all channels; in [0, 16], 0 for no averaging. The data-dependent filter of this package, not published.
-            Lower is smoother, more stable, and less sensitive to the class.
-            Time and memory traffic grow with the square of the grid's cells.
+        affinity_power: p, the power of the likeness in the average over alike cells. The signed sum S of the
+            channels is resized to the grid of a guide, the features f of an earlier layer (without one: of the
+            activations themselves), and there becomes M_p = sum_q k_pq S_q / sum_q k_pq with
+            k_pq = max(0, cos(f_p, f_q))^p exp(-|x_p - x_q|^2 / (2 affinity_sigma^2)); in [0, 16], 0 for no average.
+            The data-dependent filter of this package, not published. Lower is smoother, more stable, and less
+            sensitive to the class.
+        affinity_sigma: the average's reach, in cells of the *target* layer's grid, whatever the guide's; in
+            (0, inf], inf for all cells alike. Cells more than 3 affinity_sigma apart, in y or in x, do not count.
+            Without it (inf), time and memory traffic grow with the square of the grid's cells.
+        affinity_steps: how many times the average is applied, each time to its own result; an integer in [0, 16],
+            0 for no average.
+        margin_temperature: used by `CFCAM` alone, which chooses the score to differentiate; `cf_cam` is given
+            gradients and ignores it. Above 0: the margin z_c - T logsumexp(z_k / T) over the other classes k, with
+            T = margin_temperature times the standard deviation of the image's logits, held constant. 0: the
+            class's logit z_c, as published. In [0, 100].
 
     Raises:
-        TypeError: a number is not a real number, or a choice is not a string.
+        TypeError: a number is not a real number, affinity_steps not an integer, or a choice not a string.
         ValueError: a value is outside its range or not among the choices.
 
     Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652.
@@ -72,7 +92,10 @@ class CFCAMConfig:
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
-    affinity_power: float = 3.0
+    affinity_power: float = 2.0
+    affinity_sigma: float = 2.0
+    affinity_steps: int = 2
+    margin_temperature: float = 1.5
 
     def __post_init__(self):
         for name, low, high in (
@@ -81,14 +104,19 @@ class CFCAMConfig:
             ("min_samples_fraction", 0.0, 1.0),
             ("sigma", 0.0, MAX_SIGMA_CELLS),
             ("affinity_power", 0.0, MAX_AFFINITY_POWER),
+            ("affinity_sigma", 0.0, math.inf),
+            ("affinity_steps", 0, MAX_AFFINITY_STEPS),
+            ("margin_temperature", 0.0, MAX_MARGIN_TEMPERATURE),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+            kind, described = (Integral, "an integer") if name == "affinity_steps" else (Real, "a real number")
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"{name} must be {described}, got {type(value).__name__}")
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma must be above 0, got {self.sigma}")
+        for name in ("sigma", "affinity_sigma"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name, choices in (
             ("descriptor", DESCRIPTORS),
             ("boundary", BOUNDARIES),
@@ -103,17 +131,23 @@ class CFCAMConfig:
 
     @classmethod
     def paper(cls):
-        """The published procedure: softmax weights, division by the maximum, no average over alike cells."""
-        return cls(75.0, "raw", 25.0, 0.05, 1.0, "constant", weighting="softmax", normalize="max", affinity_power=0.0)
+        """The published procedure: the logit, softmax weights, division by the maximum, no average over alike cells."""
+        fixed = (75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
+        return cls(*fixed, affinity_power=0.0, margin_temperature=0.0)
 
     @classmethod
     def stable(cls):
         """The stable end of the trade-off: maps that change less under noise, and less with the class.
 
-        A wider average over alike cells than the default's. What it gains and loses is in
+        One average over all alike cells, near and far, and the logit as the score. What it gains and loses is in
         benchmarks/faithfulness.md, as "dominant 50, raw, 25th percentile, affinity 2".
         """
-        return cls(affinity_power=2.0)
+        return cls(affinity_power=2.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0)
+
+    @property
+    def averages(self):
+        """Whether there is an average over alike cells."""
+        return self.affinity_power > 0 and self.affinity_steps > 0
 
     def min_samples(self, n_clustered):
         """DBSCAN's min_samples for ``n_clustered`` channels, the point itself included."""

@@ -1,12 +1,15 @@
-"""The separable Gaussian filter as small matrices, and what it does to a spatial mean.
+"""The separable Gaussian filter as small matrices, what it does to a spatial mean, and the window of an average.
 
 Filtering a grid g is ``K_y @ g @ K_x.T`` with one matrix per axis. Its mean needs no filtering at all:
 mean(K g) = <g, s_y s_x^T> / (h * w) with s = K^T 1, the column sums (`pooling_weights`).
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
+
+from cfcam_gpu.config import WINDOW_SIGMAS
 
 
 def gaussian_taps(sigma_cells):
@@ -52,3 +55,30 @@ def pooling_weights(height, width, sigma_cells, boundary):
     weights = np.outer(*column_sums) / (height * width)
     weights.flags.writeable = False
     return weights
+
+
+def window_reach(size, target_size, sigma_cells):
+    """How many of ``size`` cells along an axis the window of the average over alike cells reaches to either side.
+
+    ``sigma_cells`` is in cells of the target layer's grid, which has ``target_size`` along that axis.
+    """
+    if math.isinf(sigma_cells):
+        return size - 1
+    # A distance of exactly WINDOW_SIGMAS is inside, however it is rounded.
+    return int(min(size - 1, WINDOW_SIGMAS * sigma_cells * size / target_size + 1e-6))
+
+
+def window_decay(size, target_size, sigma_cells):
+    """c in exp(-c d^2), the window at a distance of d of ``size`` cells along an axis."""
+    # Bounded, so that float32 holds it and 0 cells times it is 0.
+    return min(0.5 * (target_size / size / sigma_cells) ** 2 if sigma_cells > 1e-15 else math.inf, 1e30)
+
+
+@lru_cache(maxsize=256)
+def window_matrix(size, target_size, sigma_cells):
+    """The window along an axis between every two of ``size`` cells, float64 (size, size), 0 out of reach."""
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    window = np.exp(-window_decay(size, target_size, sigma_cells) * distance**2)
+    window[distance > window_reach(size, target_size, sigma_cells)] = 0
+    window.flags.writeable = False
+    return window

@@ -49,6 +49,7 @@ class Guides:
         names: the names of the modules among them.
         reshape_transform: as for the target layers. Where the guide is found, outputs that it does not make a map of
             count as they are, (B, C, h, w) or (B, h, w, C).
+        copies: keep copies from the start, for those who cannot repeat a pass.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Guides:
         guides: Sequence["nn.Module | str | None"],
         names: dict[nn.Module, str],
         reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None,
+        copies: bool = False,
     ) -> None:
         self._asked = tuple(guides)
         self._found = list(guides)
         self._names = dict(names)
         self._reshape = reshape_transform
         self._readings = [reshape_transform] * len(self._asked)
+        self._copies = copies
         self._copied: set[nn.Module] = set()
         self.begin()
 
@@ -103,7 +106,7 @@ class Guides:
 
     def _kept(self, module, tensor):
         with torch.inference_mode(False):
-            if module in self._copied or tensor.is_inference():
+            if self._copies or module in self._copied or tensor.is_inference():
                 return _Kept(tensor.detach().clone(), None)
             tensor = tensor.detach()
             return _Kept(tensor, tensor._version)
@@ -140,7 +143,7 @@ class Guides:
             self._found[index] = found = self._choose(index, sides)
         if not isinstance(found, nn.Module):
             return None
-        kept, name = self._guides[index], f"guide layer {self._names[found]!r}"
+        kept, name = self._guides.get(index), f"guide layer {self._names[found]!r}"
         self._used.append((found, kept))
         problem, guide = None, None
         if kept is None:
@@ -163,7 +166,7 @@ class Guides:
     def _choose(self, index, sides):
         """The guide for a target of these sides, or None: the smallest grid, then the outermost, then the latest."""
         choices = []
-        for candidate in self._candidates[index]:
+        for candidate in self._candidates.get(index, ()):
             for reading in (self._reshape, None, channels_last_to_map):
                 grid = _grid(candidate.kept.tensor, reading)
                 if grid is not None and _fits(grid, sides):

@@ -9,7 +9,15 @@ import torch
 
 from cfcam_gpu import torch_backend
 from cfcam_gpu.arrays import as_tensor
-from cfcam_gpu.checks import check_config, check_floating, check_grid, check_output_size, check_values, is_installed
+from cfcam_gpu.checks import (
+    check_config,
+    check_floating,
+    check_grid,
+    check_guide,
+    check_output_size,
+    check_values,
+    is_installed,
+)
 from cfcam_gpu.clustering import ENGINES, automatic, reference_unavailable
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -28,7 +36,16 @@ class CFCAMResult(NamedTuple):
     """(B,), dtype of the maps: the clustering radius of each image."""
 
 
-def cf_cam(activations, gradients, output_size=None, config=None, backend="auto", clustering="auto", check_finite=None):
+def cf_cam(
+    activations,
+    gradients,
+    output_size=None,
+    config=None,
+    backend="auto",
+    clustering="auto",
+    check_finite=None,
+    guide=None,
+):
     """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
 
     Args:
@@ -45,6 +62,9 @@ def cf_cam(activations, gradients, output_size=None, config=None, backend="auto"
             `cfcam_gpu.clustering.cuml` for its streams and memory.
         check_finite: refuse NaN and infinity. Default: on the CPU only, because elsewhere the host would have to
             wait for the device.
+        guide: (B, Cg, hg, wg) with hg >= h and wg >= w, floating point, on the same device: an earlier layer's
+            activations, whose features say which cells are alike and whose grid the average is on (see
+            ``affinity_power`` in `CFCAMConfig`). Default: the activations. Without an average it has no effect.
 
     Returns:
         `CFCAMResult` (maps, labels, weights, eps). Every image of the batch is its own problem.
@@ -66,10 +86,15 @@ def cf_cam(activations, gradients, output_size=None, config=None, backend="auto"
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
     gradients, _ = as_tensor("gradients", gradients)
+    if guide is not None:
+        guide, _ = as_tensor("guide", guide)
     module, engine = _checked(activations, gradients, backend, clustering, check_finite)
+    check_guide(guide, activations)
+    if guide is not None:
+        check_values({"guide": guide}, check_finite)
     output_size = check_output_size(output_size, activations)
     with plain_arithmetic(activations.device):
-        result = module.cf_cam(activations, gradients, output_size, config, engine)
+        result = module.cf_cam(activations, gradients, output_size, config, engine, guide)
     return CFCAMResult(*map(restore, result))
 
 
@@ -116,22 +141,24 @@ def cluster_channels(activations, config=None, backend="auto", clustering="auto"
     return restore(labels), restore(eps)
 
 
-def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0, backend="auto"):
-    """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
+def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None, backend="auto"):
+    """The weighted sum over channels, averaged as the configuration says, by default its positive part.
 
     Args:
         activations: (B, C, h, w), floating point, any strides.
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own; on the same device.
         skip_nan: leave out the terms that are NaN.
-        affinity_power: as in `CFCAMConfig`; 0 for the sum as it is.
+        config: `CFCAMConfig`, of which the average over alike cells counts; None for the sum as it is.
+        guide: as for `cf_cam`.
         backend: as for `cf_cam`; "reference" is "torch" here.
 
     Returns:
-        float32, or float64 for float64 activations.
+        (B, h, w), or with an average (B, hg, wg), the guide's grid; float32, or float64 for float64 activations.
     """
+    check_guide(guide, activations)
     module = _module("triton" if takes_kernels(activations, backend) else "torch")
     with plain_arithmetic(activations.device):
-        return module.class_grid(activations, weights, relu, skip_nan, affinity_power)
+        return module.class_grid(activations, weights, relu, skip_nan, config, guide)
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):

@@ -9,28 +9,32 @@ Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652 (cfcam.py).
 import numpy as np
 
 from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.gaussian import window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
 
-def cf_cam(activations, gradients, output_size, config):
-    """All five stages for a batch.
+def cf_cam(activations, gradients, output_size, config, guide=None):
+    """All stages for a batch.
 
     Args:
         activations, gradients: array_like (B, C, h, w).
         output_size: (H, W).
         config: `CFCAMConfig`.
+        guide: array_like (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
         maps float64 (B, H, W), labels int32 (B, C), weights float64 (B, C), eps float64 (B,).
     """
     activations = np.asarray(activations, np.float64)
     gradients = np.asarray(gradients, np.float64)
+    guides = activations if guide is None else np.asarray(guide, np.float64)
     results = []
-    for image_activations, image_gradients in zip(activations, gradients):
+    for image_activations, image_gradients, image_guide in zip(activations, gradients, guides):
         labels, eps = cluster_channels(image_activations, config)
         filtered = filter_gradients(image_gradients, labels, config)
         weights = channel_weights(filtered, labels, config)
-        results.append((class_map(image_activations, weights, output_size, config), labels, weights, eps))
+        image_map = class_map(image_activations, weights, output_size, config, image_guide)
+        results.append((image_map, labels, weights, eps))
     return tuple(np.stack(column) for column in zip(*results))
 
 
@@ -126,25 +130,57 @@ def channel_weights(filtered, labels, config):
     return weights
 
 
-# Stage 5: the map.
+# Stage 5: the average over alike cells.
 
 
-def class_map(activations, weights, output_size, config):
+def average_alike_cells(grid, guide, config):
+    """The signed sum (h, w) on the guide's grid, averaged over the cells with alike features there: (hg, wg).
+
+    Args:
+        guide: (Cg, hg, wg), the features. Without an average (`CFCAMConfig.averages`), grid comes back as it is.
+    """
+    if not config.averages:
+        return grid
+    height, width = guide.shape[1:]
+    values = resize(grid, (height, width)).ravel()
+    features = guide.reshape(len(guide), -1).T
+    norms = np.linalg.norm(features, axis=1)
+    has_features = (norms > 0) & np.isfinite(norms)
+    features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)
+    near = window(grid.shape, (height, width), config.affinity_sigma)
+    for _ in range(config.affinity_steps):
+        averaged = values.copy()  # a cell without features keeps its own
+        for cell in np.flatnonzero(has_features):
+            affinity = likeness(features @ features[cell], config) * near[cell]
+            averaged[cell] = affinity @ values / affinity.sum()
+        values = averaged
+    return values.reshape(height, width)
+
+
+def likeness(cosine, config):
+    """How much cells count for each other by their features."""
+    return np.maximum(cosine, 0) ** config.affinity_power
+
+
+def window(target_shape, shape, sigma):
+    """How much cells count for each other by their distance in target cells: (hg * wg, hg * wg)."""
+    exponent, within = 0.0, True
+    for target_size, size, position in zip(target_shape, shape, np.indices(shape)):
+        apart = np.abs(np.subtract.outer(position.ravel(), position.ravel()))
+        exponent = exponent - (apart * target_size / size / sigma) ** 2 / 2
+        within = within & (apart <= window_reach(size, target_size, sigma))
+    return np.exp(exponent) * within
+
+
+# Stage 6: the map.
+
+
+def class_map(activations, weights, output_size, config, guide):
     """The normalised map of one image: (H, W) in [0, 1]."""
-    grid = np.tensordot(weights, activations, 1)
-    if config.affinity_power > 0:
-        grid = average_alike_cells(grid, activations, config.affinity_power)
-    return normalize(resize(np.maximum(grid, 0), output_size), config)
-
-
-def average_alike_cells(grid, activations, power):
-    """Each cell's mean of grid (h, w) over all cells, weighted by max(0, cos)^power of their activations (C, h, w)."""
-    cells = activations.reshape(len(activations), -1).T
-    norms = np.linalg.norm(cells, axis=1, keepdims=True)
-    cells = cells / np.where(norms > 0, norms, 1)
-    affinity = np.maximum(cells @ cells.T, 0) ** power
-    total = affinity.sum(1)  # 0 for a cell without features
-    return (affinity @ grid.ravel() / np.where(total > 0, total, 1)).reshape(grid.shape)
+    grid = average_alike_cells(np.tensordot(weights, activations, 1), guide, config)
+    if not config.averages:
+        grid = np.maximum(grid, 0)  # as published
+    return normalize(np.maximum(resize(grid, output_size), 0), config)
 
 
 def resize(grid, output_size):

@@ -5,9 +5,10 @@ import torch
 from cfcam_gpu import reference
 
 
-def cf_cam(activations, gradients, output_size, config, engine):
-    """All five stages for a batch; see `reference.cf_cam`. Maps, weights and eps are float64."""
-    result = reference.cf_cam(_float64(activations), _float64(gradients), output_size, config)
+def cf_cam(activations, gradients, output_size, config, engine, guide=None):
+    """All stages for a batch; see `reference.cf_cam`. Maps, weights and eps are float64."""
+    guide = None if guide is None else _float64(guide)
+    result = reference.cf_cam(_float64(activations), _float64(gradients), output_size, config, guide)
     return tuple(torch.from_numpy(array).to(activations.device) for array in result)
 
 

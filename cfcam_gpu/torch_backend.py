@@ -1,8 +1,10 @@
-"""CF-CAM in vectorised PyTorch, on any device: the five stages for a whole batch.
+"""CF-CAM in vectorised PyTorch, on any device: the stages for a whole batch.
 
 The clustering is an engine's (`cfcam_gpu.clustering`); the rest is the same code. Arithmetic is in float32 for
 float16, bfloat16 and float32 inputs, in float64 for float64. Function names are those of `reference`.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +13,29 @@ from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.constants import constant
-from cfcam_gpu.gaussian import filter_matrix, pooling_weights
+from cfcam_gpu.gaussian import filter_matrix, pooling_weights, window_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
 AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
-"""Memory the affinities between cells may take at once; on a CPU less, which stays in the cache."""
+"""Memory the affinities between cells may take; a block of them less on a CPU, where it stays in the cache."""
 
 
-def cf_cam(activations, gradients, output_size, config, engine):
-    """All five stages for a batch.
+def cf_cam(activations, gradients, output_size, config, engine, guide=None):
+    """All stages for a batch.
 
     Args:
         activations, gradients: (B, C, h, w) on one device.
         output_size: (H, W).
         config: `CFCAMConfig`.
         engine: a name in `cfcam_gpu.clustering.ENGINES`.
+        guide: (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
         maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
     """
     activations = as_computed(activations)
     labels, weights, eps = cluster_and_weigh(activations, gradients, config, engine)
-    return class_map(activations, weights, output_size, config), labels, weights, eps
+    return class_map(activations, weights, output_size, config, guide), labels, weights, eps
 
 
 def cluster_and_weigh(activations, gradients, config, engine):
@@ -138,23 +141,120 @@ def _cluster_mean(values, labels):
     return total.gather(1, slots) / count.gather(1, slot)[:, :, None]
 
 
-# Stage 5: the map.
+# Stage 5: the average over alike cells.
 
 
-def class_map(activations, weights, output_size, config):
+def average_alike_cells(grids, guide, config):
+    """Signed sums on the guide's grid, each cell averaged over the cells with alike features there.
+
+    Args:
+        grids: (B, h, w), or (B, K, h, w) for several of an image.
+        guide: (B, Cg, hg, wg), the features; any strides and floating dtype.
+        config: `CFCAMConfig`; without an average in it, ``grids`` come back as they are.
+
+    Returns:
+        (B, hg, wg) or (B, K, hg, wg).
+    """
+    if not config.averages:
+        return grids
+    batch, target_shape, shape = len(grids), grids.shape[-2:], guide.shape[2:]
+    dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
+    values = F.interpolate(grids.to(dtype).reshape(batch, -1, *target_shape), shape, mode="bilinear").flatten(2)
+    values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
+    # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
+    rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
+    n_bytes = values.shape[2] * n_others * values.element_size()
+    images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // n_bytes)
+    keep = config.affinity_steps > 1 and images * n_bytes <= AFFINITY_BYTES
+    for image in range(0, batch, images):
+        chunk = slice(image, image + images)
+        arguments = guide[chunk], target_shape, config, values.dtype, rows, columns
+        kept = list(affinities(*arguments)) if keep else None
+        for _ in range(config.affinity_steps):
+            sums = torch.zeros_like(values[chunk])
+            for start, affinity in kept or affinities(*arguments):
+                stop, end = start + affinity.shape[1], start + affinity.shape[2]
+                sums[:, :, start:stop] += values[chunk, :, start:end] @ affinity.transpose(1, 2)
+                if stop < end:  # the cells behind are as alike to these as these to them
+                    sums[:, :, stop:end] += values[chunk, :, start:stop] @ affinity[:, :, stop - start :]
+            mass = sums[:, -1:]
+            # 0 for a cell without features, which keeps its own value.
+            values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
+    return values[:, :-1].reshape(*grids.shape[:-2], *shape)
+
+
+def affinities(guide, target_shape, config, dtype, rows, columns):
+    """How much cells of the guide (B, Cg, hg, wg) count for each other, in blocks.
+
+    Yields:
+        start, (B, n, m): of n cells from ``start`` on, with themselves and the m - n cells behind them that the window
+        reaches. A block has at most ``columns`` of ``rows`` rows, whole rows unless it has only one.
+    """
+    height, width = guide.shape[2:]
+    # No copy where the channels are the fastest axis: a product of matrices takes its factors either way.
+    cells = guide.detach().to(dtype).flatten(2)
+    # A third of the time of vector_norm, slow across rows. NaN or infinite features are no features.
+    scale = (cells * cells).sum(1).rsqrt().nan_to_num_(0, 0, 0)
+    reach = window_reach(height, target_shape[0], config.affinity_sigma)
+    window = None
+    for left in range(0, width, columns):
+        if not math.isinf(config.affinity_sigma):
+            of_rows, of_columns = (
+                constant(window_matrix, (size, target, config.affinity_sigma), cells.device, dtype)
+                for size, target in zip((height, width), target_shape)
+            )
+            # Rows as far apart are as near: one window for all blocks.
+            window = of_rows[:rows, None, : rows + reach, None] * of_columns[None, left : left + columns, None, :]
+            window = window.reshape(-1, window.shape[2] * width)[:, left:]
+        for top in range(0, height, rows):
+            start, end = top * width + left, min(top + rows + reach, height) * width
+            stop = (min(top + rows, height) - 1) * width + min(left + columns, width)
+            affinity = cells[:, :, start:stop].transpose(1, 2) @ cells[:, :, start:end]
+            affinity *= scale[:, start:stop, None]
+            affinity *= scale[:, None, start:end]
+            affinity = likeness(affinity, config)
+            if window is not None:
+                affinity *= window[: stop - start, : end - start]
+            yield start, affinity
+
+
+def likeness(cosine, config):
+    """How much cells count for each other by their features, in place."""
+    return cosine.nan_to_num_(0, 0, 0).clamp_min_(0).pow_(config.affinity_power)
+
+
+def _block_of_cells(target_shape, shape, sigma, values):
+    """Rows and columns of a block of `affinities`, and the most other cells that it is compared with."""
+    height, width = shape
+    reach = window_reach(height, target_shape[0], sigma)
+    on_cpu = values.device.type == "cpu"
+    limit = (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // values.element_size() // width
+    # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways.
+    most = -(-height // 3) if on_cpu and height * width > 128 else height
+    fitting = [rows for rows in range(1, most + 1) if rows * width * min(rows + reach, height) <= limit]
+    rows, columns = (fitting[-1], width) if fitting else (1, max(1, min(width, limit // (1 + reach))))
+    return rows, columns, min(rows + reach, height) * width
+
+
+# Stage 6: the map.
+
+
+def class_map(activations, weights, output_size, config, guide=None):
     """The normalised maps of a batch: (B, H, W) in [0, 1]."""
-    grid = class_grid(activations, weights, affinity_power=config.affinity_power)
-    return normalize(resize(grid, output_size), config)
+    # The published procedure takes the positive part on the grid.
+    grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
+    return normalize(resize(grid, output_size).relu_(), config)
 
 
-def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):
+def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
     """The weighted sum over channels on the layer's own grid, by default its positive part: (B, h, w).
 
     Args:
         activations: (B, C, h, w).
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
         skip_nan: leave out the terms that are NaN.
-        affinity_power: above 0, the sum is averaged over alike cells (`average_alike_cells`).
+        config: with an average over alike cells in it, the sum is averaged (`average_alike_cells`).
+        guide: (B, Cg, hg, wg), whose grid the average is on; None: the activations.
     """
     activations, weights = as_computed(activations), weights.detach()
     if weights.ndim == 4 or skip_nan:
@@ -167,41 +267,9 @@ def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0
         else:
             grid = torch.bmm(weights[:, None, :], cells)
         grid = grid.view(len(grid), *activations.shape[2:])
-    if affinity_power > 0:
-        grid = average_alike_cells(grid, activations, affinity_power)
+    if config is not None:
+        grid = average_alike_cells(grid, activations if guide is None else guide, config)
     return grid.relu_() if relu else grid
-
-
-def average_alike_cells(grids, activations, power):
-    """Each cell's mean over all cells, weighted by max(0, cos)^power of their activations (B, C, h, w).
-
-    Args:
-        grids: (B, h, w), or (B, K, h, w) for several of an image; what comes back has this shape.
-    """
-    cells = as_computed(activations).flatten(2)
-    norms = (cells * cells).sum(1, keepdim=True).sqrt()  # a third of the time of vector_norm, slow across rows
-    cells = cells / torch.where(norms > 0, norms, 1)
-    values = grids.to(cells.dtype).reshape(len(cells), -1, cells.shape[2]).transpose(1, 2)
-    values = torch.cat([values, torch.ones_like(values[:, :, :1])], dim=2)  # whose sum is the mass
-    # In blocks of images, or of cells: the affinities of a large grid or batch would not fit in memory at once.
-    # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
-    n_cells = values.shape[1]
-    row_bytes = n_cells * cells.element_size()
-    on_cpu = values.device.type == "cpu"
-    images = 1 if on_cpu else max(1, AFFINITY_BYTES // (n_cells * row_bytes))
-    rows = max(1, min(n_cells, (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // row_bytes))
-    sums = torch.zeros_like(values)
-    for image in range(0, len(cells), images):
-        chunk = slice(image, image + images)
-        for row in range(0, n_cells, rows):
-            block, behind = slice(row, row + rows), slice(row + rows, None)
-            affinity = torch.bmm(cells[chunk, :, block].transpose(1, 2), cells[chunk, :, row:])
-            affinity.clamp_min_(0).pow_(power)
-            sums[chunk, block] += torch.bmm(affinity, values[chunk, row:])
-            if row + rows < n_cells:  # the cells behind are as alike to these as these to them
-                sums[chunk, behind] += torch.bmm(affinity[:, :, rows:].transpose(1, 2), values[chunk, block])
-    mass = sums[:, :, -1:]  # 0 for a cell without features
-    return (sums[:, :, :-1] / torch.where(mass > 0, mass, 1)).transpose(1, 2).reshape(grids.shape)
 
 
 def resize(grid, output_size):

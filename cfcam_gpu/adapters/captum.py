@@ -18,20 +18,22 @@ from torch import nn
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import eager_without_grad
+from cfcam_gpu.capture import eager_without_grad, make_guides, margin_cotangent, named_modules
 from cfcam_gpu.checks import needs
+from cfcam_gpu.guides import AUTO
 
 try:
     import captum.attr as original
-    from captum._utils.common import _run_forward
+    from captum._utils.common import _run_forward, _select_targets
     from captum._utils.gradient import compute_layer_gradients_and_eval
     from captum.attr._utils.attribution import Attribution, GradientAttribution, LayerAttribution
     from captum.log import log_usage
 except ImportError as error:
     raise ImportError(needs("captum 0.9 or later", "captum")) from error
 
-# Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward, so that inputs
-# and targets mean what they mean there), captum._utils.gradient, and captum.attr._utils.attribution.
+# Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward and
+# _select_targets, so that inputs and targets mean what they mean there), captum._utils.gradient, and
+# captum.attr._utils.attribution.
 
 
 class LayerGradCam(original.LayerGradCam):
@@ -97,6 +99,7 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         layer,
         device_ids=None,
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
@@ -105,6 +108,18 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)
         self._configure(config, backend, clustering, check_finite)
+        self._guides = None
+        if isinstance(forward_func, nn.Module):
+            self._guides = make_guides(forward_func, guide_layer, n_layers=1, copies=True)
+        elif guide_layer not in (None, AUTO):
+            raise ValueError(f"guide_layer needs a model, got the function {forward_func!r}")
+        if not self.config.averages:
+            self._guides = None
+
+    @property
+    def guide_names(self):
+        """The guide's name, as `cfcam_gpu.CFCAM` has it; None also where the layer guides itself."""
+        return self._guides and self._guides.names
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -117,7 +132,10 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         attr_dim_summation=True,
         grad_kwargs=None,
     ):
-        """CF-CAM's weighted sum over the channels, signed, on the layer's grid.
+        """CF-CAM's weighted sum over the channels, signed, on the grid of the layer's guide or else its own.
+
+        The score of a class in outputs (N, n), n > 1, is its margin (``config.margin_temperature``). Where captum's own
+        code runs (DataParallel, ``device_ids``, ``create_graph``), it is the logit, and the layer guides itself.
 
         Args:
             inputs, target, additional_forward_args, grad_kwargs: as for captum's ``LayerGradCam``.
@@ -126,15 +144,18 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
             attr_dim_summation: False gives each channel's term, (N, C, h, w).
 
         Returns:
-            (N, 1, h, w) in the dtype of the layer's (N, C, h, w); a tuple of them where the layer has several tensors.
+            (N, 1, h, w), h x w the guide's grid, in the dtype of the layer's activations; a tuple of them where the
+            layer has several tensors.
 
         Raises:
             ValueError: the layer has no (N, C, h, w), or NaN.
             AssertionError, RuntimeError: as captum raises them: targets that do not fit, a layer that did not run.
         """
         taken = (target, additional_forward_args, attribute_to_layer_input)
-        captured = _capture(self, inputs, *taken, grad_kwargs)
+        guides, temperature = self._guides, self.config.margin_temperature
+        captured = _capture(self, inputs, *taken, grad_kwargs, guides, temperature)
         if captured is None:
+            guides = None
             captured = compute_layer_gradients_and_eval(
                 self.forward_func,
                 self.layer,
@@ -149,13 +170,15 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
             weights = self._weights_of(activations, gradients)
+            guide = None if guides is None else guides.of(0, "layer", activations)
             if attr_dim_summation:
-                result = pipeline.class_grid(activations, weights, relu=False, **self._grid_options)[:, None]
+                options = {"relu": False, "guide": guide, **self._grid_options}
+                result = pipeline.class_grid(activations, weights, **options)[:, None]
             else:
                 result = weights[:, :, None, None] * activations
-                if self.config.affinity_power > 0:
-                    with pipeline.plain_arithmetic(activations.device):
-                        result = torch_backend.average_alike_cells(result, activations, self.config.affinity_power)
+                with pipeline.plain_arithmetic(activations.device):
+                    features = activations if guide is None else guide
+                    result = torch_backend.average_alike_cells(result, features, self.config)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
 
@@ -189,8 +212,20 @@ class _NotHere(Exception):
     """The layer's tensors are left to captum."""
 
 
-def _capture(attribution, inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs):
-    """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run."""
+def _capture(
+    attribution,
+    inputs,
+    target,
+    additional_forward_args,
+    attribute_to_layer_input,
+    grad_kwargs,
+    guides=None,
+    margin_temperature=0.0,
+):
+    """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run.
+
+    ``guides`` keep what they need for this one layer. With a temperature, the score of a class is its margin.
+    """
     forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
     if (
         isinstance(forward_func, nn.DataParallel)
@@ -210,6 +245,8 @@ def _capture(attribution, inputs, target, additional_forward_args, attribute_to_
         starts[:] = [_start(tensor) for tensor in tensors]  # of a layer that runs more than once the last run counts
         # The model goes on with copies, so that no in-place operation behind the layer reaches the activations.
         copies = [tensor.clone() for tensor in starts]
+        if guides is not None:
+            guides.at_target(0)
         if not isinstance(found, (tuple, list)):
             return copies[0]
         if hasattr(found, "_fields"):
@@ -220,20 +257,31 @@ def _capture(attribution, inputs, target, additional_forward_args, attribute_to_
     with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
-        handle = register(tap)
+        handles = [register(tap)]
+        if guides is not None:
+            guides.begin()
+            handles += guides.register(named_modules(forward_func))
         try:
-            output = _run_forward(forward_func, inputs, target, additional_forward_args)
+            outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
+            if not isinstance(outputs, torch.Tensor):
+                return None
+            output = _select_targets(outputs, target)
             # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer.
             usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
             if not (usable and output.ndim and len(output) and output[0].numel() == 1):
                 return None
             with torch.enable_grad():
+                if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+                    indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
+                    classes = _select_targets(indices, target)
+                    output = (outputs * margin_cotangent(outputs.detach(), classes, margin_temperature)).sum(1)
                 gradients = torch.autograd.grad(torch.unbind(output), starts, **grad_kwargs)
             return gradients, tuple(tensor.detach() for tensor in starts)
         except _NotHere:
             return None
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _start(tensor):

@@ -21,17 +21,16 @@ def left_as_it_is(cam, reason):
 
 
 class Configured:
-    """Mixin of the adapters' CF-CAM classes: its options, checked once, and what they are for."""
+    """Mixin of the adapters' CF-CAM classes: its options, checked once, and what they are for.
+
+    The options are those of `cfcam_gpu.CFCAM`, ``guide_layer`` among them.
+    """
 
     def _configure(self, config, backend, clustering, check_finite):
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._grid_options = {"config": self.config, "backend": backend}  # of `pipeline.class_grid`
 
     def _weights_of(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise, of activations and gradients (B, C, h, w)."""
         return pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-
-    @property
-    def _grid_options(self):
-        """`pipeline.class_grid`'s part of the options."""
-        return {"affinity_power": self.config.affinity_power, "backend": self._choices["backend"]}

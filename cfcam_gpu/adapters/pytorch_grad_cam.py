@@ -5,9 +5,13 @@ can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `H
 `cfcam_gpu.accelerate` turns an object of the original classes into one of these.
 """
 
+import math
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
@@ -22,10 +26,12 @@ try:
     from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
     from pytorch_grad_cam.base_cam import BaseCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 except ImportError as error:
     raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
-# No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam.
+# No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam,
+# utils.image and utils.model_targets.
 
 
 def accelerate(cam):
@@ -82,15 +88,16 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
     Args:
         model, target_layers, reshape_transform: as for `HeadCapture`.
         foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
+        options: ``guide_layer``, ``guided`` and ``margin_temperature``, as for `HeadCapture`.
 
     Attributes:
         activations, gradients: lists of one tensor per target layer of the latest `capture`, detached, on the model's
             device.
     """
 
-    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=()):
+    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=(), **options):
         super().__init__(model, [], reshape_transform)
-        self._captured = HeadCapture(model, target_layers, reshape_transform)
+        self._captured = HeadCapture(model, target_layers, reshape_transform, **options)
         self._foreign_hooks = foreign_hooks
         self._told = False
 
@@ -109,19 +116,25 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         """The `Capture` of one pass, the model in eval mode meanwhile.
 
         Returns:
-            outputs; and for each layer (activations, gradients, shape): both (B, C, h, w) and shape (h, w), or for
-            5-D inputs (B, C, d, h * w) and (d, h, w).
+            outputs; and for each layer (activations, gradients, shape, guide): both (B, C, h, w) and shape (h, w), or
+            for 5-D inputs (B, C, d, h * w) and (d, h, w); the guide (B, Cg, hg, wg) or None.
         """
         volumes = []
         captured = self._captured
         if isinstance(input_tensor, torch.Tensor) and input_tensor.dim() == 5:
-            captured = HeadCapture(captured.model, captured.target_layers, self._flattening(volumes))
+            temperature = captured.margin_temperature
+            layers, transform = captured.target_layers, self._flattening(volumes)
+            captured = HeadCapture(captured.model, layers, transform, margin_temperature=temperature)
         with self._undisturbed():
             capture = captured(input_tensor, targets)
         self._warn_of_repeated_layers(captured)
         self.activations, self.gradients = list(capture.activations), list(capture.gradients)
         shapes = volumes or [activations.shape[2:] for activations in capture.activations]
-        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes))
+        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes, capture.guides))
+
+    @property
+    def guide_names(self):
+        return self._captured.guide_names
 
     def _flattening(self, volumes):
         """A reshape_transform that makes grids of volumes, and notes their shapes: the activations' come first."""
@@ -188,10 +201,13 @@ class HeadOnlyCAM:
 
     outputs = None
     batch_size = None
-    _grid_options = {"affinity_power": 0.0, "backend": "auto"}  # `CFCAM`'s are its arguments
+    # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
+    _grid_options: dict[str, Any] = {"config": None, "backend": "auto"}
+
+    _capture_options: dict[str, Any] = {}
 
     def __init__(self, model, target_layers, reshape_transform=None):
-        hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
+        hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform, **self._capture_options)
         with _evaluated(model):  # the original's constructor calls model.eval()
             super().__init__(model, target_layers, reshape_transform)
         self.activations_and_grads.release()
@@ -270,8 +286,11 @@ class HeadOnlyCAM:
         rows = [slice(start, start + self.batch_size) for start in starts]
         return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
 
-    def _grid(self, activations, gradients, shape, eigen_smooth):
-        """The non-negative map of one layer on its own grid: (B, *shape)."""
+    def _grid(self, activations, gradients, shape, guide, eigen_smooth):
+        """The non-negative map of one layer on its own grid, (B, *shape), or on its guide's."""
+        average = self._grid_options["config"]
+        if average is not None and len(shape) > 2:  # a volume is given as a grid, on which distances mean nothing
+            average = replace(average, affinity_sigma=math.inf)
         # A caller's autocast is for the model; the maps are computed in float32.
         with pipeline.plain_arithmetic(activations.device):
             computed = _computed(activations)
@@ -280,13 +299,13 @@ class HeadOnlyCAM:
                 # The weights first, as in the original: of two layouts the product takes the first one's.
                 terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
                 grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
-                power = self._grid_options["affinity_power"]
-                if power > 0:
-                    grid = torch_backend.average_alike_cells(grid, computed, power)
+                if average is not None:
+                    grid = torch_backend.average_alike_cells(grid, computed if guide is None else guide, average)
                 grid = grid.relu_()
             else:
-                grid = pipeline.class_grid(activations, of_channels, **self._grid_options)
-        return grid.reshape(len(grid), *shape)
+                options = {**self._grid_options, "config": average, "guide": guide}
+                grid = pipeline.class_grid(activations, of_channels, **options)
+        return grid if guide is not None else grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
         batch = len(input_tensor)
@@ -314,8 +333,12 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
 
     Args:
         model, target_layers, reshape_transform: see `HeadOnlyCAM`.
+        guide_layer: as for `cfcam_gpu.CFCAM`; volumes have no guide.
         config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`; ``config.normalize`` has no effect,
             because the maps are scaled as that library scales them.
+
+    The score of a class is its margin (``config.margin_temperature``): of an index, of None, and of
+    ``ClassifierOutputTarget``, which is this library's way to write an index. Other targets are taken as they are.
 
     >>> cam = CFCAM(model, [model.layer4[-1]])
     >>> cam(images, targets=[ClassifierOutputTarget(285)] * 2, aug_smooth=True).shape  # images (2, 3, 224, 224)
@@ -328,13 +351,27 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         target_layers,
         reshape_transform=None,
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
         check_finite=None,
     ):
         self._configure(config, backend, clustering, check_finite)
+        self._capture_options = {
+            "guide_layer": guide_layer,
+            "guided": self.config.averages,
+            "margin_temperature": self.config.margin_temperature,
+        }
         super().__init__(model, target_layers, reshape_transform)
+
+    @property
+    def guide_names(self):
+        """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
+        return self.activations_and_grads.guide_names
+
+    def _grids(self, input_tensor, targets, eigen_smooth):
+        return super()._grids(input_tensor, _indices(targets), eigen_smooth)
 
     def channel_weights(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""
@@ -392,6 +429,15 @@ ACCELERATED = {
     for fast in (GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM, LayerCAM)
 }
 """pytorch-grad-cam's class -> ours."""
+
+
+def _indices(targets):
+    """The classes of targets that all are ``ClassifierOutputTarget``; other targets as they are."""
+    if isinstance(targets, (list, tuple)) and all(type(target) is ClassifierOutputTarget for target in targets):
+        categories = [target.category for target in targets]
+        if all(isinstance(category, Integral) and category >= 0 for category in categories):
+            return categories
+    return targets
 
 
 def _computed(tensor):

@@ -41,8 +41,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import pipeline
-from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GraphRoot, eager_without_grad
+from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
+from cfcam_gpu.capture import GraphRoot, eager_without_grad, make_guides, margin_cotangent, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
@@ -110,10 +110,14 @@ class _HeadOnly:
         try:
             if switched_off and output is not None and not self._grad_from_start and not model.training:
                 self._grad_from_start = True
+                self._begin_again()
                 with torch.enable_grad():
                     return model.forward(*args, **kwargs)
         finally:
             self._close()
+
+    def _begin_again(self):
+        """Called before a pass is repeated."""
 
     def _close(self):
         scope, self._scope, self._pass_inputs = self._scope, None, ()
@@ -162,12 +166,13 @@ class _HeadOnly:
             return super().compute_cams(class_idx, scores, normalized, **kwargs)
         return self._maps(self._get_weights(class_idx, scores, **kwargs), normalized, skip_nan=True)
 
-    def _maps(self, weights, normalized, **options):
+    def _maps(self, weights, normalized, guides=None, **options):
         """torch-cam's maps, list of (N, h, w), for weights (N, C) or (N, C, h, w); computed in float32."""
         maps = []
+        guides = guides or [None] * len(weights)
         with torch.no_grad():
-            for activations, weight in zip(self.hook_a, weights):
-                grid = pipeline.class_grid(activations, weight, self._relu, **options)
+            for activations, weight, guide in zip(self.hook_a, weights, guides):
+                grid = pipeline.class_grid(activations, weight, self._relu, guide=guide, **options)
                 maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
         return maps
 
@@ -208,11 +213,14 @@ class CFCAM(Configured, GradCAM):
 
     Args:
         model, target_layer, input_shape: as for torch-cam's extractors; of None the layer is found by a pass on zeros.
+        guide_layer: as for `cfcam_gpu.CFCAM`.
         config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`.
         kwargs: ``enable_hooks`` and ``reshape_transform``, as there.
 
-    The call returns one (N, h, w) per layer, on the layer's grid and device and in its dtype, from 0 to 1 as torch-cam
-    scales ((x - min) / (max + 1e-8)) unless ``normalized=False``.
+    The call returns one (N, h, w) per layer, on the grid of the layer's guide (the layer's own where it has none), in
+    the layer's dtype, from 0 to 1 as torch-cam scales ((x - min) / (max + 1e-8)) unless ``normalized=False``.
+    Of scores (N, n) with n > 1, what is differentiated for ``class_idx`` is the margin (``config.margin_temperature``);
+    ``targets`` are taken as they are.
 
     Raises:
         TypeError, ValueError: as torch-cam and `cfcam_gpu.cf_cam` raise them.
@@ -221,8 +229,11 @@ class CFCAM(Configured, GradCAM):
     ...     scores = model(images)  # images (2, 3, 224, 224)
     ...     fused = cam.fuse_cams(cam(285, scores))
     >>> fused.shape
-    torch.Size([2, 14, 14])
+    torch.Size([2, 28, 28])
     """
+
+    _guides = None
+    _guide_handles = ()
 
     def __init__(
         self,
@@ -230,6 +241,7 @@ class CFCAM(Configured, GradCAM):
         target_layer=None,
         input_shape=(3, 224, 224),
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
@@ -238,6 +250,56 @@ class CFCAM(Configured, GradCAM):
     ):
         self._configure(config, backend, clustering, check_finite)
         super().__init__(model, target_layer, input_shape, **kwargs)
+        # Copies, because the pass is the caller's and cannot be repeated.
+        guides = make_guides(self.model, guide_layer, len(self.target_names), self._reshape_transform, copies=True)
+        self._guides = guides if self.config.averages else None
+
+    @property
+    def guide_names(self):
+        """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
+        names = [None] * len(self.target_names) if self._guides is None else self._guides.names
+        return names and [guide or target for guide, target in zip(names, self.target_names)]
+
+    def _begin_pass(self, model, args, kwargs):
+        super()._begin_pass(model, args, kwargs)
+        if self._guides is not None and self._scope is not None:
+            self._let_go_of_guides()
+            self._guides.begin()
+            self._guide_handles = self._guides.register(named_modules(model))
+
+    def _begin_again(self):
+        if self._guides is not None:
+            self._guides.begin()
+
+    def _end_pass(self, model, args, kwargs, output):
+        try:
+            return super()._end_pass(model, args, kwargs, output)
+        finally:
+            self._let_go_of_guides()
+
+    def _let_go_of_guides(self):
+        while self._guide_handles:
+            self._guide_handles.pop().remove()
+
+    def remove_hooks(self):
+        """Take every hook off the model."""
+        super().remove_hooks()
+        self._let_go_of_guides()
+
+    def _hook_g(self, module, inputs, output, idx=0):
+        result = super()._hook_g(module, inputs, output, idx)
+        if self._guides is not None and self._scope is not None:
+            self._guides.at_target(idx)
+        return result
+
+    def _backprop(self, scores, class_idx, *args, targets=None, **kwargs):
+        temperature = self.config.margin_temperature
+        if targets is None and temperature > 0 and scores.ndim == 2 and scores.shape[1] > 1:
+            classes = torch.as_tensor(class_idx, device=scores.device).expand(len(scores))
+            cotangent = margin_cotangent(scores.detach(), classes, temperature)
+            with torch.inference_mode(False), torch.enable_grad():
+                scores, class_idx = (scores * cotangent).sum(1, keepdim=True), 0
+        super()._backprop(scores, class_idx, *args, targets=targets, **kwargs)
 
     def _get_weights(self, class_idx, scores, **kwargs):
         self._backprop(scores, class_idx, **kwargs)
@@ -248,7 +310,12 @@ class CFCAM(Configured, GradCAM):
         if targets is not None:
             kwargs["targets"] = targets
         weights = self._get_weights(class_idx, scores, **kwargs)
-        return self._maps(weights, normalized, **self._grid_options)
+        guides = None
+        if self._guides is not None:
+            guides = list(map(self._guides.of, range(len(weights)), self.target_names, self.hook_a))
+            if self._guides.must_repeat():
+                LOG.warning("the guide layer found for other inputs does not fit these; the next pass finds another")
+        return self._maps(weights, normalized, guides, **self._grid_options)
 
 
 ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from skimage.data import chelsea
 
-from cfcam_gpu import CFCAM, models
+from cfcam_gpu import CFCAM, layers, models
 from cfcam_gpu.images import overlay, save_image, side_by_side
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -22,7 +22,7 @@ out.mkdir(parents=True, exist_ok=True)
 photo = Image.fromarray(chelsea())
 network = models.load_model("demo")
 images = network.preprocess(photo)[None]
-layer = models.inspect_target_layer(network.model, images)  # the last layer that keeps a map of the image
+layer = layers.inspect_target_layer(network.model, images)  # the last layer that keeps a map of the image
 
 with CFCAM(network.model, [layer.module]) as cam:
     maps = cam.maps(images)  # of the top class

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from skimage.data import chelsea
 
-from cfcam_gpu import CFCAM, models
+from cfcam_gpu import CFCAM, layers, models
 from cfcam_gpu.images import overlay, save_image, side_by_side
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,7 +27,7 @@ torch.manual_seed(0)
 network = models.load_model(args.model)
 photo = Image.fromarray(chelsea())
 images = network.preprocess(photo)[None]
-layer = models.inspect_target_layer(network.model, images)
+layer = layers.inspect_target_layer(network.model, images)
 print(f"layer {layer.name}, made a grid of {layer.shape} by {layer.reshape_transform}")
 
 with CFCAM(network.model, [layer.module], layer.reshape_transform) as cam:

@@ -25,6 +25,11 @@ MEASURES = {
 
 COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choice.STABILITY, "energy", "hit")
 
+FOUR = ("insertion_minus_deletion", "class_sensitivity", choice.STABILITY, "energy")
+"""The README's columns: one of each question that is asked."""
+
+IN_README = ("Grad-CAM", "Grad-CAM++", "LayerCAM", "Eigen-CAM", "random", "CF-CAM, published", "CF-CAM")
+
 OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_drop", "increase")
 
 
@@ -116,6 +121,28 @@ def methods_table(results, names, half):
     return f"{markdown(_header(['method'], MEASURES), _lines(found, MEASURES))}\n\n{about(rows)}"
 
 
+def four_table(results):
+    """The README's: four columns of a few methods, without their counts."""
+    found = _of(results, IN_README, "confirm")
+    rows = [row for row in found.values() if row]
+    if not rows:
+        return NOT_MEASURED
+    body = [[name, *(cell(row, measure) for measure in FOUR)] for name, row in found.items() if row]
+    return f"{markdown(['method', *map(title, FOUR)], body)}\n\n{about(rows)}"
+
+
+def number_rows(results):
+    """One line of the README's numbers: insertion minus deletion beside Grad-CAM's; none where it is not measured."""
+    row = _of(results, ["CF-CAM"], "confirm")["CF-CAM"]
+    measure = "insertion_minus_deletion"
+    if row is None or measure not in row.get("minus_grad_cam", {}):
+        return []
+    verdict = {1: "more faithful than Grad-CAM", 0: "level with Grad-CAM", -1: "less faithful than Grad-CAM"}
+    mean, low, high = (round(value, 3) + 0.0 for value in row["minus_grad_cam"][measure])
+    text = f"{MEASURES[measure]}, paired on {row['n']} photographs; 95 % interval {low:+.3f} to {high:+.3f}"
+    return [[f"**{mean:+.3f}**: {verdict[better(row, measure)]}", text]]
+
+
 def chosen(results):
     """The rule's default, and what is missing: while anything is, the rule picks nothing."""
     found = _of(results, ["Grad-CAM", *AMONG], "choose")
@@ -201,6 +228,7 @@ def randomization_table(results):
 
 
 TABLES = {
+    "four": four_table,
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
     "variants": lambda results: methods_table(results, ["Grad-CAM", *VARIANTS], "choose"),

@@ -1,5 +1,6 @@
 """benchmarks/report.py: pages that are what the rows give, nothing typed by hand, and the rule for the default."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,12 +101,54 @@ def test_the_report_is_the_rows_and_twice_is_once(report, faithful, benchmarks, 
     for page, text in once.items():
         assert report.filled(page, text, report.Results(tmp_path)) == text
         assert outside(text) == outside(pages[page])
-    assert "new machine" in once["README.md"] and not any("old machine" in text for text in once.values())
-    assert "| `cfcam` | needs a GPU |" in once["README.md"] and "`cfcam:numpy`" not in once["README.md"]
-    full = once["benchmarks/README.md"]
-    assert "| `cfcam:numpy` | 30 (27 to 33) | 3.00 | 14 | 240 (216 to 264) | 3.00 | 14 | not measured |" in full
-    assert "| channels | 64 to 4096 | 2.00, 1.50 | not measured |" in full
+    compact, full = once["docs/speed.md"], once["benchmarks/README.md"]
+    assert "new machine" in compact and not any("old machine" in text for text in once.values())
+    assert "\n| `forward` | 10 (9 to 11) |" in compact and "`cfcam:numpy`" not in compact
+    assert "\n| `cfcam` |" not in compact  # not measured: the full table says why
+    assert "| `cfcam` | needs a GPU |" in full
+    assert "| `cfcam:numpy` | 30 (27 to 33) | 3.00 | 14 | 240 (216 to 264) | 3.00 | 14 |\n" in full
+    assert "| channels | 64 to 4096 | 2.00, 1.50 |\n" in full
     assert "| Grad-CAM++ | 0.500 ± 0.04 |" in once["benchmarks/faithfulness.md"]
+
+
+SPEED_TABLES = ("resnet50", "providers", "models", "throughput", "growth")
+
+
+def test_a_gpu_has_columns_only_when_it_was_measured(report, benchmarks, tmp_path):
+    growth = benchmarks("growth")
+    tables = lambda: {name: report.TABLES[name](report.Results(tmp_path)) for name in SPEED_TABLES}
+    assert set(tables().values()) == {"not measured"}
+    write_speed(tmp_path, growth)
+    on_cpu = tables()
+    assert not any("GPU: " in table or "GPU, " in table or "not measured" in table for table in on_cpu.values())
+    for name in ("bench", "growth"):
+        cpu_rows = rows.read(tmp_path / f"{name}.jsonl")[-200:]
+        list(rows.append(tmp_path / f"{name}.jsonl", [{**row, "device_type": "cuda"} for row in cpu_rows]))
+    on_both = tables()
+    for name in SPEED_TABLES:
+        widths = {len(line.split("|")) for line in on_both[name].splitlines() if line.startswith("|")}
+        assert len(widths) == 1 and widths.pop() > on_cpu[name].splitlines()[0].count("|") + 1
+        assert "GPU" in on_both[name]
+
+
+def test_the_first_numbers_are_the_rows(report, tmp_path):
+    assert report.numbers_table(report.Results(tmp_path)) == "not measured"
+    here = {**rows.about(device="cpu"), "device": "a machine", "model": "resnet50", "batch": 8, "size": 224}
+    speed = [{**here, "provider": name, "median_ms": ms} for name, ms in (("forward", 100), ("cfcam", 110))]
+    list(rows.append(tmp_path / "bench.jsonl", speed))
+    assert report.numbers_table(report.Results(tmp_path)) == "not measured"  # a third is missing
+    list(rows.append(tmp_path / "bench.jsonl", [{**here, "provider": "pytorch-grad-cam", "median_ms": 330}]))
+    write_faithfulness(tmp_path, faithfulness_row("CF-CAM", "confirm", insertion_minus_deletion=0.02))
+    table = report.numbers_table(report.Results(tmp_path))
+    assert (
+        "| **3.0 times** as fast as pytorch-grad-cam | 110 ms, not 330 ms; ResNet-50, batch 8, CPU (a machine) |"
+        in table
+    )
+    assert "| **1.10 times** the forward pass alone | 110 ms, not 100 ms; " in table
+    assert "| **+0.020**: more faithful than Grad-CAM | " in table and "interval +0.010 to +0.030 |" in table
+    for difference, verdict in ((-0.02, "**-0.020**: less faithful than"), (0.0, "**+0.000**: level with")):
+        write_faithfulness(tmp_path, faithfulness_row("CF-CAM", "confirm", insertion_minus_deletion=difference))
+        assert verdict in report.numbers_table(report.Results(tmp_path))
 
 
 def test_a_marker_that_is_missing_or_unknown_is_an_error(report, pages, tmp_path):
@@ -137,7 +180,7 @@ def test_every_table_and_image_has_a_page(report):
 def test_the_pages_are_what_the_rows_give(report, pages, monkeypatch, tmp_path, capsys):
     assert report.main(["--check"]) == 0, "run python benchmarks/report.py"
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     for changed in report.PAGES:
         for page, text in pages.items():
@@ -194,7 +237,9 @@ def test_tables_with_rows_missing(report, faithful, tmp_path):
     table = faithful.TABLES["choose"](results)
     assert "| LayerCAM | **0.600 ± 0.04 +** |" in table and "| HiResCAM | not measured |" in table
     assert {len(line.split("|")) for line in table.splitlines() if line.startswith("|")} == {len(MEANS) + 4}
-    assert faithful.TABLES["faithfulness"](results) == "not measured"  # the other half
+    assert (
+        faithful.TABLES["faithfulness"](results) == faithful.TABLES["four"](results) == "not measured"
+    )  # the other half
     candidates = faithful.TABLES["candidates"](results)
     assert "The rule picks nothing yet; not measured: CF-CAM, published but signed; " in candidates
     assert len({len(line.split("|")) for line in candidates.splitlines() if line.startswith("|")}) == 1
@@ -220,7 +265,7 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
     results = report.Results(tmp_path)
     tables = {name: make(results) for name, make in faithful.TABLES.items()}
     energies = lambda name: [text for text in ("0.811", "0.822", "0.833", "0.844", "0.855") if text in tables[name]]
-    assert energies("faithfulness") == ["0.811"] and energies("choose") == ["0.822"]
+    assert energies("faithfulness") == energies("four") == ["0.811"] and energies("choose") == ["0.822"]
     assert energies("elsewhere") == ["0.844", "0.855"]  # "choose" only where there is no "confirm"
     assert "| CF-CAM | 0.300 ± 0.1 (2 zero) | - (20 zero) |" in tables["randomization"]
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]

@@ -105,7 +105,9 @@ def test_bad_configurations(arguments, error, message):
 
 
 def test_configuration():
-    assert CFCAMConfig.paper() == CFCAMConfig(75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max", 0.0)
+    assert CFCAMConfig.paper() == CFCAMConfig(
+        75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max", affinity_power=0.0, margin_temperature=0.0
+    )
     assert CFCAMConfig() == CFCAMConfig(50.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax", 3.0)
     assert CFCAMConfig.stable() == CFCAMConfig(50.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax", 2.0)
     with pytest.raises(AttributeError):

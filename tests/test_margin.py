@@ -2,19 +2,10 @@
 
 import pytest
 import torch
+from captured import margins
 from compare import assert_close
 
 from cfcam_gpu.capture import HeadCapture, margin_cotangent
-
-
-def margins(logits, classes, temperature):
-    """z_c - T logsumexp_{k != c}(z_k / T) of every row, T a constant: by the formula, class by class."""
-    rows = []
-    for row, chosen in zip(logits, classes.tolist()):
-        scale = temperature * row.detach().std(correction=0)
-        others = torch.stack([row[k] for k in range(len(row)) if k != chosen])
-        rows.append(row[chosen] - scale * torch.logsumexp(others / scale, 0))
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000])

@@ -27,7 +27,7 @@ def cf_cam(activations, gradients, output_size, config, guide=None):
     """
     activations = np.asarray(activations, np.float64)
     gradients = np.asarray(gradients, np.float64)
-    guides = activations if guide is None else np.asarray(guide, np.float64)
+    guides = [None] * len(activations) if guide is None else np.asarray(guide, np.float64)
     results = []
     for image_activations, image_gradients, image_guide in zip(activations, gradients, guides):
         labels, eps = cluster_channels(image_activations, config)
@@ -175,11 +175,12 @@ def window(target_shape, shape, sigma):
 # Stage 6: the map.
 
 
-def class_map(activations, weights, output_size, config, guide):
+def class_map(activations, weights, output_size, config, guide=None):
     """The normalised map of one image: (H, W) in [0, 1]."""
-    grid = average_alike_cells(np.tensordot(weights, activations, 1), guide, config)
-    if not config.averages:
-        grid = np.maximum(grid, 0)  # as published
+    grid = np.tensordot(weights, activations, 1)
+    grid = average_alike_cells(grid, activations if guide is None else guide, config)
+    if guide is None or not config.averages:
+        grid = np.maximum(grid, 0)  # on the target layer's grid, as published; on a guide's, after the resize alone
     return normalize(np.maximum(resize(grid, output_size), 0), config)
 
 

@@ -241,8 +241,9 @@ def _block_of_cells(target_shape, shape, sigma, values):
 
 def class_map(activations, weights, output_size, config, guide=None):
     """The normalised maps of a batch: (B, H, W) in [0, 1]."""
-    # The published procedure takes the positive part on the grid.
-    grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
+    # On the target layer's grid the positive part comes before the resize, as published; on a guide's, after it.
+    relu = guide is None or not config.averages
+    grid = class_grid(activations, weights, relu, config=config, guide=guide)
     return normalize(resize(grid, output_size).relu_(), config)
 
 

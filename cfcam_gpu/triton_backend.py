@@ -1,4 +1,4 @@
-"""CF-CAM in Triton kernels: ten launches a batch from the gradients to the maps, and no host synchronisation.
+"""CF-CAM in Triton kernels: a dozen launches a batch from the gradients to the maps, and no host synchronisation.
 
 Function names are those of `reference`. The clustering works on float32 distances; see `cfcam_gpu.kernels`.
 """
@@ -33,19 +33,20 @@ EPS_FLOOR_FLOAT32 = float(np.float32(EPS_FLOOR))
 """EPS_FLOOR as the kernels compare it; rounded to nearest, which here is down."""
 
 
-def cf_cam(activations, gradients, output_size, config, engine):
-    """All five stages for a batch.
+def cf_cam(activations, gradients, output_size, config, engine, guide=None):
+    """All stages for a batch.
 
     Args:
         activations, gradients: (B, C, h, w), float16, bfloat16 or float32, on one CUDA or ROCm device; any strides.
         output_size: (H, W).
         config: `CFCAMConfig`.
         engine: a name in `cfcam_gpu.clustering.ENGINES`; one that is not in the kernels labels their distances.
+        guide: (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
         maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,).
     """
-    arguments = (activations.detach(), gradients.detach(), output_size, config, engine)
+    arguments = (activations.detach(), gradients.detach(), output_size, config, engine, guide)
     return _in_chunks(_cf_cam, len(activations), _chunk(activations, config), arguments)
 
 
@@ -100,10 +101,12 @@ def _in_chunks(function, batch, chunk, arguments):
     return tuple(torch.cat(column) for column in zip(*results))
 
 
-def _cf_cam(activations, gradients, output_size, config, engine):
+def _cf_cam(activations, gradients, output_size, config, engine, guide):
     cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
-    weights_of_cells = weights[:, :, None].expand_as(cells)
-    grid = _sum(cells, weights_of_cells, affinity_power=config.affinity_power).view(-1, *activations.shape[2:])
+    cells = cells.unflatten(2, activations.shape[2:])
+    # On the target layer's grid the positive part comes before the resize, as published; on a guide's, after it.
+    relu = guide is None or not config.averages
+    grid = class_grid(cells, weights, relu, config=config, guide=guide)
     return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
 
 
@@ -121,19 +124,19 @@ def _without_cells(*arguments):
     return _cluster_and_weigh(*arguments)[1:]
 
 
-def class_grid(activations, weights, relu=True, skip_nan=False, affinity_power=0.0):
-    """The weighted sum over channels on the layer's own grid, as `torch_backend.class_grid`, by the kernel."""
+def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
+    """The weighted sum over channels, averaged as the configuration says, as `torch_backend.class_grid`, by kernels."""
     weights = weights.detach()
     weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, activations[0, 0].numel())
-    grid = _sum(activations.detach().flatten(2), weights, relu, skip_nan, affinity_power)
-    return grid.view(len(grid), *activations.shape[2:])
-
-
-def _sum(cells, weights, relu=True, skip_nan=False, affinity_power=0.0):
-    """The kernel that does it, for (B, C, N)."""
-    if affinity_power > 0:
-        return affinity_sum(cells, weights, affinity_power, relu)
-    return weighted_sum(cells, weights, relu, skip_nan)
+    averages = config is not None and config.averages
+    grid = weighted_sum(activations.detach().flatten(2), weights, relu and not averages, skip_nan)
+    grid = grid.view(-1, *activations.shape[2:])
+    if not averages:
+        return grid
+    guide = (activations if guide is None else guide).detach()
+    if guide.dtype not in launch.DTYPES:
+        guide = guide.float()
+    return affinity_sum(grid, guide, config.affinity_power, config.affinity_sigma, config.affinity_steps, relu)
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True):

@@ -1,21 +1,27 @@
-"""The weighted sum over channels, averaged over the cells with alike features.
+"""The average over the cells with alike features: one step of it a launch.
 
-    S_q = sum_c W_cq A_cq,   k_pq = max(0, cos(a_p, a_q))^power,   M_p = max(0, sum_q k_pq S_q / sum_q k_pq)
+    k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
-with a_p = (A_1p ... A_Cp) the features of cell p. A program owns a block of cells p and walks over all cells q, as
-attention does: the products a_p . a_q, the norms and S_q come from the same pass over the channels, and no matrix of
-affinities reaches the memory. W_cq = w_c for CF-CAM, a weight of each cell's own for element-wise methods.
+with f_p = (F_1p ... F_Cp) the features of the guide's cell p, and q at most reach_y rows and reach_x columns away; a
+cell without features keeps S_p. S is the signed sum over the channels on the target layer's coarser grid, of which each
+program takes the bilinear value at q for itself, or what the step before has left on the guide's own. A program owns a
+block of cells p and walks over the cells q of the rows within reach, as attention does: the products f_p . f_q and the
+norms come from one pass over the channels, and no matrix of affinities reaches the memory.
 
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
 
-Floor: C * h * w reads; 2 * C * (h * w)^2 operations.
+Floor: C * hg * wg reads; 2 * C operations for each pair of cells within reach, at most (hg * wg)^2 of them.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.gaussian import window_decay, window_reach
+from cfcam_gpu.kernels.class_map import bilinear
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 
@@ -26,54 +32,79 @@ def high_part(x):
 
 
 @triton.jit
+def log2_likeness(product, square, other_square, power):
+    """How much cells count for each other by their features, and which do at all: log2 of it, and where it is not 0.
+
+    A cell without features, or with NaN among them, is like no cell, not even itself.
+    """
+    cosine = product / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None]
+    cosine = cosine / tl.sqrt(tl.where(other_square > 0, other_square, 1.0))[None, :]
+    alike = cosine > 0
+    return power * tl.log2(tl.where(alike, cosine, 1.0)), alike
+
+
+@triton.jit
 def affinity_sum_kernel(
-    a_ptr,
-    w_ptr,
+    f_ptr,
     grid_ptr,
+    averaged_ptr,
     n_channels,
-    n_cells,
+    height,
+    width,
+    grid_height,
+    grid_width,
+    scale_y,
+    scale_x,
+    reach_y,
+    reach_x,
+    decay_y,
+    decay_x,
     power,
-    a_stride_b,
-    a_stride_c,
-    a_stride_p,
-    w_stride_b,
-    w_stride_c,
-    w_stride_p,
+    f_stride_b,
+    f_stride_c,
+    f_stride_y,
+    f_stride_x,
     RELU: tl.constexpr,
+    RESIZE: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    n_cells = height * width
     blocks_per_image = tl.cdiv(n_cells, BLOCK_P)
     image = (tl.program_id(0) // blocks_per_image).to(tl.int64)
-    cell = ((tl.program_id(0) % blocks_per_image) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    start = (tl.program_id(0) % blocks_per_image) * BLOCK_P
+    cell = start + tl.arange(0, BLOCK_P)
     in_cells = cell < n_cells
-    a_ptr += image * a_stride_b
-    w_ptr += image * w_stride_b
+    y = cell // width
+    x = cell % width
+    f_ptr += image * f_stride_b
+    grid_ptr += image * grid_height * grid_width
+    of_p = y.to(tl.int64) * f_stride_y + x.to(tl.int64) * f_stride_x
 
     total = tl.zeros([BLOCK_P], tl.float32)
     mass = tl.zeros([BLOCK_P], tl.float32)
-    first = 0
-    while first < n_cells:
-        other = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
-        in_others = other < n_cells
+    first = tl.maximum(start // width - reach_y, 0) * width
+    end = tl.minimum((start + BLOCK_P - 1) // width + reach_y + 1, height) * width
+    while first < end:
+        other = first + tl.arange(0, BLOCK_Q)
+        in_others = other < end
+        other_y = other // width
+        other_x = other % width
+        of_q = other_y.to(tl.int64) * f_stride_y + other_x.to(tl.int64) * f_stride_x
         product = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
         # Added up over the channels behind the loop: in it, every sum across threads would be a barrier.
         squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         other_squares = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
-        other_terms = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
         # Bounds known at compile time: only then are the loads of the next steps under way during this one.
         for step in range(N_STEPS):
             channel = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
             in_channels = channel < n_channels
-            of_cell = cell[:, None] * a_stride_p + channel[None, :] * a_stride_c
-            of_other = channel[:, None] * a_stride_c + other[None, :] * a_stride_p
-            of_weight = channel[:, None] * w_stride_c + other[None, :] * w_stride_p
-            inside = in_channels[:, None] & in_others[None, :]
-            a = tl.load(a_ptr + of_cell, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-            b = tl.load(a_ptr + of_other, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + of_weight, mask=inside, other=0.0).to(tl.float32)
+            a_offset = of_p[:, None] + channel[None, :] * f_stride_c
+            b_offset = channel[:, None] * f_stride_c + of_q[None, :]
+            a = tl.load(f_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+            b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & in_others[None, :], other=0.0).to(tl.float32)
             a_high = high_part(a)
             b_high = high_part(b)
             product = tl.dot(a - a_high, b_high, product, input_precision="tf32")
@@ -81,55 +112,72 @@ def affinity_sum_kernel(
             product = tl.dot(a_high, b_high, product, input_precision="tf32")
             squares += a * a
             other_squares += b * b
-            other_terms += b * w
-        square = tl.sum(squares, axis=1)
-        other_square = tl.sum(other_squares, axis=0)
-        other_sum = tl.sum(other_terms, axis=0)
-        # A cell without features is like no cell, not even itself, and its sum is 0 anyway.
-        cosine = product / tl.sqrt(tl.where(square > 0, square, 1.0))[:, None]
-        cosine = cosine / tl.sqrt(tl.where(other_square > 0, other_square, 1.0))[None, :]
-        alike = cosine > 0
-        affinity = tl.where(alike, tl.exp2(power * tl.log2(tl.where(alike, cosine, 1.0))), 0.0)
-        total += tl.sum(affinity * other_sum[None, :], axis=1)
+        exponent, alike = log2_likeness(product, tl.sum(squares, axis=1), tl.sum(other_squares, axis=0), power)
+        apart_y = tl.abs(y[:, None] - other_y[None, :])
+        apart_x = tl.abs(x[:, None] - other_x[None, :])
+        near = (apart_y <= reach_y) & (apart_x <= reach_x)
+        exponent -= decay_y * (apart_y * apart_y).to(tl.float32) + decay_x * (apart_x * apart_x).to(tl.float32)
+        affinity = tl.where(alike & near, tl.exp2(exponent), 0.0)
+        if RESIZE:
+            value = bilinear(grid_ptr, other, in_others, grid_height, grid_width, width, scale_y, scale_x, 0.0)
+        else:
+            value = tl.load(grid_ptr + other, mask=in_others, other=0.0)
+        total += tl.sum(affinity * value[None, :], axis=1)
         mass += tl.sum(affinity, axis=1)
         first += BLOCK_Q
 
-    value = total / tl.where(mass > 0, mass, 1.0)
+    if RESIZE:
+        own = bilinear(grid_ptr, cell, in_cells, grid_height, grid_width, width, scale_y, scale_x, 0.0)
+    else:
+        own = tl.load(grid_ptr + cell, mask=in_cells, other=0.0)
+    averaged = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), own)
     if RELU:
-        value = tl.maximum(value, 0.0)
-    tl.store(grid_ptr + image * n_cells + cell, value, mask=in_cells)
+        averaged = tl.maximum(averaged, 0.0)
+    tl.store(averaged_ptr + image * n_cells + cell, averaged, mask=in_cells)
 
 
-def affinity_sum(activations, weights, power, relu=True):
-    """The averaged weighted sum over channels, by default its positive part: float32 (B, N).
+def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
+    """The signed sum averaged over alike cells, by default its positive part: float32 (B, hg, wg); a launch a step.
 
     Args:
-        activations, weights: (B, C, N), float16, bfloat16 or float32, any strides; expand weights (B, C, 1) to
-            give every cell of a channel the same.
-        power: exponent of the cosine, above 0.
+        grid: float32 (B, h, w), contiguous.
+        guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides.
+        power, sigma_cells: as in `CFCAMConfig`, the power above 0.
+        steps: how often, at least 1.
     """
-    batch, n_channels, n_cells = activations.shape
-    grid = torch.empty(batch, n_cells, dtype=torch.float32, device=activations.device)
+    batch, n_channels, *shape = guide.shape
+    n_cells = shape[0] * shape[1]
+    target_shape = grid.shape[1:]
+    reach = [window_reach(size, target, sigma_cells) for size, target in zip(shape, target_shape)]
+    decay = [window_decay(size, target, sigma_cells) * math.log2(math.e) for size, target in zip(shape, target_shape)]
     # Small grids: more programs an image, so that one image alone does not wait for one multiprocessor. These are the
     # largest blocks and most stages that no supported version of the compiler spills registers for.
     block_p, num_warps, num_stages = (16, 4, 2) if n_cells <= 256 else (32, 8, 3)
     block_c = 32
     block_q = max(16, min(next_power_of_2(n_cells), 64))
-    affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
-        activations,
-        weights,
-        grid,
-        n_channels,
-        n_cells,
-        float(power),
-        *activations.stride(),
-        *weights.stride(),
-        RELU=relu,
-        N_STEPS=cdiv(n_channels, block_c),
-        BLOCK_P=block_p,
-        BLOCK_Q=block_q,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    for step in range(steps):
+        averaged = torch.empty(batch, *shape, dtype=torch.float32, device=guide.device)
+        affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
+            guide,
+            grid,
+            averaged,
+            n_channels,
+            *shape,
+            *grid.shape[1:],
+            grid.shape[1] / shape[0],
+            grid.shape[2] / shape[1],
+            *reach,
+            *decay,
+            float(power),
+            *guide.stride(),
+            RELU=relu and step == steps - 1,
+            RESIZE=tuple(grid.shape[1:]) != tuple(shape),
+            N_STEPS=cdiv(n_channels, block_c),
+            BLOCK_P=block_p,
+            BLOCK_Q=block_q,
+            BLOCK_C=block_c,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        grid = averaged
     return grid

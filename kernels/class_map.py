@@ -1,6 +1,6 @@
 """The map: weighted sum over channels, ReLU, bilinear resize, normalisation.
 
-    M_p = max(0, sum_c W_cp A_cp)
+    S_p = sum_c W_cp A_cp
 
 with W_cp = w_c for CF-CAM and Grad-CAM, and a weight of each cell's own for element-wise methods: one kernel, since a
 stride of 0 broadcasts. In the pipeline it reads the transposed activations, in which the channels of a cell are
@@ -83,6 +83,24 @@ def grid_extremes(grid_ptr, n_cells, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def bilinear(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x, base):
+    """The bilinear values of grid - base at ``pixel``, half-pixel centres (align_corners=False), as torch has them."""
+    y = tl.maximum(((pixel // out_width).to(tl.float32) + 0.5) * scale_y - 0.5, 0.0)
+    x = tl.maximum(((pixel % out_width).to(tl.float32) + 0.5) * scale_x - 0.5, 0.0)
+    top = tl.minimum(y.to(tl.int32), height - 1)
+    left = tl.minimum(x.to(tl.int32), width - 1)
+    down = tl.minimum(top + 1, height - 1)
+    right = tl.minimum(left + 1, width - 1)
+    y -= top.to(tl.float32)
+    x -= left.to(tl.float32)
+    upper = (tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) - base) * (1 - x)
+    upper += (tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) - base) * x
+    lower = (tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) - base) * (1 - x)
+    lower += (tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) - base) * x
+    return upper * (1 - y) + lower * y
+
+
+@triton.jit
 def map_value(
     grid_ptr,
     earlier_ptr,
@@ -99,24 +117,12 @@ def map_value(
     SCALE_GRID: tl.constexpr,
     ADD_EARLIER: tl.constexpr,
 ):
-    """The bilinear values at ``pixel``, half-pixel centres (align_corners=False), as torch computes them.
+    """The positive part of the bilinear values at ``pixel``: of a grid that is not negative, the values themselves.
 
     SCALE_GRID: of the grid (x - base) / span; else base is 0. The difference comes before the sums: values that are
     nearly the same would lose their digits in them. ADD_EARLIER: with ``earlier`` added, over ``n_layers``.
     """
-    y = tl.maximum(((pixel // out_width).to(tl.float32) + 0.5) * scale_y - 0.5, 0.0)
-    x = tl.maximum(((pixel % out_width).to(tl.float32) + 0.5) * scale_x - 0.5, 0.0)
-    top = tl.minimum(y.to(tl.int32), height - 1)
-    left = tl.minimum(x.to(tl.int32), width - 1)
-    down = tl.minimum(top + 1, height - 1)
-    right = tl.minimum(left + 1, width - 1)
-    y -= top.to(tl.float32)
-    x -= left.to(tl.float32)
-    upper = (tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) - base) * (1 - x)
-    upper += (tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) - base) * x
-    lower = (tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) - base) * (1 - x)
-    lower += (tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) - base) * x
-    value = upper * (1 - y) + lower * y
+    value = tl.maximum(bilinear(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x, base), 0.0)
     if SCALE_GRID:
         value /= span
     if ADD_EARLIER:
@@ -180,7 +186,7 @@ def resize_normalize_kernel(
                 ADD_EARLIER,
             )
             lowest = tl.minimum(lowest, tl.where(inside, value, float("inf")))
-            highest = tl.maximum(highest, value)  # a masked lane holds 0, or (0 - base) / span and base >= 0
+            highest = tl.maximum(highest, value)  # a masked lane holds 0
             start += BLOCK
         low = tl.min(lowest, axis=0)
         high = tl.max(highest, axis=0)
@@ -261,7 +267,7 @@ def weighted_sum(activations, weights, relu=True, skip_nan=False):
 
 
 def resize_normalize(grid, output_size, flat_range, normalize):
-    """Maps float32 (B, H, W) in [0, 1] from the non-negative grid float32 (B, h, w), contiguous.
+    """Maps float32 (B, H, W) in [0, 1]: the positive part of the resized grid float32 (B, h, w), contiguous, scaled.
 
     Args:
         output_size: (H, W).

@@ -88,9 +88,10 @@ def launches(configurations):
         recorded[key] = (kernel, source, options)
 
     triton.runtime.jit.JITFunction.run = record
-    for shape, dtype, config in configurations:
+    for shape, dtype, config, guide in configurations:
         tensors = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
-        triton_backend.cf_cam(*tensors, (224, 224), config, "batched")
+        guide = guide and torch.empty(guide, dtype=dtype, device="meta")
+        triton_backend.cf_cam(*tensors, (224, 224), config, "batched", guide)
         triton_backend.cluster_channels(tensors[0], config, "batched")
         layers = [torch.empty(shape[0], n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, (7, 5))]
         for scale_mean in (True, False):
@@ -98,17 +99,19 @@ def launches(configurations):
             triton_backend.grad_cam_maps(layers, (224, 224), scale_mean)
         for weights in (tensors[0], tensors[0][:, :, 0, 0].float()):  # of a cell; of a channel
             for relu, skip_nan in ((True, False), (True, True), (False, True), (False, False)):
-                triton_backend.class_grid(tensors[0], weights, relu, skip_nan)
+                triton_backend.class_grid(tensors[0], weights, relu, skip_nan, config, guide)
         gaussian_filter(*(torch.empty(3, n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, shape[3:] * 2)))
     return recorded.values()
 
 
 CONFIGURATIONS = [
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig()),
-    ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper()),
-    ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit")),
-    ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=2.5)),
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.paper()),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig(), (1, 1024, 14, 14)),
+    ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper(), None),
+    ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit"), (2, 257, 29, 31)),
+    ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=2.5), None),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.paper(), None),
+    ((1, 512, 28, 28), torch.float16, CFCAMConfig(), (1, 256, 56, 56)),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), None),
 ]
 
 

@@ -445,9 +445,10 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     """The gradient of the classes' margins with respect to the logits: (B, n), dtype of the logits.
 
     The margin of class c is z_c - T logsumexp_{k != c}(z_k / T), what speaks for it and not for the classes that it is
-    confused with; T is ``temperature`` standard deviations of the image's logits and counts as a constant. So its
-    gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
-    uniform over the other classes where all logits are equal.
+    confused with; T is ``temperature`` standard deviations of the other classes' logits and counts as a constant. So
+    the gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
+    uniform over the other classes where their logits are equal. The class itself has no part in the deviation: of few
+    classes, one that stands out would flatten the softmax over the others.
 
     Args:
         logits: (B, n), n > 1, floating point.
@@ -458,12 +459,16 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     tensor([[ 1.0000, -0.5000, -0.5000]])
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scale = temperature * z.std(1, correction=0, keepdim=True)
-    z = z - z.amax(1, keepdim=True)
-    # Of equal logits the deviation is 0 or rounding of it, and the softmax uniform.
+    chosen = classes[:, None]
+    # Counted from the largest of the others: equal logits are exactly 0 then, and the softmax uniform.
+    z = z - z.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
+    z = z.scatter(1, chosen, 0)
+    n_others = z.shape[1] - 1
+    deviations = (z - z.sum(1, keepdim=True) / n_others).scatter(1, chosen, 0)
+    scale = temperature * (deviations.square().sum(1, keepdim=True) / n_others).sqrt()
     z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
-    others = z.scatter(1, classes[:, None], -torch.inf).softmax(1)
-    return (-others).scatter(1, classes[:, None], 1.0).to(logits.dtype)
+    others = z.scatter(1, chosen, -torch.inf).softmax(1)
+    return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
 
 
 def classes_on(device, classes, n_classes):

@@ -104,9 +104,8 @@ def _in_chunks(function, batch, chunk, arguments):
 def _cf_cam(activations, gradients, output_size, config, engine, guide):
     cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
     cells = cells.unflatten(2, activations.shape[2:])
-    # On the target layer's grid the positive part comes before the resize, as published; on a guide's, after it.
-    relu = guide is None or not config.averages
-    grid = class_grid(cells, weights, relu, config=config, guide=guide)
+    # As published, the positive part is resized; an averaged sum is resized with its sign.
+    grid = class_grid(cells, weights, relu=not config.averages, config=config, guide=guide)
     return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
 
 

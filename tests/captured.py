@@ -17,8 +17,9 @@ def margins(logits, classes, temperature):
     """z_c - T logsumexp_{k != c}(z_k / T) of every row, T a constant: by the formula, class by class."""
     rows = []
     for row, chosen in zip(logits, torch.as_tensor(classes).tolist()):
-        scale = temperature * row.detach().std(correction=0)
         others = torch.stack([row[k] for k in range(len(row)) if k != chosen])
+        # Of one other class any T gives the same.
+        scale = temperature * others.detach().std(correction=0) if len(others) > 1 else 1.0
         rows.append(row[chosen] - scale * torch.logsumexp(others / scale, 0))
     return torch.stack(rows)
 

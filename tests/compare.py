@@ -42,4 +42,9 @@ def averaged(grids, guide, config=None):
     """Signed sums (B, h, w) averaged on the guide's grid as the configuration says, by the reference: float64."""
     grids, guide = (np.asarray(torch.as_tensor(array).double().cpu()) for array in (grids, guide))
     config = config or CFCAMConfig()
-    return np.stack([reference.average_alike_cells(*image, config) for image in zip(grids, guide)])
+    return np.stack(
+        [
+            reference.average_alike_cells(reference.balance(grid, features.shape[1:], config), features, config)
+            for grid, features in zip(grids, guide)
+        ]
+    )

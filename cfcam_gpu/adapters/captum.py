@@ -178,6 +178,10 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
                 result = weights[:, :, None, None] * activations
                 with pipeline.plain_arithmetic(activations.device):
                     features = activations if guide is None else guide
+                    if self.config.averages:
+                        # As the sum of the channels is balanced, so that they still add up to it.
+                        factors = torch_backend.evidence_factors(result.sum(1), features.shape[2:], self.config)
+                        result = result * factors[:, None]
                     result = torch_backend.average_alike_cells(result, features, self.config)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)

@@ -300,7 +300,9 @@ class HeadOnlyCAM:
                 terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
                 grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
                 if average is not None:
-                    grid = torch_backend.average_alike_cells(grid, computed if guide is None else guide, average)
+                    features = computed if guide is None else guide
+                    grid = torch_backend.balance(grid, features.shape[2:], average)
+                    grid = torch_backend.average_alike_cells(grid, features, average)
                 grid = grid.relu_()
             else:
                 options = {**self._grid_options, "config": average, "guide": guide}

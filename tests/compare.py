@@ -24,23 +24,21 @@ def assert_close(actual, expected, dtype=torch.float32, stretch=1.0):
     assert error <= TOLERANCE[dtype] * stretch * scale, f"error {error:.3g} on a scale of {scale:.3g}"
 
 
-def stretch_of_map(activations, weights, output_size, config):
+def stretch_of_map(activations, weights, output_size, config, guide=None):
     """How much more than usual the scaling of a map stretches its rounding, which is relative to the terms of the sum.
 
     1 for the usual map, whose terms (C, h, w) add up to at most a hundred times its range. In one of some thousands
     of random problems they nearly cancel, and what is stretched to the range from 0 to 1 is mostly rounding.
     """
     terms = torch.as_tensor(weights).double()[:, None, None] * activations.double()
-    total = torch.from_numpy(averaged(terms.sum(0)[None], activations[None], config))
-    grid = torch_backend.resize(total.relu(), output_size)
+    total = torch.from_numpy(averaged(terms.sum(0)[None], (activations if guide is None else guide)[None], config))
+    grid = torch_backend.resize(total.relu() if guide is None else total, output_size).relu()
     span = float(grid.max() - (grid.min() if config.normalize == "minmax" else 0))
     return max(1.0, float(terms.abs().sum(0).max()) / span / 100) if span > 0 else 1.0
 
 
-def averaged(grids, activations, config=None):
+def averaged(grids, guide, config=None):
     """Signed sums (B, h, w) averaged over alike cells as the configuration says, by the reference: float64."""
-    power = (config or CFCAMConfig()).affinity_power
-    grids, activations = (np.asarray(torch.as_tensor(array).double().cpu()) for array in (grids, activations))
-    if not power:
-        return grids
-    return np.stack([reference.average_alike_cells(*image, power) for image in zip(grids, activations)])
+    config = config or CFCAMConfig()
+    grids, guide = (np.asarray(torch.as_tensor(array).double().cpu()) for array in (grids, guide))
+    return np.stack([reference.average_alike_cells(*image, config) for image in zip(grids, guide)])

@@ -1,15 +1,29 @@
-# make demo: explain a photograph of a cat, into demo/chelsea.png.   make test: run the tests.
+# make demo: explain a photograph of a cat, into demo/chelsea.png.   make test: check the style and the types, run the tests.
+# make lint: the style and the types alone.   make docs: the documentation, into site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo lint test docs
 .DELETE_ON_ERROR:
+
+define LINT
+$(BIN)/ruff check .
+$(BIN)/ruff format --check .
+$(BIN)/mypy
+endef
 
 demo: .venv/demo.stamp
 	$(BIN)/cfcam demo --out demo
 
+lint: .venv/lint.stamp
+	$(LINT)
+
 test: .venv/test.stamp
+	$(LINT)
 	$(BIN)/python -m pytest tests
+
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -23,7 +23,10 @@ DEMO = [
 PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
-TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO]
+RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
+LINT = [RUFF, "mypy==2.4.1"]
+DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
+TEST = ["pytest", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
 HOST = Extension(
@@ -42,9 +45,23 @@ setup(
     long_description_content_type="text/markdown",
     author="cfcam_gpu developers",
     license="MIT",
+    keywords=["class activation map", "CF-CAM", "Grad-CAM", "explainability", "saliency", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
     package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
+    package_data={"cfcam_gpu": ["py.typed"]},
     ext_modules=[HOST],
     install_requires=["torch>=2.6", "numpy"],
     extras_require={
@@ -54,6 +71,8 @@ setup(
         "metrics": METRICS,
         **PEERS,
         "bench": BENCH,
+        "docs": DOCS,
+        "lint": LINT,
         "test": TEST,
     },
     entry_points={"console_scripts": ["cfcam = cfcam_gpu.cli:main"]},

@@ -16,8 +16,9 @@ import copy
 import dataclasses
 import math
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rows
@@ -26,11 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 from variants import VARIANTS
 
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, metrics, torch_backend
-from cfcam_gpu.adapters import pytorch_grad_cam as adapter
+from cfcam_gpu import CFCAMConfig, cf_cam, metrics, torch_backend
 from cfcam_gpu.capture import HeadCapture
-from cfcam_gpu.labels import DOMINANT
-from cfcam_gpu.models import Preprocess, find_target_layer, get_layer, load_model
+from cfcam_gpu.layers import find_target_layer, get_layer
+from cfcam_gpu.models import Preprocess, load_model
+from cfcam_gpu.weights import WEIGHTS, principal_projection
 
 STEPS = 12
 """Steps of the insertion and deletion curves: 25 forward passes an image."""
@@ -81,38 +82,111 @@ def compiled(model, images):
     return faster
 
 
+# Scores
+
+
+def finer_cam(logits, classes):
+    """Finer-CAM's score, the class less its three nearest ones by their probabilities, as cotangents (B, n)."""
+    from pytorch_grad_cam.utils.model_targets import FinerWeightedTarget
+
+    rows = []
+    with torch.enable_grad():
+        for row, chosen in zip(logits.detach(), classes.tolist()):
+            nearest = (row - row[chosen]).abs().argsort()
+            others = [int(index) for index in nearest if index != chosen][:3]
+            row = row.clone().requires_grad_()
+            rows += torch.autograd.grad(FinerWeightedTarget(chosen, others, 1.0)(row), row)
+    return torch.stack(rows)
+
+
+def softmax_gradient(logits, classes):
+    """The gradient of the probability's logarithm, the start of softmax-gradient LRP."""
+    return one_hot(logits, classes) - logits.softmax(1)
+
+
+def class_contrast(logits, classes):
+    """The class less the mean of all others, the contrast of contrastive excitation backprop."""
+    chosen = one_hot(logits, classes)
+    return chosen - (1 - chosen) / (logits.shape[1] - 1)
+
+
+def one_hot(logits, classes):
+    return torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits)
+
+
+class Method(NamedTuple):
+    """One way to explain: ``make(activations, gradients, guide, output_size)`` gives maps in [0, 1]."""
+
+    make: Callable
+    score: object = 0.0
+    """What is differentiated: the margin with this temperature, 0 for the logit; or a function of logits (B, n) and
+    classes (B,) that gives the cotangents at the logits."""
+
+
+class Captured(NamedTuple):
+    """What a pass gives of N images at the target layer."""
+
+    activations: torch.Tensor
+    guide: torch.Tensor | None
+    gradients: torch.Tensor
+
+    def maps(self, method, output_size):
+        return method.make(self.activations, self.gradients, self.guide, output_size)
+
+
 class Subject:
-    """What all methods are measured on: images, their classes, activations and gradients at a layer.
+    """What all methods are measured on: images, and what one score of their classes gives at a layer.
 
     Attributes:
         images: (N, 3, H, W); classes: the top class and the next, (N, 2).
-        activations, gradients, other_gradients: at the layer, of the top class and the next.
-        noisy: (activations, gradients) of the top class under input noise.
-        mosaics: activations (M, C, 2h, 2w) and, per cell, the gradients of its class.
+        mosaics: `metrics.Mosaics` of the photographs that the network is sure of.
     """
 
     def __init__(self, model, images, true_classes, layer):
-        self.model, self.images = model, images
-        self.capture = HeadCapture(model, [layer])
+        self.model, self.images, self.layer = model, images, layer
         outputs = torch.cat([model(batch) for batch in images.split(BATCH)])
         probabilities = outputs.softmax(1)
         self.classes = probabilities.topk(2, 1).indices
-        self.activations, self.gradients = self._captured(images, self.classes[:, 0])
-        _, self.other_gradients = self._captured(images, self.classes[:, 1])
         generator = torch.Generator().manual_seed(0)
         scale = INPUT_NOISE * images.flatten(1).std(1)[:, None, None, None]
-        self.noisy = self._captured(images + scale * torch.randn(images.shape, generator=generator), self.classes[:, 0])
+        self.noisy_images = images + scale * torch.randn(images.shape, generator=generator)
         easy = (self.classes[:, 0] == true_classes) & (probabilities.amax(1) >= MOSAIC_CONFIDENCE)
         self.mosaics = metrics.mosaics(images[easy], true_classes[easy], N_MOSAICS, rng=0)
-        of_cells = [self._captured(self.mosaics.images, self.mosaics.classes[:, cell]) for cell in range(4)]
-        self.mosaic_activations = of_cells[0][0]
-        self.mosaic_gradients = [gradients for _, gradients in of_cells]
         self.answering = compiled(model, images[:BATCH])
         self.seen = []  # (maps, what the model says of them): of two methods with equal maps it is asked once
+        self.of_scores = {}
 
-    def _captured(self, images, classes):
-        parts = [self.capture(x, y) for x, y in zip(images.split(BATCH), classes.split(BATCH))]
-        return (torch.cat([part.activations[0] for part in parts]), torch.cat([part.gradients[0] for part in parts]))
+    def of(self, score):
+        """`Captured` by the score: of the top class ("top") and the next ("next"), under input noise ("noisy"), and of
+        each cell's class of the mosaics (0 to 3)."""
+        if score not in self.of_scores:
+            top, second = self.classes.T
+            found = {
+                "top": self._captured(score, self.images, top),
+                "next": self._captured(score, self.images, second),
+                "noisy": self._captured(score, self.noisy_images, top),
+                **{
+                    cell: self._captured(score, self.mosaics.images, self.mosaics.classes[:, cell]) for cell in range(4)
+                },
+            }
+            self.of_scores[score] = found
+        return self.of_scores[score]
+
+    def _captured(self, score, images, classes):
+        temperature = 0.0 if callable(score) else score
+        capture = HeadCapture(self.model, [self.layer], guide_layer="auto", margin_temperature=temperature)
+        parts = []
+        for x, targets in zip(images.split(BATCH), classes.split(BATCH)):
+            if callable(score):
+                cotangents = score(self.model(x), targets)
+                targets = [lambda row, of_image=of_image: (row * of_image).sum() for of_image in cotangents]
+            parts.append(capture(x, targets))
+        guides = [part.guides[0] for part in parts]
+        return Captured(
+            torch.cat([part.activations[0] for part in parts]),
+            None if guides[0] is None else torch.cat(guides),
+            torch.cat([part.gradients[0] for part in parts]),
+        )
 
     def answers(self, maps):
         """Insertion, deletion, average drop and increase of the top class's maps, (N,) each."""
@@ -132,81 +206,127 @@ class Subject:
         return values
 
 
-# Methods: (activations, gradients, output_size) -> maps in [0, 1]
+# Methods
 
 
-def from_grid(grid_of, activations, gradients, output_size):
-    """The maps of a method that gives a (signed) sum over the channels: its positive part, resized and scaled."""
-    grid = grid_of(activations, gradients).relu()
-    return torch_backend.normalize(torch_backend.resize(grid, output_size), CFCAMConfig())
+def from_grid(grid_of, score=0.0):
+    """A method that gives a (signed) sum over the channels: its positive part, resized and scaled."""
+
+    def make(activations, gradients, guide, output_size):
+        grid = grid_of(activations, gradients).relu()
+        return torch_backend.normalize(torch_backend.resize(grid, output_size), CFCAMConfig())
+
+    return Method(make, score)
 
 
-def from_weights(cls, activations, gradients):
-    """The sum with the weights of a class of the adapter, which are those of pytorch-grad-cam (`check_peers`)."""
-    return torch_backend.class_grid(activations, cls.channel_weights(None, activations, gradients), relu=False)
+def from_weights(rule):
+    """The sum with the weights of a rule, which are those of pytorch-grad-cam (`check_peers`)."""
+    return lambda activations, gradients: torch_backend.class_grid(
+        activations, rule(activations, gradients), relu=False
+    )
 
 
-def from_config(config, activations, gradients, output_size):
-    return cf_cam(activations, gradients, output_size, config).maps
+def from_config(config, guided=True):
+    def make(activations, gradients, guide, output_size):
+        return cf_cam(activations, gradients, output_size, config, guide=guide if guided else None).maps
+
+    return Method(make, config.margin_temperature)
 
 
 def eigen_cam(activations, gradients):
-    """Source: Muhammad and Yeasin, IJCNN 2020; as in pytorch-grad-cam, by the adapter's projection."""
-    return adapter.principal_projection(activations)
+    """Source: Muhammad and Yeasin, IJCNN 2020; as in pytorch-grad-cam."""
+    return principal_projection(activations)
 
 
-def random_maps(activations, gradients):
+def random_grid(activations, gradients):
     generator = torch.Generator().manual_seed(0)
     return torch.rand(activations[:, 0].shape, generator=generator)
+
+
+def centred_grid(activations, gradients):
+    """A Gaussian at the centre of the picture, a quarter of its sides wide: a prior, not an explanation."""
+    rows, columns = (torch.linspace(-1, 1, size).div(0.5).square() for size in activations.shape[2:])
+    return torch.exp(-(rows[:, None] + columns) / 2).expand(activations[:, 0].shape)
+
+
+def averaged_grid(grid_of, config):
+    """A control: the same average, on the same guide, over a map that does not look at the network."""
+
+    def make(activations, gradients, guide, output_size):
+        grid = torch_backend.average_alike_cells(grid_of(activations, gradients), guide, config)
+        return torch_backend.normalize(torch_backend.resize(grid, output_size).relu(), config)
+
+    return Method(make)
 
 
 SIGNED = {"weighting": "signed", "normalize": "minmax"}
 
 PEERS = {
-    "Grad-CAM": adapter.GradCAM,
-    "Grad-CAM++": adapter.GradCAMPlusPlus,
-    "LayerCAM": adapter.LayerCAM,
-    "XGrad-CAM": adapter.XGradCAM,
-    "HiResCAM": adapter.HiResCAM,
+    "Grad-CAM": "GradCAM",
+    "Grad-CAM++": "GradCAMPlusPlus",
+    "LayerCAM": "LayerCAM",
+    "XGrad-CAM": "XGradCAM",
+    "HiResCAM": "HiResCAM",
+    "Eigen-CAM": "EigenCAM",
 }
+"""Method -> pytorch-grad-cam's class."""
+
+FIRST_DEFAULT = CFCAMConfig(affinity_power=3.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0)
+"""The default of version 0.1: one average over all alike cells of the target layer's own grid, and the logit."""
+
 METHODS = {
-    **{name: partial(from_grid, partial(from_weights, cls)) for name, cls in PEERS.items()},
-    "Eigen-CAM": partial(from_grid, eigen_cam),
-    "mean activation": partial(from_grid, lambda activations, gradients: activations.mean(1)),
-    "random": partial(from_grid, random_maps),
-    "CF-CAM, published": partial(from_config, CFCAMConfig.paper()),
-    "CF-CAM, published but signed": partial(from_config, dataclasses.replace(CFCAMConfig.paper(), **SIGNED)),
-    "CF-CAM": partial(from_config, CFCAMConfig()),
+    **{name: from_grid(from_weights(WEIGHTS[name])) for name in PEERS if name in WEIGHTS},
+    "Eigen-CAM": from_grid(eigen_cam),
+    "mean activation": from_grid(lambda activations, gradients: activations.mean(1)),
+    "random": from_grid(random_grid),
+    "CF-CAM, published": from_config(CFCAMConfig.paper()),
+    "CF-CAM, published but signed": from_config(dataclasses.replace(CFCAMConfig.paper(), **SIGNED)),
+    "CF-CAM 0.1": from_config(FIRST_DEFAULT, guided=False),
+    "CF-CAM, stable": from_config(CFCAMConfig.stable()),
+    "CF-CAM": from_config(CFCAMConfig()),
 }
 """On both halves."""
 
-CLUSTERINGS = {
-    "raw, 25th percentile": {},
-    "unit, 2nd, pairs": {"descriptor": "unit", "eps_percentile": 2.0, "min_samples_fraction": 0.0},
+CONTROLS = {
+    "random, averaged": averaged_grid(random_grid, CFCAMConfig()),
+    "centred": from_grid(centred_grid),
+    "centred, averaged": averaged_grid(centred_grid, CFCAMConfig()),
+    "Grad-CAM, averaged": averaged_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig()),
+    "CF-CAM, logit": from_config(dataclasses.replace(CFCAMConfig(), margin_temperature=0.0)),
+    "CF-CAM, no average": from_config(dataclasses.replace(CFCAMConfig(), affinity_power=0.0)),
+    "CF-CAM, own cells": from_config(CFCAMConfig(), guided=False),
+    "Grad-CAM, margin": from_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig().margin_temperature),
+    "Grad-CAM, Finer-CAM's score": from_grid(from_weights(WEIGHTS["Grad-CAM"]), finer_cam),
+    "Grad-CAM, softmax gradient": from_grid(from_weights(WEIGHTS["Grad-CAM"]), softmax_gradient),
+    "Grad-CAM, class contrast": from_grid(from_weights(WEIGHTS["Grad-CAM"]), class_contrast),
 }
+"""The default's parts, each alone; the same average over maps that do not look at the network; and the margin's
+relatives. On both halves."""
+
 CANDIDATES = {
-    f"dominant {dominant:g}, {name}, affinity {power:g}": partial(
-        from_config,
-        # From the published procedure, which is fixed, and not from the default, which is what is chosen here.
-        dataclasses.replace(
-            CFCAMConfig.paper(),
-            dominant_percentile=dominant,
-            affinity_power=power,
-            affinity_sigma=math.inf,
-            affinity_steps=1,
-            **SIGNED,
-            **CLUSTERINGS[name],
-        ),
+    f"p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}": from_config(
+        CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps, margin_temperature=temperature)
     )
-    for name, dominant, powers in (
-        ("raw, 25th percentile", 75.0, (4.0,)),
-        ("raw, 25th percentile", 50.0, (0.0, 2.0, 3.0, 4.0, 6.0)),
-        ("raw, 25th percentile", 25.0, (3.0, 4.0)),
-        ("unit, 2nd, pairs", 50.0, (3.0, 4.0)),
+    for power, sigma, steps, temperature in (
+        (2.0, 2.0, 2, 1.5),
+        (2.0, 2.0, 2, 1.35),
+        (2.0, 2.0, 2, 1.2),
+        (2.0, 2.0, 2, 2.0),
+        (2.0, 1.5, 2, 1.5),
+        (2.0, 2.5, 2, 1.5),
+        (2.0, 2.0, 1, 1.5),
+        (2.0, 2.0, 3, 1.5),
+        (4.0, 2.0, 4, 1.5),
     )
-    for power in powers
 }
-"""Configurations that the default was chosen from, on the half "choose"."""
+"""Configurations that the default is chosen from, on the half "choose"."""
+
+
+def layer_runs_again(model, layer, images):
+    """Whether the layer runs more than once in a forward pass."""
+    capture = HeadCapture(model, [layer])
+    capture(images)
+    return bool(capture.repeated_layers())
 
 
 def check_peers(subject, layer):
@@ -214,17 +334,17 @@ def check_peers(subject, layer):
     import pytorch_grad_cam
 
     model = subject.model
-    if subject.capture.repeated_layers():
+    if layer_runs_again(model, layer, subject.images[:1]):
         # That library explains the first run of a layer; what is explained here is the last, the pooling's input.
         model = copy.deepcopy(model)
         layer = torch.nn.Identity()
         model._avg_pooling = torch.nn.Sequential(layer, model._avg_pooling)
     images, size = subject.images[:3], subject.images.shape[2:]
     classes = [pytorch_grad_cam.utils.model_targets.ClassifierOutputTarget(int(c)) for c in subject.classes[:3, 0]]
-    for name, cls in {**PEERS, "Eigen-CAM": pytorch_grad_cam.EigenCAM}.items():
-        with getattr(pytorch_grad_cam, cls.__name__)(model, [layer]) as cam, torch.enable_grad():
+    for name, cls in PEERS.items():
+        with getattr(pytorch_grad_cam, cls)(model, [layer]) as cam, torch.enable_grad():
             expected = cam(images, classes)
-        maps = METHODS[name](subject.activations[:3], subject.gradients[:3], size)
+        maps = subject.of(0.0)["top"].maps(METHODS[name], size)[:3]
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-4, err_msg=name)
     return model, layer
 
@@ -234,40 +354,31 @@ def check_peers(subject, layer):
 
 def measured(subject, method):
     """Per-image values of every measure, {name: (N,)}, and how many maps are zero."""
-    size = subject.images.shape[2:]
-    of = partial(method, output_size=size)
-    maps = of(subject.activations, subject.gradients)
+    size, of = subject.images.shape[2:], subject.of(method.score)
+    top = of["top"]
+    maps = top.maps(method, size)
     values = dict(subject.answers(maps))
-    other_maps = of(subject.activations, subject.other_gradients)
-    sensitivity = metrics.class_sensitivity(maps, other_maps)
+    sensitivity = metrics.class_sensitivity(maps, of["next"].maps(method, size))
     values["class_sensitivity"] = sensitivity.ssim_distance
+
+    def noised(activations, gradients):
+        return method.make(activations, gradients, top.guide, size)
+
     generator = torch.Generator().manual_seed(0)
-    arguments = subject.activations, subject.gradients, of, NOISE
+    arguments = top.activations, top.gradients, noised, NOISE
     stability = metrics.gradient_noise_stability(*arguments, draws=1, generator=generator)
     for index, std in enumerate(NOISE):
         values[f"gradient_noise_{std:g}"] = stability.ssim[:, index]
-    noisy_maps = of(*subject.noisy)
-    values["input_noise"] = metrics.ssim(maps, noisy_maps)
+    values["input_noise"] = metrics.ssim(maps, of["noisy"].maps(method, size))
     energy, hit = [], []
-    for cell, gradients in enumerate(subject.mosaic_gradients):
-        mosaic_maps = method(subject.mosaic_activations, gradients, subject.mosaics.images.shape[2:])
+    for cell in range(4):
+        mosaic_maps = of[cell].maps(method, subject.mosaics.images.shape[2:])
         game = metrics.pointing_game(mosaic_maps, [cell] * len(mosaic_maps))
         energy.append(game.energy.nan_to_num(0.25))  # a map of zeros points nowhere
         hit.append(game.hit.float())
     values["energy"], values["hit"] = torch.cat(energy), torch.cat(hit)
-    return values, int(sensitivity.zero.sum())
-
-
-def clustered_share(subject, method):
-    """The share of the channels that take part in the clustering; None for a method that has none."""
-    if method.func is not from_config:
-        return None
-    config = method.args[0]
-    labels, _ = cluster_channels(subject.activations, config)
-    clustered = labels != DOMINANT
-    if config.descriptor == "unit":
-        clustered &= subject.activations.flatten(2).any(2)  # a channel of zeros takes no part
-    return float(clustered.float().mean())
+    zero = maps.flatten(1).any(1).logical_not().sum()
+    return values, {"zero_pairs": int(sensitivity.zero.sum()), "zero_maps": int(zero)}
 
 
 def interval(*values):
@@ -277,7 +388,7 @@ def interval(*values):
 
 def row_of(values, zero, grad_cam):
     """Means with intervals, and those of the paired differences from Grad-CAM."""
-    row = {"zero_pairs": zero, "n": len(values["insertion"])}
+    row = {**zero, "n": len(values["insertion"])}
     row["measures"] = {name: interval(of_images) for name, of_images in values.items()}
     if grad_cam is not None:
         row["minus_grad_cam"] = {name: interval(of_images, grad_cam[name]) for name, of_images in values.items()}
@@ -293,10 +404,10 @@ def score_cam(subject, model, layer, n):
         maps = torch.from_numpy(np.concatenate([cam(x[None], [c]) for x, c in zip(subject.images[:n], classes)]))
     few = object.__new__(Subject)
     few.answering, few.images, few.classes, few.seen = subject.answering, subject.images[:n], subject.classes[:n], []
-    arguments = subject.activations[:n], subject.gradients[:n], subject.images.shape[2:]
-    grad_cam = few.answers(METHODS["Grad-CAM"](*arguments))
-    yield f"Grad-CAM, first {n}", row_of(grad_cam, 0, None)
-    yield f"Score-CAM, first {n}", row_of(few.answers(maps.clamp(0, 1)), 0, grad_cam)
+    grad_cam = few.answers(subject.of(0.0)["top"].maps(METHODS["Grad-CAM"], subject.images.shape[2:])[:n])
+    zero = {"zero_pairs": 0}
+    yield f"Grad-CAM, first {n}", row_of(grad_cam, zero, None)
+    yield f"Score-CAM, first {n}", row_of(few.answers(maps.clamp(0, 1)), zero, grad_cam)
 
 
 RANDOMIZED = ("_fc", "_conv_head", "_blocks.15", "_blocks.12", "_blocks.8", "_blocks.4")
@@ -309,8 +420,10 @@ def randomization(subject, layer_name, n):
     for name in ("Grad-CAM", "Eigen-CAM", "CF-CAM, published", "CF-CAM"):
 
         def maps_of(model, images, method=METHODS[name]):
-            captured = HeadCapture(model, [get_layer(model, layer_name)])(images, classes)
-            return method(captured.activations[0], captured.gradients[0], images.shape[2:]).clamp(0, 1)
+            options = {"guide_layer": "auto", "margin_temperature": method.score}
+            captured = HeadCapture(model, [get_layer(model, layer_name)], **options)(images, classes)
+            found = Captured(captured.activations[0], captured.guides[0], captured.gradients[0])
+            return found.maps(method, images.shape[2:]).clamp(0, 1)
 
         result = metrics.parameter_randomization(maps_of, subject.model, subject.images[:n], RANDOMIZED)
         yield (
@@ -349,14 +462,16 @@ def picture(subject, names, path, n=8):
     axes = figure.subplots(n, len(columns) + 1)
     for axis, name in zip(axes[0, 1:], columns):
         axis.set_title(name, fontsize=7)
+    maps = {
+        name: subject.of(METHODS[name].score)["top"].maps(METHODS[name], subject.images.shape[2:]) for name in columns
+    }
     for line, index in zip(axes, chosen):
         photo = ((subject.images[index].permute(1, 2, 0) * 128 + 127) / 255).clamp(0, 1)
         photo = Image.fromarray((photo.numpy() * 255).round().astype(np.uint8))
         line[0].imshow(photo)
         line[0].set_ylabel(names[index], fontsize=7)
         for axis, name in zip(line[1:], columns):
-            arguments = subject.activations[index : index + 1], subject.gradients[index : index + 1]
-            axis.imshow(overlay(photo, METHODS[name](*arguments, subject.images.shape[2:])[0]))
+            axis.imshow(overlay(photo, maps[name][index]))
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -393,9 +508,10 @@ def main(argv=None):
             if args.half not in (None, half):
                 continue
             chosen = slice(start, None if args.limit is None else start + 2 * args.limit, 2)
-            methods = {**METHODS, **(CANDIDATES if half == "choose" else {})}
-            grids = VARIANTS if half == "choose" else {}
-            methods.update({name: partial(from_grid, grid_of) for name, grid_of in grids.items()})
+            methods = {**METHODS, **CONTROLS}
+            if half == "choose":
+                methods.update(CANDIDATES)
+                methods.update({name: from_grid(grid_of) for name, grid_of in VARIANTS.items()})
             if args.only:
                 methods = {name: method for name, method in methods.items() if name in (*args.only, "Grad-CAM")}
             subject = Subject(model, images[chosen], true_classes[chosen], layer)
@@ -417,7 +533,6 @@ def main(argv=None):
                 if key in done and not args.again:
                     continue
                 row = {**point, "half": half, "method": method, **row_of(values, zero, grad_cam), **here}
-                row["clustered_share"] = clustered_share(subject, methods[method])
                 rows.write("faithfulness", [row], args.out)
             if args.score_cam and half == "choose":
                 for method, row in score_cam(subject, peer_model, peer_layer, args.score_cam):

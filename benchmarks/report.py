@@ -27,7 +27,7 @@ COMPARED = (
     *("forward", "cfcam", "cfcam:capture", "pytorch-grad-cam", "pytorch-grad-cam:accelerated"),
     *("torch-cam", "captum", "pipeline"),
 )
-"""The providers in the README's table."""
+"""The providers in the compact table: those of them that were measured."""
 
 PEERS = ("cfcam", "pytorch-grad-cam", "pytorch-grad-cam:accelerated", "torch-cam", "captum")
 
@@ -78,18 +78,18 @@ def _of_last_device(some_rows, kind):
 
 
 def about(some_rows):
-    """One line: device, versions, commit and date of the newest row of each kind of device."""
+    """A line for each kind of device that was measured: device, versions, commit and date of its newest row."""
     lines = []
-    for kind, name in KINDS.items():
-        newest = list(some_rows[kind].values())[-1:]
-        for row in newest:
-            versions = ", ".join(
-                f"{package} {row[package]}" for package in ("torch", *bench.PACKAGES) if package in row
-            )
-            lines.append(f"{name}: {row['device']}; {versions}; {row['date']}, commit {row['commit'] or 'unknown'}.")
-        if not newest:
-            lines.append(f"{name}: {NOT_MEASURED}.")
-    return "\n".join(lines)
+    for kind in _kinds(some_rows):
+        row = list(some_rows[kind].values())[-1]
+        versions = ", ".join(f"{package} {row[package]}" for package in ("torch", *bench.PACKAGES) if package in row)
+        lines.append(f"{KINDS[kind]}: {row['device']}; {versions}; {row['date']}, commit {row['commit'] or 'unknown'}.")
+    return "  \n".join(lines)
+
+
+def _kinds(some_rows):
+    """The kinds of device that there are rows of: no table has columns for others."""
+    return [kind for kind in KINDS if some_rows[kind]]
 
 
 def times(row):
@@ -108,15 +108,13 @@ def value(row, field):
 
 
 def resnet50_table(results, providers):
+    kinds = _kinds(results.bench)
+    if not kinds:
+        return NOT_MEASURED
     header, body = ["ResNet-50, 224 pixels"], [[f"`{provider}`"] for provider in providers]
-    for kind, name in KINDS.items():
-        if not results.bench[kind]:
-            header.append(name)
-            for line in body:
-                line.append(NOT_MEASURED)
-            continue
+    for kind in kinds:
         for batch in (1, 8):
-            header += [f"{name}, batch {batch}, ms", "/ forward", *(["MiB"] if kind == "cpu" else [])]
+            header += [f"{KINDS[kind]}, batch {batch}, ms", "/ forward", *(["MiB"] if kind == "cpu" else [])]
             for line, provider in zip(body, providers):
                 row = results.row(kind, "resnet50", batch, provider)
                 line += [times(row), f"{row['ratio']:.2f}" if "ratio" in row else ""]
@@ -124,18 +122,29 @@ def resnet50_table(results, providers):
     return f"{markdown(header, body)}\n\n{about(results.bench)}"
 
 
+def compared_table(results):
+    measured = {key[3] for of_kind in results.bench.values() for key, row in of_kind.items() if "median_ms" in row}
+    return resnet50_table(results, tuple(provider for provider in COMPARED if provider in measured))
+
+
+def _columns(results, cpu):
+    """(kind, provider) of each column: ``cpu`` of a CPU and `GPU_PEERS` of a GPU, where they were measured."""
+    of_kind = {"cpu": cpu, "cuda": GPU_PEERS}
+    return [(kind, provider) for kind in _kinds(results.bench) for provider in of_kind[kind]]
+
+
+def _column_titles(columns):
+    return [f"`{provider}`" if kind == "cpu" else f"GPU: `{provider}`" for kind, provider in columns]
+
+
 def models_table(results):
-    header = ["batch 1, time / plain forward", *(f"`{peer}`" for peer in PEERS)]
-    header += [f"GPU: `{peer}`" for peer in GPU_PEERS]
+    columns = _columns(results, PEERS)
+    if not columns:
+        return NOT_MEASURED
     body = [
-        [
-            model,
-            *(ratio(results.row("cpu", model, 1, peer)) for peer in PEERS),
-            *(ratio(results.row("cuda", model, 1, peer)) for peer in GPU_PEERS),
-        ]
-        for model in bench.MODELS
+        [model, *(ratio(results.row(kind, model, 1, provider)) for kind, provider in columns)] for model in bench.MODELS
     ]
-    return markdown(header, body)
+    return markdown(["batch 1, time / plain forward", *_column_titles(columns)], body)
 
 
 def accelerated_table(results):
@@ -160,9 +169,10 @@ def accelerated_table(results):
 
 def throughput_table(results):
     """The most maps per second of each provider, at whichever batch that is."""
-    columns = [("cpu", provider) for provider in (bench.UNIT, *PEERS)] + [("cuda", name) for name in GPU_PEERS]
-    header = ["maps/s (batch)"]
-    header += [f"`{provider}`" if kind == "cpu" else f"GPU: `{provider}`" for kind, provider in columns]
+    columns = _columns(results, (bench.UNIT, *PEERS))
+    if not columns:
+        return NOT_MEASURED
+    header = ["maps/s (batch)", *_column_titles(columns)]
     body = []
     for model in bench.MODELS:
         line = [model]
@@ -181,18 +191,23 @@ def of_model(results, kind, model, size=224):
 
 
 def growth_table(results):
-    header = ["cost grows as x to the power of", "x", *(f"`{way}`: time, memory" for way in growth.WAYS), "GPU: time"]
+    columns = [
+        *(("cpu", way, ("median_ms", "peak_mib"), f"`{way}`: time, memory") for way in growth.WAYS),
+        ("cuda", "auto", ("median_ms",), "GPU: time"),
+    ]
+    alongs = (*growth.SHAPES, "layers")
+    columns = [column for column in columns if any(results.series(column[0], along, column[1]) for along in alongs)]
+    if not columns:
+        return NOT_MEASURED
     body = []
-    for along in (*growth.SHAPES, "layers"):
-        line = [f"{along}", _span(results.series("cpu", along, "auto"))]
-        for kind, way, fields in (
-            *(("cpu", way, ("median_ms", "peak_mib")) for way in growth.WAYS),
-            ("cuda", "auto", ("median_ms",)),
-        ):
+    for along in alongs:
+        line = [f"{along}", _span(results.series(columns[0][0], along, "auto"))]
+        for kind, way, fields, _ in columns:
             series = results.series(kind, along, way)
             powers = [growth.exponent([row["x"] for row in series], [row[field] for row in series]) for field in fields]
-            line.append(", ".join("-" if p is None else f"{p:.2f}" for p in powers) if series else NOT_MEASURED)
+            line.append(", ".join("-" if p is None else f"{p:.2f}" for p in powers) if series else "-")
         body.append(line)
+    header = ["cost grows as x to the power of", "x", *(title for *_, title in columns)]
     return f"{markdown(header, body)}\n\n{about(results.growth)}"
 
 
@@ -208,9 +223,32 @@ def gates_table(results):
     return markdown(["gate, two CPU cores", "ratio", "limit"], body)
 
 
+def numbers_table(results):
+    """The README's first numbers: time against the usual library and the plain forward, and faithfulness."""
+    body = []
+    for kind in _kinds(results.bench):
+        rows_of = {name: results.row(kind, "resnet50", 8, name) for name in ("cfcam", "pytorch-grad-cam", bench.UNIT)}
+        ours, peer, unit = rows_of.values()
+        if not all("median_ms" in row for row in rows_of.values()):
+            continue
+        device = f"ResNet-50, batch 8, {KINDS[kind]} ({ours['device']})"
+        ms = {name: f"{number(row['median_ms'])} ms" for name, row in rows_of.items()}
+        factor = f"{peer['median_ms'] / ours['median_ms']:.1f} times"
+        body.append(
+            [f"**{factor}** as fast as pytorch-grad-cam", f"{ms['cfcam']}, not {ms['pytorch-grad-cam']}; {device}"]
+        )
+        share = f"{ours['median_ms'] / unit['median_ms']:.2f} times"
+        body.append(
+            [f"**{share}** the forward pass alone", f"{ms['cfcam']}, not {ms[bench.UNIT]}; forward, backward and maps"]
+        )
+    body += report_faithfulness.number_rows(results)
+    return markdown(["", ""], body) if body else NOT_MEASURED
+
+
 TABLES = {
+    "numbers": numbers_table,
     "accelerated": accelerated_table,
-    "resnet50": lambda results: resnet50_table(results, COMPARED),
+    "resnet50": compared_table,
     "providers": lambda results: resnet50_table(results, tuple(bench.PROVIDERS)),
     "models": models_table,
     "throughput": throughput_table,
@@ -230,7 +268,10 @@ IMAGES = {
 """{file in docs/: what it shows}; methods.jpg is `faithfulness.py --picture`, the others are drawn here."""
 
 PAGES = {
-    "README.md": ("accelerated", "faithfulness", "methods.jpg", "resnet50", "latency.svg", "models", "gates"),
+    "README.md": ("numbers", "four"),
+    "docs/other-libraries.md": ("accelerated",),
+    "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
+    "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
         *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization"),

@@ -3,7 +3,7 @@
 import math
 
 import choice
-from faithfulness import CANDIDATES, METHODS, NOISE, VARIANTS
+from faithfulness import CANDIDATES, CONTROLS, METHODS, NOISE, VARIANTS
 from tables import NOT_MEASURED, markdown
 
 MAIN = ("demo", "_swish")
@@ -25,11 +25,12 @@ MEASURES = {
 
 COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choice.STABILITY, "energy", "hit")
 
+FOUR = ("insertion_minus_deletion", "class_sensitivity", choice.STABILITY, "energy")
+"""The README's columns: one of each question that is asked."""
+
+IN_README = ("Grad-CAM", "Grad-CAM++", "LayerCAM", "Eigen-CAM", "random", "CF-CAM, published", "CF-CAM")
+
 OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_drop", "increase")
-
-
-AMONG = ("CF-CAM, published but signed", *CANDIDATES)
-"""What the rule chooses among; the first is measured on both halves, as a method."""
 
 
 # Cells
@@ -116,45 +117,64 @@ def methods_table(results, names, half):
     return f"{markdown(_header(['method'], MEASURES), _lines(found, MEASURES))}\n\n{about(rows)}"
 
 
+def four_table(results):
+    """The README's: four columns of a few methods, without their counts."""
+    found = _of(results, IN_README, "confirm")
+    rows = [row for row in found.values() if row]
+    if not rows:
+        return NOT_MEASURED
+    body = [[name, *(cell(row, measure) for measure in FOUR)] for name, row in found.items() if row]
+    return f"{markdown(['method', *map(title, FOUR)], body)}\n\n{about(rows)}"
+
+
+def number_rows(results):
+    """One line of the README's numbers: insertion minus deletion beside Grad-CAM's; none where it is not measured."""
+    row = _of(results, ["CF-CAM"], "confirm")["CF-CAM"]
+    measure = "insertion_minus_deletion"
+    if row is None or measure not in row.get("minus_grad_cam", {}):
+        return []
+    verdict = {1: "more faithful than Grad-CAM", 0: "level with Grad-CAM", -1: "less faithful than Grad-CAM"}
+    mean, low, high = (round(value, 3) + 0.0 for value in row["minus_grad_cam"][measure])
+    text = f"{MEASURES[measure]}, paired on {row['n']} photographs; 95 % interval {low:+.3f} to {high:+.3f}"
+    return [[f"**{mean:+.3f}**: {verdict[better(row, measure)]}", text]]
+
+
 def chosen(results):
     """The rule's default, and what is missing: while anything is, the rule picks nothing."""
-    found = _of(results, ["Grad-CAM", *AMONG], "choose")
+    found = _of(results, CANDIDATES, "choose")
     missing = [name for name, row in found.items() if row is None]
-    if missing:
-        return None, missing
-    grad_cam = found.pop("Grad-CAM")
-    return choice.pick(found, grad_cam), []
+    return (None, missing) if missing else (choice.pick(found), [])
 
 
 def candidates_table(results):
-    found = _of(results, AMONG, "choose")
-    grad_cam = _of(results, ["Grad-CAM"], "choose")["Grad-CAM"]
-    if grad_cam is None or not any(found.values()):
+    found = _of(results, CANDIDATES, "choose")
+    if not any(found.values()):
         return NOT_MEASURED
     default, missing = chosen(results)
-    levels = ("class_sensitivity", choice.STABILITY, "energy")
-    header = ["candidate", *(f"{title(measure)}, minus Grad-CAM's" for measure in choice.NOT_WORSE)]
-    header += [*map(title, levels), "clustered", "1", "2", "3", "the rule"]
-    body = [["Grad-CAM", *[""] * len(choice.NOT_WORSE), *(cell(grad_cam, measure) for measure in levels), *[""] * 5]]
+    header = ["candidate", *(f"{title(measure)}, minus Grad-CAM's" for measure in choice.NOT_WORSE), "the rule"]
+    body = []
     for name, row in found.items():
         if row is None:
             body.append([name, NOT_MEASURED, *[""] * (len(header) - 2)])
             continue
-        holds = choice.conditions(row, grad_cam)
-        body.append(
-            [
-                name,
-                *(difference(row, measure) for measure in choice.NOT_WORSE),
-                *(cell(row, measure) for measure in levels),
-                f"{row['clustered_share']:.0%}",
-                *("yes" if condition else "no" for condition in holds),
-                "**default**" if name == default else "",
-            ]
-        )
+        worse = [MEASURES[measure] for measure in choice.NOT_WORSE if not choice.reaches_zero(row, measure)]
+        verdict = "**default**" if name == default else f"worse: {', '.join(worse)}" if worse else ""
+        body.append([name, *(difference(row, measure) for measure in choice.NOT_WORSE), verdict])
     verdict = f"The rule picks as the default: {default or 'none'}."
     if missing:
         verdict = f"The rule picks nothing yet; {NOT_MEASURED}: {'; '.join(missing)}."
-    return f"{markdown(header, body)}\n\n{verdict}\n\n{about([grad_cam, *filter(None, found.values())])}"
+    return f"{markdown(header, body)}\n\n{verdict}\n\n{about([*filter(None, found.values())])}"
+
+
+def differences_table(results, names, half="confirm"):
+    """Paired differences from Grad-CAM, a line a method."""
+    found = {name: row for name, row in _of(results, names, half).items() if row and "minus_grad_cam" in row}
+    if not found:
+        return NOT_MEASURED
+    measures = ("insertion", "deletion", *choice.NOT_WORSE, "hit")
+    body = [[name, *(difference(row, measure) for measure in measures)] for name, row in found.items()]
+    header = ["method, minus Grad-CAM", *map(title, measures)]
+    return f"{markdown(header, body)}\n\n{about([*found.values()])}"
 
 
 def elsewhere_table(results):
@@ -201,8 +221,10 @@ def randomization_table(results):
 
 
 TABLES = {
+    "four": four_table,
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
+    "parts": lambda results: differences_table(results, ["CF-CAM", *CONTROLS]),
     "variants": lambda results: methods_table(results, ["Grad-CAM", *VARIANTS], "choose"),
     "choose": lambda results: methods_table(results, METHODS, "choose"),
     "elsewhere": elsewhere_table,

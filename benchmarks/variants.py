@@ -12,6 +12,7 @@ from sklearn.cluster import DBSCAN
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, torch_backend
 from cfcam_gpu.gaussian import filter_matrix
+from cfcam_gpu.weights import grad_cam
 
 MANY_CLUSTERS = CFCAMConfig(
     dominant_percentile=100.0, descriptor="unit", eps_percentile=1.0, min_samples_fraction=0.0, affinity_power=0.0
@@ -24,14 +25,9 @@ def weighted(activations, weights):
     return torch_backend.class_grid(activations, weights, relu=False)
 
 
-def pooled(gradients):
-    """Grad-CAM's weights (B, C)."""
-    return gradients.mean((2, 3))
-
-
 def of_clusters(activations, gradients, labels, statistic):
     """The pooled gradients, with ``statistic(values, norms)`` of the members for all members of a cluster; noise 0."""
-    weights = pooled(gradients)
+    weights = grad_cam(activations, gradients)
     norms = activations.flatten(2).norm(dim=2)
     for image, of_image in enumerate(labels):
         for cluster in range(int(of_image.max()) + 1):
@@ -65,7 +61,7 @@ def many_clusters(statistic, keep_noise=False):
         labels, _ = cluster_channels(activations, MANY_CLUSTERS)
         weights = of_clusters(activations, gradients, labels, statistic)
         if keep_noise:
-            weights = torch.where(labels == -1, pooled(gradients), weights)
+            weights = torch.where(labels == -1, grad_cam(activations, gradients), weights)
         return weighted(activations, weights)
 
     return grid
@@ -115,7 +111,7 @@ def smoothed(sigma_cells):
             torch.tensor(filter_matrix(size, sigma_cells, "nearest"), dtype=activations.dtype)
             for size in activations.shape[2:]
         )
-        return rows @ weighted(activations, pooled(gradients)) @ columns.T
+        return rows @ weighted(activations, grad_cam(activations, gradients)) @ columns.T
 
     return grid
 
@@ -127,7 +123,7 @@ def spectral(exponent):
         cells = activations.flatten(2).double()
         values, vectors = torch.linalg.eigh(cells.transpose(1, 2) @ cells)
         gain = (values.clamp_min(0) / values[:, -1:].clamp_min(1e-300)) ** (exponent / 2)
-        flat = weighted(activations, pooled(gradients)).flatten(1).double()
+        flat = weighted(activations, grad_cam(activations, gradients)).flatten(1).double()
         filtered = torch.einsum("bpk,bk,bqk,bq->bp", vectors, gain, vectors, flat)
         return filtered.view(len(flat), *activations.shape[2:]).float()
 
@@ -138,7 +134,7 @@ def largest(share):
     """The share of the channels whose norm times |weight| is largest, the others left out."""
 
     def grid(activations, gradients):
-        weights = pooled(gradients)
+        weights = grad_cam(activations, gradients)
         size = weights.abs() * activations.flatten(2).norm(dim=2)
         threshold = size.kthvalue(int(np.ceil((1 - share) * size.shape[1])), dim=1, keepdim=True).values
         return weighted(activations, weights * (size >= threshold))
@@ -156,7 +152,8 @@ def centred_affinity(power):
 
     def grid(activations, gradients):
         centred = activations - activations.mean((2, 3), keepdim=True)
-        return torch_backend.average_alike_cells(weighted(activations, pooled(gradients)), centred, everywhere(power))
+        plain = weighted(activations, grad_cam(activations, gradients))
+        return torch_backend.average_alike_cells(plain, centred, everywhere(power))
 
     return grid
 
@@ -165,7 +162,8 @@ def grad_cam_with_affinity(power):
     """Grad-CAM's weights, no clustering, and the average over alike cells."""
 
     def grid(activations, gradients):
-        return torch_backend.class_grid(activations, pooled(gradients), relu=False, config=everywhere(power))
+        weights = grad_cam(activations, gradients)
+        return torch_backend.class_grid(activations, weights, relu=False, config=everywhere(power))
 
     return grid
 

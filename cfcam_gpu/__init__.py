@@ -1,12 +1,23 @@
 """CF-CAM, Cluster Filter Class Activation Mapping: where a network looked, from one forward pass."""
 
+import sys
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 __version__ = "0.1.0"
 
-# In a checkout that is not installed, kernels/ lies beside this package and not inside it.
-if (Path(__file__).parent.parent / "kernels").is_dir() and not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+
+class _KernelsBeside:
+    """Finds `cfcam_gpu.kernels` in a checkout, where kernels/ lies beside this package and not inside it."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        beside = Path(__file__).parent.parent / "kernels" / "__init__.py"
+        return spec_from_file_location(name, beside) if name == f"{__name__}.kernels" and beside.is_file() else None
+
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    sys.meta_path.insert(0, _KernelsBeside)  # before another checkout's, which may be installed as editable
 
 from cfcam_gpu.adapters import accelerate
 from cfcam_gpu.cam import CFCAM

@@ -1,6 +1,8 @@
 """Arrays of other libraries in and out, through DLPack and without a copy."""
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,7 +10,7 @@ HOMES = {"numpy": "numpy", "cupy": "cupy", "jaxlib": "jax.dlpack", "jax": "jax.d
 """Where the ``from_dlpack`` of an array's package is; any other package has its own at the top."""
 
 
-def as_tensor(name, array):
+def as_tensor(name: str, array: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """``array`` as a torch tensor that shares its memory, and the function that takes results back to its kind.
 
     Args:

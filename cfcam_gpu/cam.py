@@ -1,9 +1,19 @@
 """`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
 
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
+from torch import nn
 
 from cfcam_gpu import checks, pipeline, torch_backend
-from cfcam_gpu.capture import HeadCapture
+from cfcam_gpu.capture import GuideLayer, HeadCapture, Targets
+from cfcam_gpu.config import CFCAMConfig
+
+if TYPE_CHECKING:
+    from cfcam_gpu.cuda_graph import CapturedCFCAM
 
 
 class CFCAM:
@@ -15,10 +25,21 @@ class CFCAM:
         target_layers: list of the model's modules to explain; each gives (B, C, h, w). Of a layer that runs more
             than once in a forward pass, the last run counts.
         reshape_transform: turns a layer's output into (B, C, h, w), for transformers.
+        guide_layer: the earlier layer on whose finer grid the map is averaged over alike cells: "auto" (default), the
+            last with a map of at least twice the target layer's sides (`cfcam_gpu.guides`), found in the first call;
+            a module; or None, the target layer itself. Several target layers: each its own, or a list with one of
+            these for each. It runs in the same forward pass, and no gradient is taken of it.
         config, backend, clustering, check_finite: as for `cf_cam`.
 
     Attributes:
         outputs: the model's raw outputs of the latest call, detached; None before the first.
+        target_names: the target layers' names.
+        guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
+            of an object that is to find them.
+
+    The score is the margin of the class over the classes that it is confused with (`CFCAMConfig.margin_temperature`)
+    for class indices and for None, on outputs of two classes or more. A callable target is taken as it is, and of a
+    model with one output the logit.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model.
@@ -31,21 +52,37 @@ class CFCAM:
 
     def __init__(
         self,
-        model,
-        target_layers,
-        reshape_transform=None,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
-        config=None,
-        backend="auto",
-        clustering="auto",
-        check_finite=None,
-    ):
+        guide_layer: GuideLayer = "auto",
+        config: CFCAMConfig | None = None,
+        backend: str = "auto",
+        clustering: str = "auto",
+        check_finite: bool | None = None,
+    ) -> None:
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self.outputs = None
-        self._capture = HeadCapture(model, target_layers, reshape_transform)
+        self.outputs: Any = None
+        self._capture = HeadCapture(
+            model,
+            target_layers,
+            reshape_transform,
+            guide_layer=guide_layer,
+            guided=self.config.averages,
+            margin_temperature=self.config.margin_temperature,
+        )
 
-    def maps(self, input_tensor, targets=None):
+    @property
+    def target_names(self) -> list[str]:
+        return self._capture.target_names
+
+    @property
+    def guide_names(self) -> list[str] | None:
+        return self._capture.guide_names
+
+    def maps(self, input_tensor: torch.Tensor, targets: Targets = None) -> torch.Tensor:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
@@ -61,15 +98,16 @@ class CFCAM:
             ValueError: a wrong number of targets, a class out of range, a layer that did not run or has no grid, NaN.
             TypeError: the input or a target is of the wrong kind.
         """
+        size = input_tensor.shape[-2:]
         layers = [
-            pipeline.cf_cam(*layer, input_tensor.shape[-2:], self.config, **self._choices).maps
-            for layer in self._run(input_tensor, targets)
+            pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices).maps
+            for activations, gradients, guide in self._run(input_tensor, targets)
         ]
         if len(layers) == 1:
             return layers[0]
         return torch_backend.normalize(torch.stack(layers).mean(0), self.config)
 
-    def __call__(self, input_tensor, targets=None):
+    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> np.ndarray:
         """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W).
 
         Args, Raises: as for `maps`. Each layer's map is scaled to (x - min) / (1e-7 + max) on its grid, resized and
@@ -78,13 +116,13 @@ class CFCAM:
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
         grids, backend = [], self._choices["backend"]
-        for activations, gradients in self._run(input_tensor, targets):
+        for activations, gradients, guide in self._run(input_tensor, targets):
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            grids.append(pipeline.class_grid(activations, weights, config=self.config, backend=backend))
+            grids.append(pipeline.class_grid(activations, weights, config=self.config, guide=guide, backend=backend))
         maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
         return maps.float().cpu().numpy()
 
-    def capture(self, example_input, targets=None):
+    def capture(self, example_input: torch.Tensor, targets: torch.Tensor | None = None) -> "CapturedCFCAM":
         """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
 
         Args:
@@ -109,14 +147,19 @@ class CFCAM:
     def _run(self, input_tensor, targets):
         capture = self._capture(input_tensor, targets)
         self.outputs = capture.outputs
-        return list(zip(capture.activations, capture.gradients))
+        return list(zip(capture.activations, capture.gradients, capture.guides))
 
-    def release(self):
+    def release(self) -> None:
         """Let go of the model; a second call does nothing."""
         self._capture.release()
 
-    def __enter__(self):
+    def __enter__(self) -> "CFCAM":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.release()

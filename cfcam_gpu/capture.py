@@ -9,18 +9,26 @@ callers under ``torch.no_grad`` or ``torch.inference_mode`` get them too.
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
+
+from cfcam_gpu.guides import AUTO, Guides
+
+Targets: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Callable[[Any], torch.Tensor]] | None
+"""What to explain: one class index or callable per image, or None for each image's top class."""
+
+GuideLayer: TypeAlias = nn.Module | str | None | Sequence[nn.Module | str | None]
+"""Which earlier layer guides the average: a module, "auto" or None; or one of these per target layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +42,13 @@ class Capture:
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
             May be an expanded view (stride 0), as autograd hands it out.
+        guides: per target layer the guide (B, Cg, hg, wg), detached; None where the layer has no other than itself.
     """
 
     outputs: Any
     activations: tuple[torch.Tensor, ...]
     gradients: tuple[torch.Tensor, ...]
+    guides: tuple[torch.Tensor | None, ...]
 
 
 class HeadCapture:
@@ -52,7 +62,8 @@ class HeadCapture:
 
     A layer that runs several times counts with its last call. The number of calls is remembered, so that from the
     second pass on the trunk reaches up to that call; should a pass make fewer calls, it is repeated. A pass is also
-    repeated, once in the object's life, when the model itself switches autograd off around a target layer.
+    repeated, once in the object's life, when the model itself switches autograd off around a target layer, and when it
+    changes a guide's output in place.
 
     Args:
         model: a ``torch.nn.Module``. Compiled models, DataParallel and DistributedDataParallel are looked through.
@@ -60,11 +71,16 @@ class HeadCapture:
             list that starts with one.
         reshape_transform: callable applied to a layer's activations and gradients alike, which returns them as
             (B, C, h, w); for transformers. Default: none, the layer must return (B, C, h, w).
+        guide_layer: the earlier layer whose output is captured beside each target layer's: a module, "auto" (`Guides`
+            says which), None, or a list with one of these per target layer. Default: None.
+        guided: False checks ``guide_layer`` and captures no guide.
+        margin_temperature: of the score of class indices and of None; 0 (default) for the logit, above for the margin
+            (`margin_cotangent`).
 
     Raises:
         TypeError: ``model`` is no ``nn.Module`` or is scripted or traced; ``target_layers`` is no list of modules;
-            ``reshape_transform`` is not callable.
-        ValueError: ``target_layers`` is empty, or a layer is no part of ``model``.
+            ``reshape_transform`` is not callable; ``guide_layer`` is of another kind.
+        ValueError: ``target_layers`` is empty, a layer is no part of ``model``, or a guide is missing.
 
     Source: the definition of Grad-CAM's gradients (Selvaraju et al., ICCV 2017, equation 1); constructor as in
     jacobgil/pytorch-grad-cam, which runs the backward through the whole network instead.
@@ -75,7 +91,16 @@ class HeadCapture:
     (torch.Size([2, 8]), torch.Size([2, 8, 6, 6]))
     """
 
-    def __init__(self, model, target_layers, reshape_transform=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        *,
+        guide_layer: GuideLayer = None,
+        guided: bool = True,
+        margin_temperature: float = 0.0,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
         self.model = _unwrap(model)
@@ -94,15 +119,32 @@ class HeadCapture:
         if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.target_layers)):
             raise TypeError("model and target_layers must be eager modules, got scripted or traced, which run no hooks")
         self.reshape_transform = reshape_transform
+        self.margin_temperature = margin_temperature
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
-        self._last_call = {}  # layer -> number of its calls in the previous pass
+        guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
+        self._guides = guides if guided else None
+        self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
-        self._calls = Counter()
-        self._taps = {}
-        self._rooted = []
-        self._handles = []
+        self._calls: Counter[nn.Module] = Counter()
+        self._taps: dict[nn.Module, _Tap] = {}
+        self._rooted: list[torch.Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __call__(self, input_tensor, targets=None):
+    @property
+    def target_names(self) -> list[str]:
+        """The target layers' names in the model."""
+        return [self._names[layer] for layer in self.target_layers]
+
+    @property
+    def guide_names(self) -> list[str] | None:
+        """The names of the target layers' guides, a target layer's own where it has no other; None before the first
+        pass where they are to be found."""
+        if self._guides is None:
+            return self.target_names
+        names = self._guides.names
+        return None if names is None else [guide or target for guide, target in zip(names, self.target_names)]
+
+    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> Capture:
         """Run the model once and return a :class:`Capture`.
 
         Args:
@@ -126,34 +168,49 @@ class HeadCapture:
         batch = _check_input(input_tensor)
         with eager_without_grad():
             targets = check_targets(targets, batch)
-            try:
-                # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
-                for layer in self._names:
-                    self._handles.append(layer.register_forward_hook(self._tap))
-                outputs = self._forward(input_tensor)
-                taps = [self._taps[layer] for layer in self.target_layers]
-                activations = tuple(
-                    self._to_grid(layer, tap.activations, batch) for layer, tap in zip(self.target_layers, taps)
-                )
-                with torch.enable_grad():
-                    scores = _scores(outputs, targets, batch)
-                gradients = self._differentiate(scores, [tap.edge for tap in taps])
-                if self.reshape_transform is not None:
-                    gradients = tuple(self.reshape_transform(gradient) for gradient in gradients)
-                outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
-                return Capture(outputs, activations, gradients)
-            finally:
-                self.release()
+            while True:
+                try:
+                    captured = self._pass(input_tensor, targets, batch)
+                    if self._guides is None or not self._guides.must_repeat():
+                        return captured
+                finally:
+                    self.release()
 
-    def release(self):
+    def _pass(self, input_tensor, targets, batch):
+        """The `Capture` of one forward and one backward."""
+        # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
+        for layer in self._names:
+            self._handles.append(layer.register_forward_hook(self._tap))
+        if self._guides is not None:
+            # Behind the taps, so that a guide which is a target layer too is seen as the model goes on with it.
+            self._handles += self._guides.register(named_modules(self.model))
+        outputs = self._forward(input_tensor)
+        taps = [self._taps[layer] for layer in self.target_layers]
+        activations = tuple(
+            self._to_grid(layer, tap.activations, batch) for layer, tap in zip(self.target_layers, taps)
+        )
+        guides = (None,) * len(taps)
+        if self._guides is not None:
+            guides = tuple(map(self._guides.of, range(len(taps)), self.target_names, activations))
+        with torch.enable_grad():
+            scores = _scores(outputs, targets, batch, self.margin_temperature)
+        gradients = self._differentiate(scores, [tap.edge for tap in taps])
+        if self.reshape_transform is not None:
+            gradients = tuple(self.reshape_transform(gradient) for gradient in gradients)
+        outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        return Capture(outputs, activations, gradients, guides)
+
+    def release(self) -> None:
         """Take every hook off the model. Calls do so themselves; safe to call at any time and more than once."""
         while self._handles:
             self._handles.pop().remove()
         while self._rooted:
             self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
         self._taps = {}
+        if self._guides is not None:
+            self._guides.begin()
 
-    def repeated_layers(self):
+    def repeated_layers(self) -> list[tuple[str, int]]:
         """(name, number of runs) of every target layer that ran more than once in the latest pass."""
         return [(self._names[layer], count) for layer, count in self._last_call.items() if count > 1]
 
@@ -168,6 +225,8 @@ class HeadCapture:
         device = _device(self.model, input_tensor)
         while True:
             self._calls, self._taps = Counter(), {}
+            if self._guides is not None:
+                self._guides.begin()
             # A private copy: the model may change its input in place, and it may be needed again.
             private = input_tensor.to(device, copy=True)
             with torch.set_grad_enabled(self._grad_from_start):
@@ -207,6 +266,10 @@ class HeadCapture:
                 tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
                 self._rooted.append(tensor)
             self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
+        if self._guides is not None:
+            for index, target in enumerate(self.target_layers):
+                if target is layer:
+                    self._guides.at_target(index)
         torch.set_grad_enabled(True)
         if tensor is first:
             return None
@@ -249,12 +312,13 @@ class HeadCapture:
         return gradients
 
 
-def find_module_name(model, module):
+def find_module_name(model: nn.Module, module: nn.Module, what: str = "target layer") -> str:
     """Qualified name of ``module`` in ``model``, such as "layer4.1.conv2"; the class name for the model itself.
 
     Args:
         model: ``torch.nn.Module``; compiled models and (Distributed)DataParallel are looked through.
         module: ``torch.nn.Module``, compared by identity.
+        what: what to call the module in the error.
 
     Raises:
         ValueError: ``module`` is no part of ``model``.
@@ -266,8 +330,50 @@ def find_module_name(model, module):
     model, module = _unwrap(model), _unwrap(module)
     for name, candidate in model.named_modules():
         if candidate is module:
-            return ".".join(part for part in name.split(".") if part != "_orig_mod") or _type(model)
-    raise ValueError(f"target layer must be one of the modules of {_type(model)}, got a {_type(module)} that is not")
+            return _clean(name) or _type(model)
+    raise ValueError(f"{what} must be one of the modules of {_type(model)}, got a {_type(module)} that is not")
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the model's parts, the model itself left out."""
+    return [(_clean(name), module) for name, module in _unwrap(model).named_modules() if name]
+
+
+def _clean(name):
+    """A module's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def make_guides(
+    model: nn.Module,
+    guide_layer: GuideLayer,
+    n_layers: int,
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    copies: bool = False,
+) -> Guides | None:
+    """The `Guides` of ``n_layers`` target layers; None when every layer guides itself.
+
+    Args:
+        guide_layer: as for `HeadCapture`; reshape_transform, copies: as for `Guides`.
+
+    Raises:
+        TypeError: ``guide_layer`` is of another kind.
+        ValueError: a module is no part of ``model``, or there is not one guide per target layer.
+    """
+    guides: list[Any] = list(guide_layer) if isinstance(guide_layer, (list, tuple)) else [guide_layer] * n_layers
+    if len(guides) != n_layers:
+        raise ValueError(f"guide_layer must hold one guide per target layer: {n_layers}, got {len(guides)}")
+    names = {}
+    for index, guide in enumerate(guides):
+        if isinstance(guide, nn.Module):
+            guides[index] = _unwrap(guide)
+            names[guides[index]] = find_module_name(model, guide, "guide layer")
+        elif not (guide is None or (isinstance(guide, str) and guide == AUTO)):
+            got = repr(guide) if isinstance(guide, str) else _type(guide)
+            raise TypeError(f'guide_layer must be a module of the model, "{AUTO}" or None, got {got} at [{index}]')
+    if all(guide is None for guide in guides):
+        return None
+    return Guides(guides, names, reshape_transform, copies)
 
 
 class _Tap(NamedTuple):
@@ -311,7 +417,7 @@ def eager_without_grad():
         yield
 
 
-def _scores(outputs, targets, batch):
+def _scores(outputs, targets, batch, margin_temperature=0.0):
     """The scores to differentiate, 0-dimensional tensors whose sum is the score of the batch."""
     if isinstance(targets, tuple):
         return [_one_score(i, target, _image_output(outputs, i, batch)) for i, target in enumerate(targets)]
@@ -329,7 +435,40 @@ def _scores(outputs, targets, batch):
         classes = outputs.detach().argmax(dim=1)
     else:
         classes = classes_on(outputs.device, targets, n_classes=outputs.size(1))
+    if margin_temperature > 0 and outputs.shape[1] > 1:
+        cotangent = margin_cotangent(outputs.detach(), classes, margin_temperature)
+        return [(outputs * cotangent).sum()]
     return [outputs.gather(1, classes[:, None]).sum()]
+
+
+def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The gradient of the classes' margins with respect to the logits: (B, n), dtype of the logits.
+
+    The margin of class c is z_c - T logsumexp_{k != c}(z_k / T), what speaks for it and not for the classes that it is
+    confused with; T is ``temperature`` standard deviations of the other classes' logits and counts as a constant. So
+    the gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
+    uniform over the other classes where their logits are equal. The class itself has no part in the deviation: of few
+    classes, one that stands out would flatten the softmax over the others.
+
+    Args:
+        logits: (B, n), n > 1, floating point.
+        classes: int64 (B,).
+        temperature: above 0.
+
+    >>> margin_cotangent(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), 1.5)
+    tensor([[ 1.0000, -0.5000, -0.5000]])
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = classes[:, None]
+    # Counted from the largest of the others: equal logits are exactly 0 then, and the softmax uniform.
+    z = z - z.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
+    z = z.scatter(1, chosen, 0)
+    n_others = z.shape[1] - 1
+    deviations = (z - z.sum(1, keepdim=True) / n_others).scatter(1, chosen, 0)
+    scale = temperature * (deviations.square().sum(1, keepdim=True) / n_others).sqrt()
+    z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
+    others = z.scatter(1, chosen, -torch.inf).softmax(1)
+    return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
 
 
 def classes_on(device, classes, n_classes):

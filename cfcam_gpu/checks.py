@@ -1,6 +1,7 @@
 """Checks of arguments at the public edge, and what their errors say."""
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -9,23 +10,23 @@ import torch
 from cfcam_gpu.config import CFCAMConfig
 
 
-def needs(package, extra="demo"):
+def needs(package: str, extra: str = "demo") -> str:
     """Text of an ImportError: the package, the extra that brings it, and the line that installs it."""
     return f'{package} is not installed; it comes with the "{extra}" extra: pip install "cfcam_gpu[{extra}]"'
 
 
-def did_you_mean(name, choices):
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """'; did you mean ...?' with the closest choices, or nothing when none is close."""
-    matches = get_close_matches(name, choices)
+    matches = get_close_matches(name, list(choices))
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
-def is_installed(package):
+def is_installed(package: str) -> bool:
     """Whether ``package`` can be imported; it is not imported."""
     return importlib.util.find_spec(package) is not None
 
 
-def check_config(config):
+def check_config(config: CFCAMConfig | None) -> CFCAMConfig:
     """``config``, or the default for None."""
     if config is None:
         return CFCAMConfig()
@@ -34,13 +35,13 @@ def check_config(config):
     return config
 
 
-def check_floating(name, tensor):
+def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor that is not floating point."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_grid(name, tensor):
+def check_grid(name: str, tensor: torch.Tensor) -> None:
     """Refuse what is not a non-empty floating-point (B, C, h, w)."""
     if tensor.ndim != 4:
         raise ValueError(f"{name} must have shape (B, C, h, w), got {tuple(tensor.shape)}")
@@ -49,7 +50,7 @@ def check_grid(name, tensor):
     check_floating(name, tensor)
 
 
-def check_guide(guide, activations):
+def check_guide(guide: torch.Tensor | None, activations: torch.Tensor) -> None:
     """Refuse a guide (B, Cg, hg, wg) that does not go with these activations (B, C, h, w); None is none."""
     if guide is None:
         return
@@ -61,11 +62,11 @@ def check_guide(guide, activations):
     if guide.device != activations.device:
         raise ValueError(f"guide must be on the activations' device {activations.device}, got {guide.device}")
     if guide.shape[2] < activations.shape[2] or guide.shape[3] < activations.shape[3]:
-        grids = tuple(activations.shape[2:]), tuple(guide.shape[2:])
-        raise ValueError("guide must have a grid of at least the activations' {}, got {}".format(*grids))
+        expected, got = tuple(activations.shape[2:]), tuple(guide.shape[2:])
+        raise ValueError(f"guide must have a grid of at least the activations' {expected}, got {got}")
 
 
-def check_values(named_tensors, check_finite):
+def check_values(named_tensors: Mapping[str, torch.Tensor], check_finite: bool | None) -> None:
     """Refuse NaN and infinity where ``check_finite`` says so; None: on the CPU only."""
     for name, tensor in named_tensors.items():
         check = tensor.device.type == "cpu" if check_finite is None else check_finite

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cfcam_gpu import CFCAM, CFCAMConfig, __version__, doctor, images, models, pipeline
+from cfcam_gpu import CFCAM, CFCAMConfig, __version__, doctor, images, layers, models, pipeline
 from cfcam_gpu.checks import needs
 
 PANEL_PIXELS = 448
@@ -283,7 +283,7 @@ def explain_images(args, sources):
     pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
     loaded = models.load_model(args.model, device)
     if args.layer is not None:
-        models.get_layer(loaded.model, args.layer)
+        layers.get_layer(loaded.model, args.layer)
     args.out.mkdir(parents=True, exist_ok=True)
 
     failed, cam = [], None
@@ -297,13 +297,16 @@ def explain_images(args, sources):
         for batch in _batches(sources, loaded, args.batch_size, report):
             inputs = batch.inputs.to(device)
             if cam is None:
-                target = models.inspect_target_layer(loaded.model, inputs[:1], args.layer)
+                target = layers.inspect_target_layer(loaded.model, inputs[:1], args.layer)
                 bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
                 _check_classes(args, target.n_classes)
                 config = CFCAMConfig.paper() if args.paper else None
-                layers = [target.module]
-                cam = CFCAM(loaded.model, layers, target.reshape_transform, config=config, backend=args.backend)
+                options = {"config": config, "backend": args.backend}
+                cam = CFCAM(loaded.model, [target.module], target.reshape_transform, **options)
+            announced = cam.guide_names is not None
             classes, scores, maps = _explain_batch(cam, inputs, args)
+            if not announced and cam.guide_names != cam.target_names:
+                bar.write(f"guide layer: {cam.guide_names[0]}")
             for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
                 captions = [f"{loaded.class_name(i, target.n_classes)} {score:.2f}" for i, score in zip(*result[:2])]
                 _write(args, source, seen, captions, result[0], result[2])

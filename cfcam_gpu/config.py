@@ -25,7 +25,7 @@ MAX_SIGMA_CELLS = 1024.0
 """Largest sigma: a filter far wider than any grid only wastes memory."""
 
 MAX_AFFINITY_POWER = 16.0
-"""Largest affinity_power: it multiplies the rounding of the cosine, and beyond it hardly a cell is alike to another."""
+"""Above this, cosine rounding dominates and hardly any cells count as similar."""
 
 MAX_AFFINITY_STEPS = 16
 """Largest affinity_steps: each is a pass over all pairs of cells within the window."""
@@ -71,7 +71,7 @@ class CFCAMConfig:
             0 for no average.
         margin_temperature: used by `CFCAM` alone, which chooses the score to differentiate; `cf_cam` is given
             gradients and ignores it. Above 0: the margin z_c - T logsumexp(z_k / T) over the other classes k, with
-            T = margin_temperature times the standard deviation of the image's logits, held constant. 0: the
+            T = margin_temperature times the standard deviation of those logits, held constant. 0: the
             class's logit z_c, as published. In [0, 100].
 
     Raises:
@@ -139,10 +139,10 @@ class CFCAMConfig:
     def stable(cls):
         """The stable end of the trade-off: maps that change less under noise, and less with the class.
 
-        One average over all alike cells, near and far, and the logit as the score. What it gains and loses is in
-        benchmarks/faithfulness.md, as "dominant 50, raw, 25th percentile, affinity 2".
+        One average more, and a score that spreads over more of the other classes. What it gains and loses is in
+        the pages on faithfulness, as "CF-CAM, stable".
         """
-        return cls(affinity_power=2.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0)
+        return cls(affinity_steps=3, margin_temperature=2.0)
 
     @property
     def averages(self):

@@ -1,6 +1,11 @@
 """One CUDA graph for forward, head backward and pipeline: a fixed shape, replayed with a single launch."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+if TYPE_CHECKING:
+    from cfcam_gpu.cam import CFCAM
 
 WARM_UP_CALLS = 3
 """Calls on a side stream before the capture: libraries choose their algorithms, constants reach the device."""
@@ -18,7 +23,7 @@ class CapturedCFCAM:
     torch.Size([8, 224, 224])
     """
 
-    def __init__(self, cam, example_input, targets):
+    def __init__(self, cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None) -> None:
         self._input = example_input.detach().clone()
         self._targets = None if targets is None else targets.detach().clone()
         side = torch.cuda.Stream(self._input.device)
@@ -30,9 +35,9 @@ class CapturedCFCAM:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.maps = cam.maps(self._input, self._targets)
-        self.outputs = cam.outputs
+        self.outputs: Any = cam.outputs
 
-    def __call__(self, input_tensor, targets=None):
+    def __call__(self, input_tensor: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """The maps (B, H, W) of a batch; the same memory every time.
 
         Args:
@@ -45,20 +50,20 @@ class CapturedCFCAM:
         if input_tensor.shape != self._input.shape:
             expected, got = tuple(self._input.shape), tuple(input_tensor.shape)
             raise ValueError(f"input_tensor must have the captured shape {expected}, got {got}")
-        if (targets is None) != (self._targets is None):
-            expected = "None, as captured" if self._targets is None else "a LongTensor, as captured"
-            raise ValueError(f"targets must be {expected}, got {type(targets).__name__}")
-        if targets is not None and targets.shape != self._targets.shape:
-            expected, got = tuple(self._targets.shape), tuple(targets.shape)
-            raise ValueError(f"targets must have shape {expected}, got {got}")
-        self._input.copy_(input_tensor, non_blocking=True)
-        if targets is not None:
+        if targets is None or self._targets is None:
+            if targets is not self._targets:
+                kind = "None" if self._targets is None else "a LongTensor"
+                raise ValueError(f"targets must be {kind}, as captured, got {type(targets).__name__}")
+        elif targets.shape != self._targets.shape:
+            raise ValueError(f"targets must have shape {tuple(self._targets.shape)}, got {tuple(targets.shape)}")
+        else:
             self._targets.copy_(targets, non_blocking=True)
+        self._input.copy_(input_tensor, non_blocking=True)
         self._graph.replay()
         return self.maps
 
 
-def capture(cam, example_input, targets):
+def capture(cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None) -> CapturedCFCAM:
     """The checks of `CFCAM.capture`, and the capture."""
     for name, value in (("example_input", example_input), ("targets", targets)):
         if name == "targets" and value is None:

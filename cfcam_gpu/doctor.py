@@ -58,7 +58,7 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def report():
+def report() -> list[Row]:
     """What can run here: a list of `Row` (name, ok, version, reason why not).
 
     CUDA is probed in a process of its own, so that a broken driver cannot take this one down and so that this
@@ -103,7 +103,7 @@ def _probe_apart():
     return [("torch", False, _version(("torch",)), reason)]
 
 
-def probe():
+def probe() -> None:
     """Print the rows that need torch, CUDA or Triton to be started, as JSON on the last line of stdout."""
     import torch
 
@@ -165,7 +165,7 @@ def _first_sentence(error):
     return lines[0].partition(". ")[0]
 
 
-def table(rows):
+def table(rows: list[Row]) -> str:
     """The report as text, one line a row."""
     names, versions = max(len(row.name) for row in rows), max(len(row.version) for row in rows)
     lines = (

@@ -75,6 +75,28 @@ def window_decay(size, target_size, sigma_cells):
 
 
 @lru_cache(maxsize=256)
+def interpolation_matrix(old, new):
+    """Linear interpolation along one axis (half-pixel centres, align_corners=False): float64 (new, old)."""
+    position = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
+    left = np.minimum(position.astype(int), old - 1)
+    right = np.minimum(left + 1, old - 1)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new), left), 1 - (position - left))
+    np.add.at(matrix, (np.arange(new), right), position - left)
+    matrix.flags.writeable = False
+    return matrix
+
+
+@lru_cache(maxsize=256)
+def coverage(target_size, size, sigma_cells):
+    """How much a cell of the target layer's grid counts along an axis in all averages of ``size`` cells together, were
+    all cells alike: float64 (target_size,). Less near the border, where the window ends."""
+    weights = interpolation_matrix(target_size, size).T @ window_matrix(size, target_size, sigma_cells).sum(1)
+    weights.flags.writeable = False
+    return weights
+
+
+@lru_cache(maxsize=256)
 def window_matrix(size, target_size, sigma_cells):
     """The window along an axis between every two of ``size`` cells, float64 (size, size), 0 out of reach."""
     distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))

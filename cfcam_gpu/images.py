@@ -1,13 +1,18 @@
 """Photographs in, pictures out: robust loading, heat-map overlays, captioned panels and atomic writes."""
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
 from cfcam_gpu.checks import did_you_mean, needs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What counts as an image when a folder is listed; a file that is named is always tried."""
@@ -33,7 +38,7 @@ def _pillow():
     return PIL
 
 
-def load_image(path):
+def load_image(path: str | os.PathLike) -> "Image":
     """The first frame of an image file as the viewer is meant to see it: upright, opaque, 8-bit RGB.
 
     EXIF rotation is applied and transparency is laid over white. 16-bit greyscale is divided by 257, so that
@@ -98,7 +103,7 @@ def _eight_bit(values, mode):
     return np.rint(255.0 * ((values - low) / max(high - low, 1e-300))).astype(np.uint8)
 
 
-def overlay(image, heatmap, colormap="inferno", alpha=0.7):
+def overlay(image: "Image", heatmap: Any, colormap: str = "inferno", alpha: float = 0.7) -> "Image":
     """The heat map over the photograph: hot regions take the colour map's colours, cold ones stay as they are.
 
     A pixel of heat m becomes (1 - a) * photograph + a * colour(m), with the opacity a = alpha * m.
@@ -146,7 +151,7 @@ def _checked_heat(heatmap):
     return heat
 
 
-def get_colormap(name):
+def get_colormap(name: str) -> Any:
     """matplotlib's colour map of that name; ValueError with close matches when there is none."""
     try:
         from matplotlib import colormaps
@@ -157,7 +162,7 @@ def get_colormap(name):
     return colormaps[name]
 
 
-def side_by_side(panels, captions):
+def side_by_side(panels: Sequence["Image"], captions: Sequence[str]) -> "Image":
     """The panels in a row on white, each with its caption beneath.
 
     Args:
@@ -214,7 +219,7 @@ def _fitted(text, width, font_size):
     return text, font
 
 
-def save_image(image, path):
+def save_image(image: "Image", path: str | os.PathLike) -> None:
     """Write a PIL image, in the format that the extension names; the file appears whole or not at all.
 
     Raises:
@@ -231,7 +236,7 @@ def save_image(image, path):
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file beside ``path`` that takes its place when the block ends, and vanishes when it raises."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

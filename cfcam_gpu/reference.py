@@ -9,7 +9,7 @@ Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652 (cfcam.py).
 import numpy as np
 
 from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
-from cfcam_gpu.gaussian import window_reach
+from cfcam_gpu.gaussian import coverage, interpolation_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
 
@@ -133,6 +133,22 @@ def channel_weights(filtered, labels, config):
 # Stage 5: the average over alike cells.
 
 
+def balance(grid, shape, config):
+    """The signed sum (h, w), the evidence against the class scaled down to the evidence for it where there is more.
+
+    Averaged over cells that are all alike, a sum whose total is negative would be negative everywhere, whatever speaks
+    for the class. What is compared is the totals of the averages on a guide of this shape (hg, wg), were all its cells
+    alike. A sum without a positive value becomes zeros.
+    """
+    if not config.averages:
+        return grid
+    weights = np.outer(*(coverage(old, new, config.affinity_sigma) for old, new in zip(grid.shape, shape)))
+    evidence_for, evidence_against = (weights * np.maximum(grid, 0)).sum(), (weights * np.maximum(-grid, 0)).sum()
+    if evidence_against > evidence_for:
+        grid = np.where(grid < 0, grid * (evidence_for / evidence_against), grid)
+    return grid
+
+
 def average_alike_cells(grid, guide, config):
     """The signed sum (h, w) on the guide's grid, averaged over the cells with alike features there: (hg, wg).
 
@@ -177,28 +193,18 @@ def window(target_shape, shape, sigma):
 
 def class_map(activations, weights, output_size, config, guide=None):
     """The normalised map of one image: (H, W) in [0, 1]."""
+    guide = activations if guide is None else guide
     grid = np.tensordot(weights, activations, 1)
-    grid = average_alike_cells(grid, activations if guide is None else guide, config)
-    if guide is None or not config.averages:
-        grid = np.maximum(grid, 0)  # on the target layer's grid, as published; on a guide's, after the resize alone
+    grid = average_alike_cells(balance(grid, guide.shape[1:], config), guide, config)
+    if not config.averages:
+        grid = np.maximum(grid, 0)  # as published; an averaged sum is resized with its sign
     return normalize(np.maximum(resize(grid, output_size), 0), config)
 
 
 def resize(grid, output_size):
     """Bilinear resize (half-pixel centres, align_corners=False, no antialias) to (H, W)."""
-    rows, columns = (_interpolation(old, new) for old, new in zip(grid.shape, output_size))
+    rows, columns = (interpolation_matrix(old, new) for old, new in zip(grid.shape, output_size))
     return rows @ grid @ columns.T
-
-
-def _interpolation(old, new):
-    """The (new, old) matrix of linear interpolation along one axis."""
-    position = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
-    left = np.minimum(position.astype(int), old - 1)
-    right = np.minimum(left + 1, old - 1)
-    matrix = np.zeros((new, old))
-    np.add.at(matrix, (np.arange(new), left), 1 - (position - left))
-    np.add.at(matrix, (np.arange(new), right), position - left)
-    return matrix
 
 
 def normalize(image, config):

@@ -5,7 +5,6 @@ float16, bfloat16 and float32 inputs, in float64 for float64. Function names are
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
-from cfcam_gpu.gaussian import filter_matrix, pooling_weights, window_matrix, window_reach
+from cfcam_gpu.constants import constant
+from cfcam_gpu.gaussian import coverage, filter_matrix, pooling_weights, window_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
 AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
@@ -141,13 +141,31 @@ def _cluster_mean(values, labels):
     return total.gather(1, slots) / count.gather(1, slot)[:, :, None]
 
 
-@lru_cache(maxsize=64)
-def constant(function, args, device, dtype):
-    """``function(*args)`` as a tensor; cached, because a copy from the host would make the host wait."""
-    return torch.tensor(function(*args), dtype=dtype, device=device)
-
-
 # Stage 5: the average over alike cells.
+
+
+def balance(grids, shape, config):
+    """Signed sums with the evidence against the class scaled down to the evidence for it; see `reference.balance`.
+
+    Args:
+        grids: (B, h, w).
+        shape: (hg, wg) of the guide.
+    """
+    if not config.averages:
+        return grids
+    return grids * evidence_factors(grids, shape, config)
+
+
+def evidence_factors(grids, shape, config):
+    """What `balance` multiplies each cell by: 1, or less where the cell speaks against the class; (B, h, w)."""
+    rows, columns = (
+        constant(coverage, (old, new, config.affinity_sigma), grids.device, grids.dtype)
+        for old, new in zip(grids.shape[1:], shape)
+    )
+    weighted = grids * (rows[:, None] * columns)
+    evidence_for, evidence_against = (each.clamp_min(0).sum((1, 2), True) for each in (weighted, -weighted))
+    share = torch.where(evidence_against > evidence_for, evidence_for / evidence_against, 1)
+    return torch.where(grids < 0, share, 1)
 
 
 def average_alike_cells(grids, guide, config):
@@ -247,9 +265,8 @@ def _block_of_cells(target_shape, shape, sigma, values):
 
 def class_map(activations, weights, output_size, config, guide=None):
     """The normalised maps of a batch: (B, H, W) in [0, 1]."""
-    # On the target layer's grid the positive part comes before the resize, as published; on a guide's, after it.
-    relu = guide is None or not config.averages
-    grid = class_grid(activations, weights, relu, config=config, guide=guide)
+    # As published, the positive part is resized; an averaged sum is resized with its sign.
+    grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
     return normalize(resize(grid, output_size).relu_(), config)
 
 
@@ -260,7 +277,7 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         activations: (B, C, h, w).
         weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
         skip_nan: leave out the terms that are NaN.
-        config: with an average over alike cells in it, the sum is averaged (`average_alike_cells`).
+        config: with an average over alike cells in it, the sum is balanced (`balance`) and averaged.
         guide: (B, Cg, hg, wg), whose grid the average is on; None: the activations.
     """
     activations, weights = as_computed(activations), weights.detach()
@@ -275,7 +292,8 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
             grid = torch.bmm(weights[:, None, :], cells)
         grid = grid.view(len(grid), *activations.shape[2:])
     if config is not None:
-        grid = average_alike_cells(grid, activations if guide is None else guide, config)
+        guide = activations if guide is None else guide
+        grid = average_alike_cells(balance(grid, guide.shape[2:], config), guide, config)
     return grid.relu_() if relu else grid
 
 

@@ -12,6 +12,7 @@ from cfcam_gpu import torch_backend
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
+from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
@@ -103,15 +104,15 @@ def _in_chunks(function, batch, chunk, arguments):
 def _cf_cam(activations, gradients, output_size, config, engine, guide):
     cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
     cells = cells.unflatten(2, activations.shape[2:])
-    # On the target layer's grid the positive part comes before the resize, as published; on a guide's, after it.
-    relu = guide is None or not config.averages
-    grid = class_grid(cells, weights, relu, config=config, guide=guide)
+    # As published, the positive part is resized; an averaged sum is resized with its sign.
+    grid = class_grid(cells, weights, relu=not config.averages, config=config, guide=guide)
     return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
 
 
 def _cluster_and_weigh(activations, gradients, config, engine):
     """The activations float32 (B, C, h * w), neighbours in memory along C, and labels, weights and eps."""
-    pooling = _pooling(*activations.shape[2:], config.sigma, config.boundary, activations.device)
+    arguments = (*activations.shape[2:], config.sigma, config.boundary)
+    pooling = constant(pooling_weights, arguments, activations.device, torch.float32).flatten()
     transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients, pooling)
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
@@ -186,14 +187,9 @@ def _label_with(engine, labels, matrices, member, eps, config):
 
 
 @lru_cache(maxsize=64)
-def _pooling(height, width, sigma, boundary, device):
-    # Cached, as the table below: a copy from the host would make the host wait.
-    return torch.tensor(pooling_weights(height, width, sigma, boundary), dtype=torch.float32, device=device).flatten()
-
-
-@lru_cache(maxsize=64)
 def _rank_table(max_rows, config, device):
     """For every number of rows 0..max_rows: the low rank and the fraction of eps, and min_samples."""
+    # Cached, as `constant` is: a copy from the host would make the host wait.
     low, high, fraction, min_samples = rank_table(max_rows, config)
     # Where both ends are the same rank there is nothing to interpolate.
     fraction = [0.0 if below == above else part for below, above, part in zip(low, high, fraction)]

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, find_bin, tile_of
+from cfcam_gpu.kernels.constants import LARGEST_INT32
+from cfcam_gpu.kernels.order_statistic import DIGIT_BINS, HISTOGRAM_BINS, LAST_OFFSET, find_bin, tile_of
 from cfcam_gpu.kernels.pairwise_distances import TILE
 
 
@@ -37,9 +38,9 @@ def adjacency_kernel(
     n_rows = tl.load(n_rows_ptr + image)
     tile_row, tile_column = tile_of(tile)
     if (tile_column * TILE < n_rows) & (n_rows > 1):
-        last_digit = histogram_ptr + image * HISTOGRAM_SIZE + 3072
-        digit, rank_in_bin = find_bin(last_digit, tl.load(remaining_ptr + image * 2 + 1), 1024)
-        below_bits = tl.load(prefix_ptr + image * 2 + 1) * 1024 + digit
+        last_digit = histogram_ptr + image * HISTOGRAM_SIZE + LAST_OFFSET
+        digit, rank_in_bin = find_bin(last_digit, tl.load(remaining_ptr + image * 2 + 1), DIGIT_BINS)
+        below_bits = tl.load(prefix_ptr + image * 2 + 1) * DIGIT_BINS + digit
         below = below_bits.to(tl.float32, bitcast=True)
         if tile == 0:
             tl.store(below_ptr + image, below)
@@ -57,7 +58,7 @@ def adjacency_kernel(
         near = inside & (distances <= radius)
         # The distance at the next rank: the other end of eps's interpolation.
         bits = distances.to(tl.int32, bitcast=True)
-        beyond = tl.where(inside & (row[:, None] != column[None, :]) & (bits > below_bits), bits, 0x7FFFFFFF)
+        beyond = tl.where(inside & (row[:, None] != column[None, :]) & (bits > below_bits), bits, LARGEST_INT32)
         tl.atomic_min(above_ptr + image, tl.min(tl.min(beyond, axis=1), axis=0), sem="relaxed")
 
         WORDS: tl.constexpr = TILE // 32

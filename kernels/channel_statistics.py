@@ -16,6 +16,9 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
+VALUES_PER_STEP = 2048
+"""Of an image's channels and cells, in one step of a program."""
+
 
 @triton.jit
 def channel_statistics_kernel(
@@ -100,7 +103,7 @@ def channel_statistics(activations, gradients=None, pooling=None):
     else:  # pointers that the kernel never follows
         gradients, pooling = activations, squared_norm
     block_p = min(next_power_of_2(n_cells), 64)
-    block_c = max(16, 2048 // block_p)
+    block_c = max(16, VALUES_PER_STEP // block_p)
     channel_statistics_kernel[(batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.kernels.constants import DOMINANT, NOISE
 from cfcam_gpu.kernels.launch import next_power_of_2
 
 
@@ -28,9 +29,9 @@ def channel_weights_kernel(
     channel = tl.arange(0, BLOCK_C)
     inside = channel < n_channels
     offset = tl.program_id(0).to(tl.int64) * n_channels + channel
-    label = tl.load(labels_ptr + offset, mask=inside, other=-1)
+    label = tl.load(labels_ptr + offset, mask=inside, other=NOISE)
     filtered = tl.load(filtered_ptr + offset, mask=inside, other=0.0)
-    weights = tl.where(label == -2, tl.load(plain_ptr + offset, mask=inside, other=0.0), 0.0)
+    weights = tl.where(label == DOMINANT, tl.load(plain_ptr + offset, mask=inside, other=0.0), 0.0)
     last = tl.max(label, axis=0)
     cluster = last * 0
     while cluster <= last:
@@ -39,7 +40,7 @@ def channel_weights_kernel(
         weights = tl.where(member, mean, weights)
         cluster += 1
     if SOFTMAX:
-        kept = label != -1
+        kept = label != NOISE
         largest = tl.max(tl.where(kept, weights, -float("inf")), axis=0)
         weights = tl.where(kept, tl.exp(weights - largest), 0.0)
         # Without a kept channel the sum is 0, and 0 / 1 is the right weight.

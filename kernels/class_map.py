@@ -22,7 +22,7 @@ import triton.language as tl
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 PARTS = 8
-"""Programs an image's pixels are shared between, each of which looks for the extremes of all."""
+"""Programs per image: each writes its share, but scans all pixels for the extremes."""
 
 
 @triton.jit

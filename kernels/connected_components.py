@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.kernels.constants import LARGEST_FLOAT32_BITS, LARGEST_INT32, NOISE
 from cfcam_gpu.kernels.launch import next_power_of_2
 
 WORDS_PER_STEP = 8192
@@ -26,7 +27,7 @@ def lowest_bit(words, word):
     # The lowest bit alone is a power of two, whose float32 exponent is its position.
     alone = (words & (-words)).to(tl.uint32, bitcast=True).to(tl.float32)
     position = word[None, :] * 32 + (alone.to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.min(tl.where(words != 0, position, 0x7FFFFFFF), axis=1)
+    return tl.min(tl.where(words != 0, position, LARGEST_INT32), axis=1)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def connected_components_kernel(
     between = (fraction > 0) & (n_rows > 1)
     above = tl.where(between, above_bits, 0).to(tl.float32, bitcast=True)
     # Rounding may carry the interpolated value up to `above`, which is no neighbour.
-    last = tl.where(between & (above > below), above_bits - 1, 0x7F7FFFFF).to(tl.float32, bitcast=True)
+    last = tl.where(between & (above > below), above_bits - 1, LARGEST_FLOAT32_BITS).to(tl.float32, bitcast=True)
     eps = tl.where(between, tl.minimum(below + (above - below) * fraction, last), below)
     tl.store(eps_ptr + image, tl.maximum(eps, eps_floor))
 
@@ -154,19 +155,19 @@ def connected_components_kernel(
         border = in_rows & (tl.load(degree_ptr + r, mask=in_rows, other=0) < min_samples)
         loaded = border[:, None] & used_word[None, :]
         near = tl.load(bits_ptr + r[:, None] * n_words + word[None, :], mask=loaded, other=0) & core_word[None, :]
-        lowest = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
+        lowest = tl.full([ROWS], LARGEST_INT32, tl.int32)
         left = tl.max(tl.max((near != 0).to(tl.int32), axis=1), axis=0)
         while left > 0:
             # One adjacent cluster a turn: note its number, then take all of its channels out.
             other = lowest_bit(near, word)
             touches = other < n_rows
-            lowest = tl.minimum(lowest, tl.load(hook_ptr + other, mask=touches, other=0x7FFFFFFF))
+            lowest = tl.minimum(lowest, tl.load(hook_ptr + other, mask=touches, other=LARGEST_INT32))
             theirs = tl.load(root_ptr + other, mask=touches, other=0)
             gone = touches[:, None] & used_word[None, :]
             near = near & ~tl.load(tree_ptr + theirs[:, None] * n_words + word[None, :], mask=gone, other=0)
             left = tl.max(tl.max((near != 0).to(tl.int32), axis=1), axis=0)
         c = tl.load(member_ptr + r, mask=border, other=0)
-        tl.store(labels_ptr + c, tl.where(lowest < 0x7FFFFFFF, lowest, -1), mask=border)
+        tl.store(labels_ptr + c, tl.where(lowest < LARGEST_INT32, lowest, NOISE), mask=border)
         start += ROWS
 
 

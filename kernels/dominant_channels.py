@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.kernels.constants import DOMINANT, LARGEST_INT32, NOISE
 from cfcam_gpu.kernels.launch import next_power_of_2
 from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS
 
@@ -37,7 +38,7 @@ def dominant_channels_kernel(
     in_channels = channel < n_channels
     squared_norm = tl.load(squared_norm_ptr + image * n_channels + channel, mask=in_channels, other=0.0)
     # The padding sorts behind every number, infinity included.
-    bits = tl.where(in_channels, squared_norm.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    bits = tl.where(in_channels, squared_norm.to(tl.int32, bitcast=True), LARGEST_INT32)
     dominant = channel < 0
     if HAS_DOMINANT:
         threshold = 0
@@ -51,7 +52,7 @@ def dominant_channels_kernel(
         # A channel of zeros has no shape.
         takes_part = in_channels & (squared_norm > 0)
         dominant = dominant & takes_part
-    tl.store(labels_ptr + image * n_channels + channel, tl.where(dominant, -2, -1), mask=in_channels)
+    tl.store(labels_ptr + image * n_channels + channel, tl.where(dominant, DOMINANT, NOISE), mask=in_channels)
 
     clustered = (takes_part & (~dominant)).to(tl.int32)
     row = tl.cumsum(clustered, axis=0) - 1
@@ -62,7 +63,7 @@ def dominant_channels_kernel(
     tl.store(degree_ptr + image * max_rows + channel, tl.zeros([BLOCK_C], tl.int32), mask=channel < max_rows)
     counter = tl.arange(0, HISTOGRAM_SIZE)
     tl.store(histogram_ptr + image * HISTOGRAM_SIZE + counter, tl.zeros([HISTOGRAM_SIZE], tl.int32))
-    tl.store(above_ptr + image, 0x7FFFFFFF)
+    tl.store(above_ptr + image, LARGEST_INT32)
 
 
 def dominant_channels(squared_norm, rank, max_rows, unit):
@@ -75,9 +76,9 @@ def dominant_channels(squared_norm, rank, max_rows, unit):
         unit: leave out channels of zeros.
 
     Returns:
-        labels int32 (B, C), -2 or -1; member int32 (B, max_rows), the clustered channels in ascending order; n_rows
-        int32 (B,); and the counters as they start: degree int32 (B, max_rows) and histogram int32 (B, HISTOGRAM_BINS),
-        zeros, and above int32 (B,), the largest int32.
+        labels int32 (B, C), DOMINANT or NOISE; member int32 (B, max_rows), the clustered channels in ascending order;
+        n_rows int32 (B,); and the counters as they start: degree int32 (B, max_rows) and histogram int32 (B,
+        HISTOGRAM_BINS), zeros, and above int32 (B,), the largest int32.
     """
     batch, n_channels = squared_norm.shape
     options = {"dtype": torch.int32, "device": squared_norm.device}

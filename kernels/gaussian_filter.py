@@ -15,6 +15,8 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
+CELLS_PER_PROGRAM = 2048
+
 
 @triton.jit
 def gaussian_filter_kernel(
@@ -57,7 +59,7 @@ def gaussian_filter(grids, rows, columns):
     for matrix, n, other, inner, along in ((columns, width, height, width, 1), (rows, height, width, 1, width)):
         out = torch.empty_like(grids)
         block_n = min(next_power_of_2(n), 64)
-        block_l = max(16, 2048 // block_n)
+        block_l = max(16, CELLS_PER_PROGRAM // block_n)
         n_lines = n_grids * other
         gaussian_filter_kernel[(cdiv(n_lines, block_l), cdiv(n, block_n))](
             grids,

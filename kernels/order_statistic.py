@@ -13,11 +13,19 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv
 
-DIGIT_BINS = (2048, 1024, 1024)
-"""Bins of the three digits, most significant first."""
+DIGIT_BITS = tl.constexpr(10)
+"""Bits of the second and of the last digit; the first has one more."""
 
-DIGIT_OFFSETS = (0, 2048, 3072)
-"""Where each digit's histogram starts in an image's counters."""
+DIGIT_BINS = tl.constexpr(1024)
+FIRST_BINS = tl.constexpr(2048)
+"""Counters of such a digit, and of the first."""
+
+FIRST_SHIFT = tl.constexpr(20)
+"""Bits below the first digit."""
+
+SECOND_OFFSET = tl.constexpr(2048)
+LAST_OFFSET = tl.constexpr(3072)
+"""Where the later digits' counters start among those of an image."""
 
 HISTOGRAM_BINS = 4096
 """Counters of an image."""
@@ -68,17 +76,17 @@ def order_statistic_kernel(
     histogram_ptr += image * HISTOGRAM_SIZE
     if (program * TILES_PER_PROGRAM < n_tiles_used) & (n_rows > 1):
         if PASS == 1:
-            prefix, remaining = find_bin(histogram_ptr, tl.load(low_rank_ptr + n_rows), 2048)
+            prefix, remaining = find_bin(histogram_ptr, tl.load(low_rank_ptr + n_rows), FIRST_BINS)
         else:
-            digit, remaining = find_bin(histogram_ptr + 2048, tl.load(remaining_ptr + image * 2), 1024)
-            prefix = tl.load(prefix_ptr + image * 2) * 1024 + digit
+            digit, remaining = find_bin(histogram_ptr + SECOND_OFFSET, tl.load(remaining_ptr + image * 2), DIGIT_BINS)
+            prefix = tl.load(prefix_ptr + image * 2) * DIGIT_BINS + digit
         if program == 0:
             tl.store(prefix_ptr + image * 2 + (PASS - 1), prefix)
             tl.store(remaining_ptr + image * 2 + (PASS - 1), remaining)
 
-        SHIFT: tl.constexpr = 20 - 10 * PASS
+        SHIFT: tl.constexpr = FIRST_SHIFT - DIGIT_BITS * PASS
         index = tl.arange(0, TILE)
-        counts = tl.zeros([1024], tl.int32)
+        counts = tl.zeros([DIGIT_BINS], tl.int32)
         for step in tl.static_range(TILES_PER_PROGRAM):
             tile = program * TILES_PER_PROGRAM + step
             tile_row, tile_column = tile_of(tile)
@@ -88,14 +96,14 @@ def order_statistic_kernel(
             pair = (row[:, None] < column[None, :]) & (column[None, :] < rows_here)
             offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
             bits = tl.load(distances_ptr + offset, mask=pair, other=0.0).to(tl.int32, bitcast=True)
-            wanted = pair & ((bits >> (SHIFT + 10)) == prefix)
-            digit = (bits >> SHIFT) & 1023
-            # Without a mask argument in every release: what is not wanted is counted in bin 0 and taken off again.
+            wanted = pair & ((bits >> (SHIFT + DIGIT_BITS)) == prefix)
+            digit = (bits >> SHIFT) & (DIGIT_BINS - 1)
+            # Not every release's histogram takes a mask: count unwanted values in bin 0, then subtract.
             n_unwanted = tl.sum(tl.sum((~wanted).to(tl.int32), axis=1), axis=0)
-            counts += tl.histogram(tl.reshape(tl.where(wanted, digit, 0), [TILE * TILE]), 1024)
-            counts -= tl.where(tl.arange(0, 1024) == 0, n_unwanted, 0)
-        bins = tl.arange(0, 1024)
-        OFFSET: tl.constexpr = 1024 + 1024 * PASS
+            counts += tl.histogram(tl.reshape(tl.where(wanted, digit, 0), [TILE * TILE]), DIGIT_BINS)
+            counts -= tl.where(tl.arange(0, DIGIT_BINS) == 0, n_unwanted, 0)
+        bins = tl.arange(0, DIGIT_BINS)
+        OFFSET: tl.constexpr = SECOND_OFFSET if PASS == 1 else LAST_OFFSET
         tl.atomic_add(histogram_ptr + OFFSET + bins, counts, mask=counts != 0, sem="relaxed")
 
 

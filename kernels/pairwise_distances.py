@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv
-from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS, tile_of
+from cfcam_gpu.kernels.order_statistic import FIRST_BINS, FIRST_SHIFT, HISTOGRAM_BINS, tile_of
 
 TILE = 64
 """Side of a tile of distances."""
@@ -79,10 +79,10 @@ def pairwise_distances_kernel(
         tl.store(distances_ptr + offset, distances)
 
         pair = (row[:, None] < column[None, :]) & in_columns[None, :]
-        digit = distances.to(tl.int32, bitcast=True) >> 20
+        digit = distances.to(tl.int32, bitcast=True) >> FIRST_SHIFT
         n_others = tl.sum(tl.sum((~pair).to(tl.int32), axis=1), axis=0)
-        bins = tl.arange(0, 2048)
-        counts = tl.histogram(tl.reshape(tl.where(pair, digit, 0), [TILE * TILE]), 2048)
+        bins = tl.arange(0, FIRST_BINS)
+        counts = tl.histogram(tl.reshape(tl.where(pair, digit, 0), [TILE * TILE]), FIRST_BINS)
         counts -= tl.where(bins == 0, n_others, 0)
         tl.atomic_add(histogram_ptr + image * HISTOGRAM_SIZE + bins, counts, mask=counts != 0, sem="relaxed")
 

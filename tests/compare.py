@@ -31,14 +31,20 @@ def stretch_of_map(activations, weights, output_size, config, guide=None):
     of random problems they nearly cancel, and what is stretched to the range from 0 to 1 is mostly rounding.
     """
     terms = torch.as_tensor(weights).double()[:, None, None] * activations.double()
-    total = torch.from_numpy(averaged(terms.sum(0)[None], (activations if guide is None else guide)[None], config))
-    grid = torch_backend.resize(total.relu() if guide is None else total, output_size).relu()
+    features = activations if guide is None else guide
+    total = torch.from_numpy(averaged(terms.sum(0)[None], features[None], config))
+    grid = torch_backend.resize(total.relu(), output_size)
     span = float(grid.max() - (grid.min() if config.normalize == "minmax" else 0))
     return max(1.0, float(terms.abs().sum(0).max()) / span / 100) if span > 0 else 1.0
 
 
 def averaged(grids, guide, config=None):
-    """Signed sums (B, h, w) averaged over alike cells as the configuration says, by the reference: float64."""
-    config = config or CFCAMConfig()
+    """Signed sums (B, h, w) averaged on the guide's grid as the configuration says, by the reference: float64."""
     grids, guide = (np.asarray(torch.as_tensor(array).double().cpu()) for array in (grids, guide))
-    return np.stack([reference.average_alike_cells(*image, config) for image in zip(grids, guide)])
+    config = config or CFCAMConfig()
+    return np.stack(
+        [
+            reference.average_alike_cells(reference.balance(grid, features.shape[1:], config), features, config)
+            for grid, features in zip(grids, guide)
+        ]
+    )

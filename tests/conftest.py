@@ -13,6 +13,7 @@ if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture
@@ -79,6 +80,25 @@ def resnet18(seed):
     """torchvision's ResNet-18 with random weights, in eval mode."""
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
     return torchvision.models.resnet18(weights=None).eval()
+
+
+@pytest.fixture
+def network(seed):
+    """A small network of 5 classes with sharp probabilities, for images of ``measured.SIZE``."""
+    from measured import SIZE
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * (SIZE - 2) ** 2, 5))
+    with torch.no_grad():
+        model[-1].weight *= 10
+    return model.eval()
+
+
+@pytest.fixture
+def problem(network):
+    """`network` and (images, maps, targets) of a batch of 3."""
+    from measured import SIZE
+
+    return network, torch.randn(3, 3, SIZE, SIZE), torch.rand(3, SIZE, SIZE), [4, 0, 2]
 
 
 @pytest.fixture

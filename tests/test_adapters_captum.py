@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from captured import margin_targets
 from compare import assert_close, averaged
 from torch import nn
 
@@ -296,21 +297,28 @@ def test_cf_cam(resnet18, images, config):
     # In double precision: rounding may move a pair of channels across eps, and the reference is in float64.
     resnet18, images = resnet18.double(), images.double()
     attribution = adapter.CFCAM(resnet18, resnet18.layer3, config=config)
+    config = config or CFCAMConfig()
     assert isinstance(attribution, original.LayerAttribution)
     assert attribution.attribute.__wrapped__ is adapter.CFCAM.attribute.__wrapped__
     signed = attribution.attribute(images, [3, 5])
-    layer = original.LayerGradientXActivation(resnet18, resnet18.layer3, multiply_by_inputs=False)
-    gradients = layer.attribute(images, [3, 5]).detach()
+    assert attribution.guide_names == (["layer2"] if config.averages else None)
+
+    def score(x):
+        return torch.stack([target(row) for target, row in zip(margin_targets([3, 5], config), resnet18(x))])
+
+    layer = original.LayerGradientXActivation(score, resnet18.layer3, multiply_by_inputs=False)
+    gradients = layer.attribute(images).detach()
     activations = original.LayerActivation(resnet18, resnet18.layer3).attribute(images).detach()
+    guide = original.LayerActivation(resnet18, resnet18.layer2).attribute(images).detach()
     weights = cf_cam(activations, gradients, None, config, backend="reference").weights[:, :, None, None]
     terms = weights * activations.double()
-    assert signed.shape == (2, 1, 4, 6) and signed.any()
-    assert_close(signed[:, 0], averaged(terms.sum(1), activations, config))
+    assert signed.shape == (2, 1, *(guide if config.averages else activations).shape[2:]) and signed.any()
+    assert_close(signed[:, 0], averaged(terms.sum(1), guide, config))
     assert torch.equal(attribution.attribute(images, [3, 5], relu_attributions=True), signed.relu())
     each = attribution.attribute(images, [3, 5], attr_dim_summation=False)
     assert_close(each.sum(1, keepdim=True), signed)
     for channel in (0, 100):
-        assert_close(each[:, channel], averaged(terms[:, channel], activations, config))
+        assert_close(each[:, channel], averaged(terms[:, channel], guide, config))
     assert attribution.interpolate(signed, (64, 96), "bilinear").shape == (2, 1, 64, 96)
 
 
@@ -380,7 +388,7 @@ def test_accelerate(resnet18, images, caplog):
         content = dict(vars(attribution))
         caplog.clear()
         assert adapter.accelerate(attribution) is attribution and vars(attribution) == content
-        assert f"{make.__name__} as it is" in caplog.text
+        assert f"accelerate: {make.__name__} is left as it is: only " in caplog.text
     assert adapter.accelerate(saliency := original.Saliency(resnet18)) is saliency
     for other in (resnet18, None, original.LayerGradCam):
         with pytest.raises(TypeError, match=f"got {type(other).__name__}"):

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from captured import margin_targets
 from compare import averaged
 from torch import nn
 
@@ -32,10 +33,10 @@ TOLERANCE = 2e-6
 METHODS = ("GradCAM", "HiResCAM", "GradCAMElementWise", "GradCAMPlusPlus", "XGradCAM", "LayerCAM")
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # the library's metrics
-
-
-pytestmark = pytest.mark.usefixtures("one_thread", "seed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),  # the library's metrics
+    pytest.mark.usefixtures("one_thread", "seed"),
+]
 
 
 def categories(*indices):
@@ -301,10 +302,11 @@ def test_cf_cam_in_the_originals_pipeline(resnet18, images):
             arguments = input_tensor, target_layer, targets, activations, grads, eigen_smooth
             return averaged(super().get_cam_image(*arguments), activations, config)
 
-    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
-    for config in (None, CFCAMConfig.paper()):
+    # That library knows of no other layer, nor of a margin.
+    layers, plain = [resnet18.layer3[-1], resnet18.layer4[-1]], CFCAMConfig(margin_temperature=0.0)
+    for config in (plain, CFCAMConfig.paper()):
         targets, expected = with_maps(Theirs(resnet18, layers), images)
-        cam = adapter.CFCAM(resnet18, layers, config=config)
+        cam = adapter.CFCAM(resnet18, layers, guide_layer=None, config=config)
         assert_same(cam(images, targets), expected)
         np.testing.assert_allclose(cam.outputs.numpy(), resnet18(images).detach().numpy(), atol=1e-5)
     hooks = cam.activations_and_grads
@@ -314,9 +316,26 @@ def test_cf_cam_in_the_originals_pipeline(resnet18, images):
     # The package's own class has the same contract. Its sums are added in another order: in double precision, because
     # a map that is the small remainder of large terms would be stretched with its rounding.
     resnet18, images = resnet18.double(), images.double()
-    for config in (None, CFCAMConfig.paper()):
+    for config in (plain, CFCAMConfig.paper()):
         targets, expected = with_maps(Theirs(resnet18, layers), images)
-        assert_same(cfcam_gpu.CFCAM(resnet18, layers, config=config)(images, targets), expected, 1e-5)
+        ours = cfcam_gpu.CFCAM(resnet18, layers, guide_layer=None, config=config)
+        assert_same(ours(images, targets), expected, 1e-5)
+
+
+def test_cf_cam_with_its_guides_and_margins(resnet18, images):
+    """Indices, None and ``ClassifierOutputTarget`` are classes; the guides are those of the package's own class."""
+    resnet18, images = resnet18.double(), images.double()
+    layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
+    ours, cam = cfcam_gpu.CFCAM(resnet18, layers), adapter.CFCAM(resnet18, layers)
+    assert cam.guide_names is None
+    expected = ours(images, [1, 2])
+    assert_same(cam(images, categories(1, 2)), expected, 1e-5)
+    assert cam.guide_names == ours.guide_names == ["layer2", "layer3"]
+    assert_same(cam(images, [1, 2]), expected, 1e-5)
+    assert_same(cam(images), ours(images), 1e-5)
+    by_formula = cam(images, margin_targets([1, 2], cam.config))
+    assert_same(by_formula, expected, 1e-5)
+    assert np.abs(cam(images, margin_targets([1, 2], CFCAMConfig.paper())) - expected).max() > 1e-3
 
 
 def test_cf_cam_options(small, images):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from captured import margin_targets
 from compare import assert_close, averaged
 from torch import nn
 
@@ -157,7 +158,7 @@ def test_accelerate_leaves_the_rest(resnet18, caplog):
         content = dict(vars(cam))
         caplog.clear()
         assert adapter.accelerate(cam) is cam and type(cam) is make and vars(cam) == content
-        assert f"{make.__name__} as it is" in caplog.text
+        assert f"accelerate: {make.__name__} is left as it is: only " in caplog.text
     for other in (resnet18, None, original.GradCAM):
         with pytest.raises(TypeError, match=f"got {type(other).__name__}"):
             adapter.accelerate(other)
@@ -364,20 +365,27 @@ def test_cf_cam(resnet18, images, config):
         classes = classes_with_maps(cam, images)
         maps = cam(classes, resnet18(images))
         captured = list(zip(cam.hook_a, cam.hook_g))
-        targets = [lambda row, index=index: row[index] for index in classes]
+        config = config or CFCAMConfig()
+        assert cam.guide_names == (["layer2", "layer3"] if config.averages else layers)
+        targets = margin_targets(classes, config)
         again = cam.compute_cams(scores=resnet18(images), targets=targets)
     with original.GradCAM(resnet18, layers) as theirs:
-        theirs(classes, resnet18(images))
+        theirs(scores=resnet18(images), targets=targets)
         for ours, expected in zip(captured, zip(theirs.hook_a, theirs.hook_g)):
-            assert all(map(torch.equal, ours, expected))
-    for (activations, gradients), heatmap, targeted in zip(captured, maps, again):
+            for pair in zip(ours, expected):
+                assert_close(*pair)
+    with original.GradCAM(resnet18, ["layer2", "layer3"]) as theirs:
+        resnet18(images)
+        guides = theirs.hook_a if config.averages else [activations for activations, _ in captured]
+    for (activations, gradients), guide, heatmap, targeted in zip(captured, guides, maps, again):
         weights = cf_cam(activations, gradients, None, config, backend="reference").weights
         signed = (weights[:, :, None, None] * activations.double()).sum(1)
-        grid = torch.from_numpy(averaged(signed, activations, config)).relu()
+        grid = torch.from_numpy(averaged(signed, guide, config)).relu()
         assert (grid.amax((1, 2)) > 0).all(), "maps of zeros agree with everything"
         grid -= grid.amin((1, 2), True)
         assert_close(heatmap, grid / (grid.amax((1, 2), True) + 1e-8))
-        assert heatmap.dtype == torch.float64 and torch.equal(heatmap, targeted)
+        assert heatmap.dtype == torch.float64
+        assert_close(heatmap, targeted)
 
 
 def classes_with_maps(cam, images):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from captured import captured_for, cf_cam_of
 from compare import assert_close, averaged
 from torch import nn
 
@@ -23,8 +24,8 @@ def test_maps(resnet18, images):
         assert 0 <= maps.min() and maps.max() <= 1 and not maps.requires_grad
         with torch.no_grad():
             torch.testing.assert_close(cam.outputs, resnet18(images))
-        captured = HeadCapture(resnet18, [resnet18.layer4[-1]])(images, [3, 7, 11])
-        assert torch.equal(maps, cf_cam(captured.activations[0], captured.gradients[0], (96, 64)).maps)
+        captured = captured_for(resnet18, [resnet18.layer4[-1]], images, [3, 7, 11])
+        assert torch.equal(maps, cf_cam_of(captured, (96, 64)).maps)
         top = cam.maps(images)
         assert torch.equal(top, cam.maps(images, targets=cam.outputs.argmax(1)))
 
@@ -36,9 +37,9 @@ def test_maps(resnet18, images):
 def test_configuration_reaches_the_pipeline(resnet18, images):
     resnet18, images = resnet18.double(), images.double()
     layers = [resnet18.layer4[-1]]
-    captured = HeadCapture(resnet18, layers)(images)
-    for config in (CFCAMConfig.paper(), CFCAMConfig(descriptor="unit", sigma=2.0)):
-        expected = cf_cam(captured.activations[0], captured.gradients[0], (96, 64), config).maps
+    for config in (CFCAMConfig.paper(), CFCAMConfig.stable(), CFCAMConfig(descriptor="unit", sigma=2.0)):
+        captured = captured_for(resnet18, layers, images, config=config)
+        expected = cf_cam_of(captured, (96, 64), config).maps
         assert torch.equal(CFCAM(resnet18, layers, config=config).maps(images), expected)
         for options in ({"backend": "reference"}, {"clustering": "sklearn"}):
             maps = CFCAM(resnet18, layers, config=config, **options).maps(images)
@@ -76,16 +77,16 @@ def test_half_precision_models(resnet18, images, dtype):
 
 def test_autocast_is_for_the_model_alone(resnet18, images):
     cam = CFCAM(resnet18, [resnet18.layer4[-1]])
-    captured = HeadCapture(resnet18, [resnet18.layer4[-1]])(images)
-    expected = cf_cam(captured.activations[0], captured.gradients[0], (96, 64))
+    captured = captured_for(resnet18, [resnet18.layer4[-1]], images)
+    expected = cf_cam_of(captured, (96, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        for actual, wanted in zip(cf_cam(captured.activations[0], captured.gradients[0], (96, 64)), expected):
+        for actual, wanted in zip(cf_cam_of(captured, (96, 64)), expected):
             assert torch.equal(actual, wanted)
         maps, heatmaps = cam.maps(images), cam(images)
-        captured = HeadCapture(resnet18, [resnet18.layer4[-1]])(images)
+        captured = captured_for(resnet18, [resnet18.layer4[-1]], images)
     assert captured.activations[0].dtype == torch.bfloat16, "the model runs in the caller's precision"
     assert maps.dtype == torch.float32 and heatmaps.dtype == np.float32
-    assert_close(maps, cf_cam(captured.activations[0], captured.gradients[0], (96, 64)).maps)
+    assert_close(maps, cf_cam_of(captured, (96, 64)).maps)
 
 
 class Head(nn.Sequential):
@@ -158,7 +159,7 @@ def test_call_is_cf_cam_inside_pytorch_grad_cam(resnet18, images):
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     targets = [grad_cam.utils.model_targets.ClassifierOutputTarget(target) for target in (1, 2, 3)]
     expected = Theirs(resnet18, layers)(images, targets)
-    heatmaps = CFCAM(resnet18, layers)(images, targets)
+    heatmaps = CFCAM(resnet18, layers, guide_layer=None)(images, targets)  # that library knows of no other layer
     assert isinstance(heatmaps, np.ndarray) and heatmaps.dtype == np.float32
     assert heatmaps.shape == (3, 96, 64) and heatmaps.flags.c_contiguous
     assert np.abs(heatmaps - expected).max() < 1e-5

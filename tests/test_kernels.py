@@ -368,7 +368,7 @@ def test_at_most_ten_launches_a_batch(batch, affinity_power, seed, monkeypatch):
 
 def test_launchers_never_wait(seed, monkeypatch):
     """Between the gradients and the maps the host does nothing but allocate and launch."""
-    from test_no_sync import NoSynchronisation
+    from no_sync import NoSynchronisation
 
     shape = (2, 20, 3, 3)
     arguments = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), CFCAMConfig(), "batched"

@@ -6,35 +6,10 @@ The path for accelerators runs here on the CPU under a dispatch mode that refuse
 
 import pytest
 import torch
+from no_sync import NoSynchronisation
 from problems import activations_like
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfcam_gpu import CFCAMConfig, torch_backend
-
-# Each of these makes the host wait for the device, or has an output shape that only the device knows.
-REFUSED = {
-    "_local_scalar_dense",
-    "_unique2",
-    "bincount",
-    "equal",
-    "masked_select",
-    "nonzero",
-    "repeat_interleave",
-    "unique_consecutive",
-    "unique_dim",
-}
-
-
-class NoSynchronisation(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        if name in REFUSED:
-            raise RuntimeError(f"{func} makes the host wait for the device")
-        if name in ("index", "index_put", "index_put_"):
-            indices = [index for index in args[1] if index is not None]
-            if any(index.dtype == torch.bool for index in indices):
-                raise RuntimeError(f"{func} with a mask has a data-dependent shape")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

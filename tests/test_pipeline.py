@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from device import DEVICE
 from problems import activations_like
 
 import cfcam_gpu
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, pipeline
+from cfcam_gpu import CFCAMConfig, cf_cam, checks, cluster_channels, pipeline
+from cfcam_gpu.clustering import ENGINES, batched, cuml, host, scikit
 
 A = torch.rand(2, 8, 3, 3)
 
@@ -115,7 +117,7 @@ def test_configuration():
     published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
     assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, affinity_power=0.0, margin_temperature=0.0)
     assert CFCAMConfig() == CFCAMConfig(50.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.5)
-    assert CFCAMConfig.stable() == CFCAMConfig(50.0, *ours, "signed", "minmax", 2.0, math.inf, 1, 0.0)
+    assert CFCAMConfig.stable() == CFCAMConfig(50.0, *ours, "signed", "minmax", 2.0, 2.0, 3, 2.0)
     assert CFCAMConfig().averages
     for off in ({"affinity_power": 0}, {"affinity_steps": 0}):
         assert not CFCAMConfig(**off).averages
@@ -212,10 +214,37 @@ def test_limits_of_the_kernels(activations, error, message, monkeypatch):
             function(*arguments, backend="triton")
 
 
+def test_every_engine_of_the_table_runs_or_says_why_not(seed):
+    activations = activations_like((2, 40, 4, 4))
+    expected, _ = cluster_channels(activations)
+    for name, engine in ENGINES.items():
+        assert engine.name == name and engine.summary and engine.load() in (batched, host, cuml, scikit)
+        if engine.unavailable() or engine.refusal(activations.device):
+            with pytest.raises((ImportError, ValueError), match=name):
+                cluster_channels(activations, clustering=name)
+            continue
+        labels, _ = cluster_channels(activations, clustering=name)
+        assert torch.equal(labels, expected), name
+
+
+def test_the_engine_that_a_cpu_takes_has_a_name():
+    assert pipeline.choose("auto", "auto", A) == pipeline.choose("auto", "host", A) == ("torch", "host")
+    assert pipeline.choose("torch", "host", A.to("meta")) == ("torch", "host")
+
+
+def test_other_engines_label_the_kernels_distances(seed):
+    triton_backend = pytest.importorskip("cfcam_gpu.triton_backend", reason="triton is not installed")
+    activations = activations_like((2, 40, 4, 4)).to(DEVICE)
+    expected, _ = triton_backend.cluster_channels(activations, CFCAMConfig(), "batched")
+    for engine in ("host", "sklearn"):
+        labels, _ = triton_backend.cluster_channels(activations, CFCAMConfig(), engine)
+        assert torch.equal(labels, expected), engine
+
+
 def test_the_reference_names_its_extra(monkeypatch):
-    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "sklearn" else object())
     for arguments in ({"backend": "reference"}, {"clustering": "sklearn"}):
-        with pytest.raises(ImportError, match=r'sklearn not installed; pip install "cfcam_gpu\[reference\]"'):
+        with pytest.raises(ImportError, match=r'sklearn is not installed; .* pip install "cfcam_gpu\[reference\]"'):
             cf_cam(A, A, **arguments)
 
 

@@ -13,6 +13,7 @@ from scipy.ndimage import correlate1d, gaussian_filter
 from sklearn.metrics.pairwise import cosine_similarity
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
+from cfcam_gpu.clustering import batched
 from cfcam_gpu.config import BOUNDARIES
 from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 
@@ -253,7 +254,7 @@ def test_memory_format_does_not_matter(seed):
 def test_chunks_of_the_batched_path_do_not_matter(seed, monkeypatch):
     activations = activations_like((5, 40, 5, 5))
     whole = cluster_channels(activations, clustering="batched")
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1)  # one image at a time
+    monkeypatch.setattr(batched, "CHUNK_BYTES", 1)  # one image at a time
     one_by_one = cluster_channels(activations, clustering="batched")
     assert torch.equal(whole[0], one_by_one[0]) and torch.equal(whole[1], one_by_one[1])
 

@@ -1,7 +1,9 @@
 """Adapters to other CAM libraries: `accelerate`, and one module per library, imported when it is first needed."""
 
 import importlib
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Peer(NamedTuple):
@@ -28,7 +30,7 @@ PEERS = {
 """By import name."""
 
 
-def accelerate(cam):
+def accelerate(cam: T) -> T:
     """The same CAM object of pytorch-grad-cam, torch-cam or captum, computed faster.
 
     Args:

@@ -12,27 +12,28 @@ where that is what the layer gets or returns.
 """
 
 import copy
-import logging
 
 import torch
 from torch import nn
 
-from cfcam_gpu import checks, pipeline, torch_backend
-from cfcam_gpu.capture import eager_without_grad
+from cfcam_gpu import pipeline, torch_backend
+from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
+from cfcam_gpu.capture import eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.checks import needs
+from cfcam_gpu.guides import AUTO
 
 try:
     import captum.attr as original
-    from captum._utils.common import _run_forward
+    from captum._utils.common import _run_forward, _select_targets
     from captum._utils.gradient import compute_layer_gradients_and_eval
     from captum.attr._utils.attribution import Attribution, GradientAttribution, LayerAttribution
     from captum.log import log_usage
 except ImportError as error:
-    raise ImportError('captum 0.9 or later is not installed; pip install "cfcam_gpu[captum]"') from error
+    raise ImportError(needs("captum 0.9 or later", "captum")) from error
 
-# Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward, so that inputs
-# and targets mean what they mean there), captum._utils.gradient, and captum.attr._utils.attribution.
-
-logger = logging.getLogger("cfcam_gpu")
+# Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward and
+# _select_targets, so that inputs and targets mean what they mean there), captum._utils.gradient, and
+# captum.attr._utils.attribution.
 
 
 class LayerGradCam(original.LayerGradCam):
@@ -77,7 +78,7 @@ class LayerGradCam(original.LayerGradCam):
         return _finished(maps, relu_attributions)
 
 
-class CFCAM(LayerAttribution, GradientAttribution):
+class CFCAM(Configured, LayerAttribution, GradientAttribution):
     """CF-CAM as a layer attribution of captum.
 
     Args:
@@ -98,6 +99,7 @@ class CFCAM(LayerAttribution, GradientAttribution):
         layer,
         device_ids=None,
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
@@ -105,8 +107,19 @@ class CFCAM(LayerAttribution, GradientAttribution):
     ):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._configure(config, backend, clustering, check_finite)
+        self._guides = None
+        if isinstance(forward_func, nn.Module):
+            self._guides = make_guides(forward_func, guide_layer, n_layers=1, copies=True)
+        elif guide_layer not in (None, AUTO):
+            raise ValueError(f"guide_layer needs a model, got the function {forward_func!r}")
+        if not self.config.averages:
+            self._guides = None
+
+    @property
+    def guide_names(self):
+        """The guide's name, as `cfcam_gpu.CFCAM` has it; None also where the layer guides itself."""
+        return self._guides and self._guides.names
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -119,7 +132,10 @@ class CFCAM(LayerAttribution, GradientAttribution):
         attr_dim_summation=True,
         grad_kwargs=None,
     ):
-        """CF-CAM's weighted sum over the channels, signed, on the layer's grid.
+        """CF-CAM's weighted sum over the channels, signed, on the grid of the layer's guide or else its own.
+
+        The score of a class in outputs (N, n), n > 1, is its margin (``config.margin_temperature``). Where captum's own
+        code runs (DataParallel, ``device_ids``, ``create_graph``), it is the logit, and the layer guides itself.
 
         Args:
             inputs, target, additional_forward_args, grad_kwargs: as for captum's ``LayerGradCam``.
@@ -128,15 +144,18 @@ class CFCAM(LayerAttribution, GradientAttribution):
             attr_dim_summation: False gives each channel's term, (N, C, h, w).
 
         Returns:
-            (N, 1, h, w) in the dtype of the layer's (N, C, h, w); a tuple of them where the layer has several tensors.
+            (N, 1, h, w), h x w the guide's grid, in the dtype of the layer's activations; a tuple of them where the
+            layer has several tensors.
 
         Raises:
             ValueError: the layer has no (N, C, h, w), or NaN.
             AssertionError, RuntimeError: as captum raises them: targets that do not fit, a layer that did not run.
         """
         taken = (target, additional_forward_args, attribute_to_layer_input)
-        captured = _capture(self, inputs, *taken, grad_kwargs)
+        guides, temperature = self._guides, self.config.margin_temperature
+        captured = _capture(self, inputs, *taken, grad_kwargs, guides, temperature)
         if captured is None:
+            guides = None
             captured = compute_layer_gradients_and_eval(
                 self.forward_func,
                 self.layer,
@@ -150,16 +169,26 @@ class CFCAM(LayerAttribution, GradientAttribution):
         maps = []
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
-            weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
+            weights = self._weights_of(activations, gradients)
+            guide = None if guides is None else guides.of(0, "layer", activations)
             if attr_dim_summation:
-                options = {"config": self.config, "backend": self._choices["backend"]}
-                result = pipeline.class_grid(activations, weights, relu=False, **options)[:, None]
+                options = {"relu": False, "guide": guide, **self._grid_options}
+                result = pipeline.class_grid(activations, weights, **options)[:, None]
             else:
                 result = weights[:, :, None, None] * activations
                 with pipeline.plain_arithmetic(activations.device):
-                    result = torch_backend.average_alike_cells(result, activations, self.config)
+                    features = activations if guide is None else guide
+                    if self.config.averages:
+                        # As the sum of the channels is balanced, so that they still add up to it.
+                        factors = torch_backend.evidence_factors(result.sum(1), features.shape[2:], self.config)
+                        result = result * factors[:, None]
+                    result = torch_backend.average_alike_cells(result, features, self.config)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
+
+
+ACCELERATED = {original.LayerGradCam: LayerGradCam}
+"""captum's class -> ours."""
 
 
 def accelerate(attribution):
@@ -173,22 +202,34 @@ def accelerate(attribution):
     """
     if isinstance(attribution, (LayerGradCam, CFCAM)):
         return attribution
-    if type(attribution) is original.LayerGradCam:
-        attribution = copy.copy(attribution)
-        attribution.__class__ = LayerGradCam
-        return attribution
     if not isinstance(attribution, Attribution):
         raise TypeError(f"attribution must be an attribution of captum, got {type(attribution).__name__}")
-    logger.warning("accelerate() leaves captum's %s as it is: it has no faster form here", type(attribution).__name__)
-    return attribution
+    reason = obstacle(attribution, ACCELERATED)
+    if reason is not None:
+        return left_as_it_is(attribution, reason)
+    fast = copy.copy(attribution)
+    fast.__class__ = ACCELERATED[type(attribution)]
+    return fast
 
 
 class _NotHere(Exception):
     """The layer's tensors are left to captum."""
 
 
-def _capture(attribution, inputs, target, additional_forward_args, attribute_to_layer_input, grad_kwargs):
-    """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run."""
+def _capture(
+    attribution,
+    inputs,
+    target,
+    additional_forward_args,
+    attribute_to_layer_input,
+    grad_kwargs,
+    guides=None,
+    margin_temperature=0.0,
+):
+    """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run.
+
+    ``guides`` keep what they need for this one layer. With a temperature, the score of a class is its margin.
+    """
     forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
     if (
         isinstance(forward_func, nn.DataParallel)
@@ -208,6 +249,8 @@ def _capture(attribution, inputs, target, additional_forward_args, attribute_to_
         starts[:] = [_start(tensor) for tensor in tensors]  # of a layer that runs more than once the last run counts
         # The model goes on with copies, so that no in-place operation behind the layer reaches the activations.
         copies = [tensor.clone() for tensor in starts]
+        if guides is not None:
+            guides.at_target(0)
         if not isinstance(found, (tuple, list)):
             return copies[0]
         if hasattr(found, "_fields"):
@@ -218,20 +261,31 @@ def _capture(attribution, inputs, target, additional_forward_args, attribute_to_
     with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
-        handle = register(tap)
+        handles = [register(tap)]
+        if guides is not None:
+            guides.begin()
+            handles += guides.register(named_modules(forward_func))
         try:
-            output = _run_forward(forward_func, inputs, target, additional_forward_args)
+            outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
+            if not isinstance(outputs, torch.Tensor):
+                return None
+            output = _select_targets(outputs, target)
             # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer.
             usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
             if not (usable and output.ndim and len(output) and output[0].numel() == 1):
                 return None
             with torch.enable_grad():
+                if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+                    indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
+                    classes = _select_targets(indices, target)
+                    output = (outputs * margin_cotangent(outputs.detach(), classes, margin_temperature)).sum(1)
                 gradients = torch.autograd.grad(torch.unbind(output), starts, **grad_kwargs)
             return gradients, tuple(tensor.detach() for tensor in starts)
         except _NotHere:
             return None
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _start(tensor):
@@ -242,7 +296,10 @@ def _start(tensor):
 
 
 def _pooled(gradients):
-    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves."""
+    """Grad-CAM's weights: the mean over all but the first two dimensions, of (N, C) the gradients themselves.
+
+    In the gradients' dtype and torch's order, as captum has it: `cfcam_gpu.weights.grad_cam` rounds otherwise.
+    """
     return gradients.mean(tuple(range(2, gradients.ndim)), keepdim=True) if gradients.ndim > 2 else gradients
 
 

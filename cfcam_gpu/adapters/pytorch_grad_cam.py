@@ -5,31 +5,33 @@ can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `H
 `cfcam_gpu.accelerate` turns an object of the original classes into one of these.
 """
 
-import logging
 import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from numbers import Integral
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
-from cfcam_gpu import checks, pipeline, torch_backend
+from cfcam_gpu import pipeline, torch_backend, weights
+from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
 from cfcam_gpu.capture import HeadCapture, check_targets
+from cfcam_gpu.checks import needs
 
 try:
     import pytorch_grad_cam as original
     from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
     from pytorch_grad_cam.base_cam import BaseCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 except ImportError as error:
-    raise ImportError(f'pytorch-grad-cam cannot be imported ({error}); pip install "cfcam_gpu[grad-cam]"') from error
+    raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
-# No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam.
-
-_LOG = logging.getLogger("cfcam_gpu")
+# No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam,
+# utils.image and utils.model_targets.
 
 
 def accelerate(cam):
@@ -50,20 +52,17 @@ def accelerate(cam):
     """
     if isinstance(cam, HeadOnlyCAM):
         return cam
-    reason = _obstacle(cam)
+    reason = obstacle(cam, ACCELERATED) or _own_settings(cam)
     if reason is None:
         try:
             return _accelerated(cam)
         except (TypeError, ValueError) as error:
             reason = str(error)
-    _LOG.warning("accelerate: %s is left as it is: %s", type(cam).__name__, reason)
-    return cam
+    return left_as_it_is(cam, reason)
 
 
-def _obstacle(cam):
-    """Why ``cam`` is not sped up; None when it can be."""
-    if type(cam) not in ACCELERATED:
-        return f"only {', '.join(cls.__name__ for cls in ACCELERATED)} themselves are sped up"
+def _own_settings(cam):
+    """What keeps an object of a class that can be sped up from it; None when nothing does."""
     for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", True)):
         if getattr(cam, name) is not usual:
             return f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up"
@@ -89,15 +88,16 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
     Args:
         model, target_layers, reshape_transform: as for `HeadCapture`.
         foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
+        options: ``guide_layer``, ``guided`` and ``margin_temperature``, as for `HeadCapture`.
 
     Attributes:
         activations, gradients: lists of one tensor per target layer of the latest `capture`, detached, on the model's
             device.
     """
 
-    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=()):
+    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=(), **options):
         super().__init__(model, [], reshape_transform)
-        self._captured = HeadCapture(model, target_layers, reshape_transform)
+        self._captured = HeadCapture(model, target_layers, reshape_transform, **options)
         self._foreign_hooks = foreign_hooks
         self._told = False
 
@@ -116,19 +116,25 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         """The `Capture` of one pass, the model in eval mode meanwhile.
 
         Returns:
-            outputs; and for each layer (activations, gradients, shape): both (B, C, h, w) and shape (h, w), or for
-            5-D inputs (B, C, d, h * w) and (d, h, w).
+            outputs; and for each layer (activations, gradients, shape, guide): both (B, C, h, w) and shape (h, w), or
+            for 5-D inputs (B, C, d, h * w) and (d, h, w); the guide (B, Cg, hg, wg) or None.
         """
         volumes = []
         captured = self._captured
         if isinstance(input_tensor, torch.Tensor) and input_tensor.dim() == 5:
-            captured = HeadCapture(captured.model, captured.target_layers, self._flattening(volumes))
+            temperature = captured.margin_temperature
+            layers, transform = captured.target_layers, self._flattening(volumes)
+            captured = HeadCapture(captured.model, layers, transform, margin_temperature=temperature)
         with self._undisturbed():
             capture = captured(input_tensor, targets)
         self._warn_of_repeated_layers(captured)
         self.activations, self.gradients = list(capture.activations), list(capture.gradients)
         shapes = volumes or [activations.shape[2:] for activations in capture.activations]
-        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes))
+        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes, capture.guides))
+
+    @property
+    def guide_names(self):
+        return self._captured.guide_names
 
     def _flattening(self, volumes):
         """A reshape_transform that makes grids of volumes, and notes their shapes: the activations' come first."""
@@ -144,7 +150,7 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         repeated = captured.repeated_layers()
         if repeated and not self._told:
             self._told = True
-            _LOG.warning(
+            LOG.warning(
                 "target layer %r runs %d times in a forward pass: its last run is explained (pytorch-grad-cam"
                 " explains its first)",
                 *repeated[0],
@@ -196,11 +202,12 @@ class HeadOnlyCAM:
     outputs = None
     batch_size = None
     # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
-    _backend = "auto"
-    _average = None
+    _grid_options: dict[str, Any] = {"config": None, "backend": "auto"}
+
+    _capture_options: dict[str, Any] = {}
 
     def __init__(self, model, target_layers, reshape_transform=None):
-        hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform)
+        hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform, **self._capture_options)
         with _evaluated(model):  # the original's constructor calls model.eval()
             super().__init__(model, target_layers, reshape_transform)
         self.activations_and_grads.release()
@@ -260,7 +267,7 @@ class HeadOnlyCAM:
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
 
     def _scaled(self, grids, input_tensor, scale_mean=True):
-        return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._backend)
+        return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._grid_options["backend"])
 
     def _mean_of_volumes(self, grids, input_tensor):
         mean = torch.stack(self._resized_volumes(grids, input_tensor)).mean(0)
@@ -279,25 +286,28 @@ class HeadOnlyCAM:
         rows = [slice(start, start + self.batch_size) for start in starts]
         return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
 
-    def _grid(self, activations, gradients, shape, eigen_smooth):
-        """The non-negative map of one layer on its own grid: (B, *shape)."""
-        average = self._average
+    def _grid(self, activations, gradients, shape, guide, eigen_smooth):
+        """The non-negative map of one layer on its own grid, (B, *shape), or on its guide's."""
+        average = self._grid_options["config"]
         if average is not None and len(shape) > 2:  # a volume is given as a grid, on which distances mean nothing
             average = replace(average, affinity_sigma=math.inf)
         # A caller's autocast is for the model; the maps are computed in float32.
         with pipeline.plain_arithmetic(activations.device):
             computed = _computed(activations)
-            weights = self.channel_weights(computed, _computed(gradients))
-            if eigen_smooth or not pipeline.takes_kernels(activations, self._backend):
+            of_channels = self.channel_weights(computed, _computed(gradients))
+            if eigen_smooth or not pipeline.takes_kernels(activations, self._grid_options["backend"]):
                 # The weights first, as in the original: of two layouts the product takes the first one's.
-                terms = (weights if weights.dim() == 4 else weights[:, :, None, None]) * computed
-                grid = principal_projection(terms) if eigen_smooth else _sum(terms, 1)
+                terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
+                grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
                 if average is not None:
-                    grid = torch_backend.average_alike_cells(grid, computed, average)
+                    features = computed if guide is None else guide
+                    grid = torch_backend.balance(grid, features.shape[2:], average)
+                    grid = torch_backend.average_alike_cells(grid, features, average)
                 grid = grid.relu_()
             else:
-                grid = pipeline.class_grid(activations, weights, config=average, backend=self._backend)
-        return grid.reshape(len(grid), *shape)
+                options = {**self._grid_options, "config": average, "guide": guide}
+                grid = pipeline.class_grid(activations, of_channels, **options)
+        return grid if guide is not None else grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
         batch = len(input_tensor)
@@ -320,13 +330,17 @@ class HeadOnlyCAM:
         """Nothing to do: no hook stays on the model."""
 
 
-class CFCAM(HeadOnlyCAM, BaseCAM):
+class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
     """CF-CAM as a method of pytorch-grad-cam.
 
     Args:
         model, target_layers, reshape_transform: see `HeadOnlyCAM`.
+        guide_layer: as for `cfcam_gpu.CFCAM`; volumes have no guide.
         config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`; ``config.normalize`` has no effect,
             because the maps are scaled as that library scales them.
+
+    The score of a class is its margin (``config.margin_temperature``): of an index, of None, and of
+    ``ClassifierOutputTarget``, which is this library's way to write an index. Other targets are taken as they are.
 
     >>> cam = CFCAM(model, [model.layer4[-1]])
     >>> cam(images, targets=[ClassifierOutputTarget(285)] * 2, aug_smooth=True).shape  # images (2, 3, 224, 224)
@@ -339,20 +353,31 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
         target_layers,
         reshape_transform=None,
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
         check_finite=None,
     ):
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self._backend, self._average = backend, self.config
+        self._configure(config, backend, clustering, check_finite)
+        self._capture_options = {
+            "guide_layer": guide_layer,
+            "guided": self.config.averages,
+            "margin_temperature": self.config.margin_temperature,
+        }
         super().__init__(model, target_layers, reshape_transform)
+
+    @property
+    def guide_names(self):
+        """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
+        return self.activations_and_grads.guide_names
+
+    def _grids(self, input_tensor, targets, eigen_smooth):
+        return super()._grids(input_tensor, _indices(targets), eigen_smooth)
 
     def channel_weights(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""
-        weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-        return weights.to(activations.dtype)
+        return self._weights_of(activations, gradients).to(activations.dtype)
 
     def get_cam_weights(self, input_tensor, target_layer, targets, activations, grads):
         """The weights as NumPy (B, C), of NumPy activations and gradients (B, C, h, w)."""
@@ -362,17 +387,13 @@ class CFCAM(HeadOnlyCAM, BaseCAM):
 class GradCAM(HeadOnlyCAM, original.GradCAM):
     """pytorch-grad-cam's GradCAM on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w[c] = mean of g[c] over the grid. Source: Selvaraju et al., ICCV 2017, equation 1."""
-        return _sum(gradients, (2, 3)) / gradients[0, 0].numel()
+    channel_weights = staticmethod(weights.grad_cam)
 
 
 class HiResCAM(HeadOnlyCAM, original.HiResCAM):
     """pytorch-grad-cam's HiResCAM on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w[c, i, j] = g[c, i, j]. Source: Draelos and Carin, arXiv 2011.08891, equation 4."""
-        return gradients
+    channel_weights = staticmethod(weights.hires_cam)
 
     def maps(self, input_tensor, targets=None, aug_smooth=False, eigen_smooth=False):
         """As `HeadOnlyCAM.maps`; warns, where the original prints, that eigen_smooth voids HiResCAM's guarantee."""
@@ -384,44 +405,25 @@ class HiResCAM(HeadOnlyCAM, original.HiResCAM):
 class GradCAMElementWise(HeadOnlyCAM, original.GradCAMElementWise):
     """pytorch-grad-cam's GradCAMElementWise on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w = g where g * A > 0, else 0, so that w * A = max(g * A, 0).
-
-        Source: ``grad_cam_elementwise.py`` of pytorch-grad-cam 1.5.7.
-        """
-        return torch.where(gradients * activations > 0, gradients, 0)
+    channel_weights = staticmethod(weights.grad_cam_elementwise)
 
 
 class GradCAMPlusPlus(HeadOnlyCAM, original.GradCAMPlusPlus):
     """pytorch-grad-cam's GradCAMPlusPlus on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w[c] = sum of max(g, 0) * alpha over the grid, alpha = g^2 / (2 g^2 + sum(A[c]) g^3 + 1e-6), 0 where g = 0.
-
-        Source: Chattopadhay et al., arXiv 1710.11063, equation 19; the sum of A is over the grid, and 1e-6 is
-        pytorch-grad-cam's.
-        """
-        square = gradients**2
-        total = _sum(activations, (2, 3))[:, :, None, None]
-        alpha = square / (2 * square + total * (square * gradients) + 1e-6)
-        return _sum(gradients.relu() * torch.where(gradients != 0, alpha, 0), (2, 3))
+    channel_weights = staticmethod(weights.grad_cam_plus_plus)
 
 
 class XGradCAM(HeadOnlyCAM, original.XGradCAM):
     """pytorch-grad-cam's XGradCAM on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w[c] = sum of g * A / (sum(A[c]) + 1e-7) over the grid. Source: Fu et al., arXiv 2008.02312, equation 8."""
-        total = _sum(activations, (2, 3))[:, :, None, None]
-        return _sum(gradients * activations / (total + 1e-7), (2, 3))
+    channel_weights = staticmethod(weights.x_grad_cam)
 
 
 class LayerCAM(HeadOnlyCAM, original.LayerCAM):
     """pytorch-grad-cam's LayerCAM on a head-only backward."""
 
-    def channel_weights(self, activations, gradients):
-        """w[c, i, j] = max(g[c, i, j], 0). Source: Jiang et al., IEEE TIP 2021, equation 5."""
-        return gradients.relu()
+    channel_weights = staticmethod(weights.layer_cam)
 
 
 ACCELERATED = {
@@ -431,36 +433,18 @@ ACCELERATED = {
 """pytorch-grad-cam's class -> ours."""
 
 
-def principal_projection(terms):
-    """The first principal component of terms (B, C, h, w) over the cells: (B, h, w), NaN taken as 0.
-
-    On the host, with NumPy: the sign of a singular vector is LAPACK's choice, and the original's maps hang on it.
-    Source: ``utils.svd_on_activations.get_2d_projection`` of pytorch-grad-cam 1.5.7, which computes all C x C right
-    singular vectors where one is used.
-    """
-    projections = []
-    for image in torch.where(terms.isnan(), 0, terms).flatten(2).cpu().numpy():
-        cells = image.T - image.T.mean(axis=0)
-        _, _, components = np.linalg.svd(cells, full_matrices=False)
-        projections.append(cells @ components[0])
-    return torch.from_numpy(np.stack(projections)).view(len(terms), *terms.shape[2:]).to(terms.device)
+def _indices(targets):
+    """The classes of targets that all are ``ClassifierOutputTarget``; other targets as they are."""
+    if isinstance(targets, (list, tuple)) and all(type(target) is ClassifierOutputTarget for target in targets):
+        categories = [target.category for target in targets]
+        if all(isinstance(category, Integral) and category >= 0 for category in categories):
+            return categories
+    return targets
 
 
 def _computed(tensor):
     """In the dtype of the arithmetic; in its own memory layout, on which the order of NumPy's sums depends."""
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def _sum(values, dims):
-    """The sum over ``dims``; on a CPU by NumPy, in its order.
-
-    The original's float32 sums over 2048 channels carry rounding errors of up to 1e-5 of the map's maximum
-    (GradCAMElementWise on a Swin), five times what its numbers are to be reproduced to, and XGradCAM divides by sums
-    that may cancel. The same order of addition gives the same numbers. On a device the order is the kernel's own.
-    """
-    if values.device.type == "cpu":
-        return torch.from_numpy(values.numpy().sum(dims))
-    return values.sum(dims)
 
 
 def _to_numpy(maps):

@@ -32,7 +32,6 @@ layer (`GradCAM` of a convolution before ``ReLU(inplace=True)`` is silently that
 torch.Size([2, 7, 7])
 """
 
-import logging
 from contextlib import ExitStack
 from functools import partial
 
@@ -41,20 +40,21 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from cfcam_gpu import checks, pipeline
-from cfcam_gpu.capture import GraphRoot, eager_without_grad
+from cfcam_gpu import pipeline
+from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
+from cfcam_gpu.capture import GraphRoot, eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.checks import needs
+from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:
     import torchcam.methods as original
     from torchcam.methods.core import _CAM
     from torchcam.methods.gradient import _CAMWrapper
 except ImportError as error:
-    raise ImportError('torch-cam 0.5 or later is not installed; pip install "cfcam_gpu[torchcam]"') from error
+    raise ImportError(needs("torch-cam 0.5 or later", "torchcam")) from error
 
 # Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods
 # _hook_a, _hook_g, _get_weights, _backprop, _normalize, and the attributes _hook_outputs, _hooks_enabled and _relu.
-
-logger = logging.getLogger("cfcam_gpu")
 
 
 class _TrunkEnd(GraphRoot):
@@ -110,10 +110,14 @@ class _HeadOnly:
         try:
             if switched_off and output is not None and not self._grad_from_start and not model.training:
                 self._grad_from_start = True
+                self._begin_again()
                 with torch.enable_grad():
                     return model.forward(*args, **kwargs)
         finally:
             self._close()
+
+    def _begin_again(self):
+        """Called before a pass is repeated."""
 
     def _close(self):
         scope, self._scope, self._pass_inputs = self._scope, None, ()
@@ -162,12 +166,13 @@ class _HeadOnly:
             return super().compute_cams(class_idx, scores, normalized, **kwargs)
         return self._maps(self._get_weights(class_idx, scores, **kwargs), normalized, skip_nan=True)
 
-    def _maps(self, weights, normalized, **options):
+    def _maps(self, weights, normalized, guides=None, **options):
         """torch-cam's maps, list of (N, h, w), for weights (N, C) or (N, C, h, w); computed in float32."""
         maps = []
+        guides = guides or [None] * len(weights)
         with torch.no_grad():
-            for activations, weight in zip(self.hook_a, weights):
-                grid = pipeline.class_grid(activations, weight, self._relu, **options)
+            for activations, weight, guide in zip(self.hook_a, weights, guides):
+                grid = pipeline.class_grid(activations, weight, self._relu, guide=guide, **options)
                 maps.append((self._normalize(grid) if normalized else grid).to(activations.dtype))
         return maps
 
@@ -200,24 +205,22 @@ class GradCAMpp(_HeadOnly, original.GradCAMpp):
     def _get_weights(self, class_idx, scores, eps=0.0, **kwargs):
         """Weights (N, C) per layer; ``eps`` is added to the denominator 2 + g sum A."""
         self._backprop(scores, class_idx, **kwargs)
-        weights = []
-        for activations, gradients in zip(self.hook_a, self.hook_g):
-            total = activations.flatten(2).sum(-1, keepdim=True)
-            gradients = gradients.flatten(2)
-            weights.append((gradients.relu() / (2 + gradients * total + eps)).nan_to_num(0.0).sum(-1))
-        return weights
+        return [exact_grad_cam_plus_plus(*layer, eps) for layer in zip(self.hook_a, self.hook_g)]
 
 
-class CFCAM(GradCAM):
+class CFCAM(Configured, GradCAM):
     """CF-CAM in torch-cam's contract: ``scores = model(images)``, then ``maps = cam(class_idx, scores)``.
 
     Args:
         model, target_layer, input_shape: as for torch-cam's extractors; of None the layer is found by a pass on zeros.
+        guide_layer: as for `cfcam_gpu.CFCAM`.
         config, backend, clustering, check_finite: as for `cfcam_gpu.cf_cam`.
         kwargs: ``enable_hooks`` and ``reshape_transform``, as there.
 
-    The call returns one (N, h, w) per layer, on the layer's grid and device and in its dtype, from 0 to 1 as torch-cam
-    scales ((x - min) / (max + 1e-8)) unless ``normalized=False``.
+    The call returns one (N, h, w) per layer, on the grid of the layer's guide (the layer's own where it has none), in
+    the layer's dtype, from 0 to 1 as torch-cam scales ((x - min) / (max + 1e-8)) unless ``normalized=False``.
+    Of scores (N, n) with n > 1, what is differentiated for ``class_idx`` is the margin (``config.margin_temperature``);
+    ``targets`` are taken as they are.
 
     Raises:
         TypeError, ValueError: as torch-cam and `cfcam_gpu.cf_cam` raise them.
@@ -226,8 +229,11 @@ class CFCAM(GradCAM):
     ...     scores = model(images)  # images (2, 3, 224, 224)
     ...     fused = cam.fuse_cams(cam(285, scores))
     >>> fused.shape
-    torch.Size([2, 14, 14])
+    torch.Size([2, 28, 28])
     """
+
+    _guides = None
+    _guide_handles = ()
 
     def __init__(
         self,
@@ -235,33 +241,85 @@ class CFCAM(GradCAM):
         target_layer=None,
         input_shape=(3, 224, 224),
         *,
+        guide_layer="auto",
         config=None,
         backend="auto",
         clustering="auto",
         check_finite=None,
         **kwargs,
     ):
-        self.config = checks.check_config(config)
-        self._choices = pipeline.check_choices(backend, clustering, check_finite)
+        self._configure(config, backend, clustering, check_finite)
         super().__init__(model, target_layer, input_shape, **kwargs)
+        # Copies, because the pass is the caller's and cannot be repeated.
+        guides = make_guides(self.model, guide_layer, len(self.target_names), self._reshape_transform, copies=True)
+        self._guides = guides if self.config.averages else None
+
+    @property
+    def guide_names(self):
+        """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
+        names = [None] * len(self.target_names) if self._guides is None else self._guides.names
+        return names and [guide or target for guide, target in zip(names, self.target_names)]
+
+    def _begin_pass(self, model, args, kwargs):
+        super()._begin_pass(model, args, kwargs)
+        if self._guides is not None and self._scope is not None:
+            self._let_go_of_guides()
+            self._guides.begin()
+            self._guide_handles = self._guides.register(named_modules(model))
+
+    def _begin_again(self):
+        if self._guides is not None:
+            self._guides.begin()
+
+    def _end_pass(self, model, args, kwargs, output):
+        try:
+            return super()._end_pass(model, args, kwargs, output)
+        finally:
+            self._let_go_of_guides()
+
+    def _let_go_of_guides(self):
+        while self._guide_handles:
+            self._guide_handles.pop().remove()
+
+    def remove_hooks(self):
+        """Take every hook off the model."""
+        super().remove_hooks()
+        self._let_go_of_guides()
+
+    def _hook_g(self, module, inputs, output, idx=0):
+        result = super()._hook_g(module, inputs, output, idx)
+        if self._guides is not None and self._scope is not None:
+            self._guides.at_target(idx)
+        return result
+
+    def _backprop(self, scores, class_idx, *args, targets=None, **kwargs):
+        temperature = self.config.margin_temperature
+        if targets is None and temperature > 0 and scores.ndim == 2 and scores.shape[1] > 1:
+            classes = torch.as_tensor(class_idx, device=scores.device).expand(len(scores))
+            cotangent = margin_cotangent(scores.detach(), classes, temperature)
+            with torch.inference_mode(False), torch.enable_grad():
+                scores, class_idx = (scores * cotangent).sum(1, keepdim=True), 0
+        super()._backprop(scores, class_idx, *args, targets=targets, **kwargs)
 
     def _get_weights(self, class_idx, scores, **kwargs):
         self._backprop(scores, class_idx, **kwargs)
-        return [
-            pipeline.channel_weights(activations, gradients, self.config, **self._choices)
-            for activations, gradients in zip(self.hook_a, self.hook_g)
-        ]
+        return [self._weights_of(*layer) for layer in zip(self.hook_a, self.hook_g)]
 
     def compute_cams(self, class_idx=None, scores=None, normalized=True, *, targets=None, **kwargs):
         """The maps without the checks of the arguments, as in torch-cam."""
         if targets is not None:
             kwargs["targets"] = targets
         weights = self._get_weights(class_idx, scores, **kwargs)
-        options = {"config": self.config, "backend": self._choices["backend"]}
-        return self._maps(weights, normalized, **options)
+        guides = None
+        if self._guides is not None:
+            guides = list(map(self._guides.of, range(len(weights)), self.target_names, self.hook_a))
+            if self._guides.must_repeat():
+                LOG.warning("the guide layer found for other inputs does not fit these; the next pass finds another")
+        return self._maps(weights, normalized, guides, **self._grid_options)
 
 
-_ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+"""torch-cam's class -> ours."""
 
 
 def accelerate(cam):
@@ -277,18 +335,18 @@ def accelerate(cam):
     """
     if isinstance(cam, _HeadOnly):
         return cam
-    if type(cam) in _ACCELERATED:
-        hooked = bool(cam.hook_handles)
-        cam.remove_hooks()
-        cam.__class__ = _ACCELERATED[type(cam)]
-        if hooked:
-            for hook in (cam._hook_a, cam._hook_g):
-                for index, name in enumerate(cam.target_names):
-                    handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
-                    cam.hook_handles.append(handle)
-            cam._watch_model()
-        return cam
     if not isinstance(cam, (_CAM, _CAMWrapper)):
         raise TypeError(f"cam must be an extractor of torch-cam, got {type(cam).__name__}")
-    logger.warning("accelerate() leaves torch-cam's %s as it is: it has no faster form here", type(cam).__name__)
+    reason = obstacle(cam, ACCELERATED)
+    if reason is not None:
+        return left_as_it_is(cam, reason)
+    hooked = bool(cam.hook_handles)
+    cam.remove_hooks()
+    cam.__class__ = ACCELERATED[type(cam)]
+    if hooked:
+        for hook in (cam._hook_a, cam._hook_g):
+            for index, name in enumerate(cam.target_names):
+                handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
+                cam.hook_handles.append(handle)
+        cam._watch_model()
     return cam

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
 from cfcam_gpu.bench.trunk import Unavailable
 from cfcam_gpu.checks import needs
+from cfcam_gpu.clustering import ENGINES
 
 CF_CAM, GRAD_CAM, SCORES = "CF-CAM", "Grad-CAM", "scores"
 
@@ -32,11 +33,7 @@ class Provider(NamedTuple):
 
 
 BACKENDS = {
-    "torch+batched": ("torch", "batched"),
-    "torch+sklearn": ("torch", "sklearn"),
-    "torch+cuml": ("torch", "cuml"),
-    "triton+batched": ("triton", "batched"),
-    "triton+cuml": ("triton", "cuml"),
+    **{f"{backend}+{engine}": (backend, engine) for backend in ("torch", "triton") for engine in ENGINES},
     "reference": ("reference", "auto"),
 }
 """Backend and clustering engine, beside "auto" of both."""
@@ -47,7 +44,7 @@ BACKENDS = {
 
 def _choices(subject, backend, engine):
     """The two as keyword arguments, after a look whether they can run on this device."""
-    if backend == "triton" or engine == "cuml":
+    if backend == "triton" or (engine in ENGINES and ENGINES[engine].devices):
         _need_gpu(subject)  # also where Triton's interpreter is on: its times would mean nothing
     pipeline.choose(backend, engine, torch.empty(1, 1, 1, 1, device=subject.device))
     return {"backend": backend, "clustering": engine}

@@ -18,7 +18,7 @@ ROUNDS = 30
 """Most rounds of a run: a median gains little from more."""
 
 TIME_LIMIT, OUT_OF_MEMORY = "time limit", "out of memory"
-"""How the reasons begin that also hold for larger batches."""
+"""Prefixes of reasons that also hold for larger batches."""
 
 PACKAGES = (
     *("cfcam_gpu", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "cuml-cu13"),

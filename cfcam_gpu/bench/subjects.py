@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from cfcam_gpu import models
+from cfcam_gpu import layers, models
 from cfcam_gpu.bench.trunk import compiled_halves
 from cfcam_gpu.capture import HeadCapture
 
@@ -79,7 +79,7 @@ def subject(name, batch=1, size=224, device="cpu"):
         name: a model of torchvision, which gets random weights, or a spec of `models.load_model`.
 
     Raises:
-        ValueError, TypeError, ImportError, OSError: as `models.load_model` and `models.inspect_target_layer` do.
+        ValueError, TypeError, ImportError, OSError: as `models.load_model` and `layers.inspect_target_layer` do.
 
     >>> subject("resnet18", batch=2).captured[0].shape
     torch.Size([2, 512, 7, 7])
@@ -89,7 +89,7 @@ def subject(name, batch=1, size=224, device="cpu"):
     model = models.load_model(spec, device).model
     _fill_zero_heads(model)
     images = _noise(batch, size, device)
-    target = models.inspect_target_layer(model, images[:1], TARGET_LAYERS.get(name))
+    target = layers.inspect_target_layer(model, images[:1], TARGET_LAYERS.get(name))
     return Subject(name, model, target.name, target.module, target.reshape_transform, target.shape, images)
 
 

@@ -7,18 +7,19 @@ its record here.
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 from cfcam_gpu.checks import is_installed, needs
 
 
-def _always():
+def _always() -> None:
     return None
 
 
-def _cuml_unavailable():
-    import torch
-
+def _cuml_unavailable() -> Exception | None:
     if not is_installed("cuml"):
         return ImportError(needs("cuml", "cuml"))
     if not torch.cuda.is_available():
@@ -26,7 +27,7 @@ def _cuml_unavailable():
     return None
 
 
-def reference_unavailable():
+def reference_unavailable() -> ImportError | None:
     """Why SciPy and scikit-learn cannot be used, as an ImportError; None when they can."""
     missing = [name for name in ("scipy", "sklearn") if not is_installed(name)]
     if missing:
@@ -47,9 +48,9 @@ class Engine(NamedTuple):
     name: str
     module: str
     summary: str
-    unavailable: Callable = _always
+    unavailable: Callable[[], Exception | None] = _always
     """Why the engine cannot run in this installation, as an exception; None when it can."""
-    devices: tuple | None = None
+    devices: tuple[str, ...] | None = None
     """Types of device whose tensors it takes; None: all."""
     in_kernels: bool = False
     """The Triton backend has this engine built in."""
@@ -58,14 +59,14 @@ class Engine(NamedTuple):
     distribution: str | None = None
     """The package whose version says which it is."""
 
-    def refusal(self, device):
+    def refusal(self, device: torch.device) -> ValueError | None:
         """Why the engine does not take tensors on this device, as an exception; None when it does."""
         if self.devices is None or device.type in self.devices:
             return None
         expected = " or ".join(kind.upper() for kind in self.devices)
         return ValueError(f'clustering="{self.name}" needs tensors on a {expected} device, got {device}')
 
-    def load(self):
+    def load(self) -> ModuleType:
         """The engine's module."""
         return importlib.import_module(f"cfcam_gpu.clustering.{self.module}")
 
@@ -102,6 +103,6 @@ ENGINES = {
 """By the name that ``clustering=`` takes. "auto" takes "host" for tensors on a CPU and "batched" elsewhere."""
 
 
-def automatic(backend, device):
+def automatic(backend: str, device: torch.device) -> str:
     """The name of the engine that "auto" takes."""
     return "host" if backend == "torch" and device.type == "cpu" else "batched"

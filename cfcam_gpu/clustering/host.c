@@ -2,8 +2,8 @@
 
 Pairs are those i < j in row order, as SciPy's pdist has them. Plain C without Python's API, called through ctypes.
 
-Threads are those of torch, whose Linux builds have GCC's OpenMP: others would share the cores with torch's, which go on
-turning for milliseconds after each of its operators. With Clang's, eight images take longer than in NumPy. */
+The threads are torch's own, whose Linux builds use GCC's OpenMP. Another pool would compete with torch's threads, which
+spin for milliseconds after each operator: with Clang's OpenMP, eight images take longer than in NumPy. */
 
 #if !defined(__GNUC__) || defined(__clang__)
 #error "only GCC shares its OpenMP threads with torch"
@@ -16,7 +16,7 @@ turning for milliseconds after each of its operators. With Clang's, eight images
 #include <string.h>
 
 /* A build for x86-64 runs on every one and takes the widest vectors there are; elsewhere the compiler's own target
-   serves. Only for functions without OpenMP, whose loops the compiler would move out of the versions. */
+   serves. Not for functions with OpenMP: the compiler moves their loops out of the versions. */
 #if defined(__x86_64__) && defined(__GLIBC__)
 #define FOR_EACH_CPU(...) __attribute__((target_clones(__VA_ARGS__, "default")))
 #else
@@ -24,10 +24,10 @@ turning for milliseconds after each of its operators. With Clang's, eight images
 #endif
 
 enum {
-    ROWS = 4, COLUMNS = 16, /* of a tile, whose sums stay in registers: of twice as many they would not */
-    TERMS = 64,             /* of a partial sum: with all in one, rounding would grow with the length */
+    ROWS = 4, COLUMNS = 16, /* of a tile: its sums stay in registers, twice as many would not */
+    TERMS = 64,             /* of a partial sum: one sum over everything would round more the longer it is */
     BLOCK = 1 << 20,        /* values counted in 32 bits */
-    SAMPLE = 2048           /* values that bracket an order statistic, and how many are few enough to select from */
+    SAMPLE = 2048           /* size of the sample that brackets an order statistic; so few are selected from directly */
 };
 
 /* Distances as they are ordered: of non-negative floats the bits are, and NaN comes last. */
@@ -86,7 +86,7 @@ int pairwise_distances(const float *rows, ptrdiff_t n, ptrdiff_t length, float *
     return 0;
 }
 
-/* The k-th smallest value, from 0, of few, which are reordered (Hoare's quickselect). */
+/* The k-th smallest of a few values, counted from 0; reorders them (Hoare's quickselect). */
 static int32_t select_from_few(bits *values, ptrdiff_t n, ptrdiff_t k)
 {
     uint64_t random = 1;
@@ -123,19 +123,19 @@ static inline ptrdiff_t count(const bits *values, ptrdiff_t n, int32_t limit)
     return found;
 }
 
-/* The k-th smallest value, from 0. spare has room for all of them; what is left of it untouched costs nothing. */
+/* The k-th smallest value, counted from 0. spare has room for all of them; pages it never touches cost nothing. */
 FOR_EACH_CPU("avx512f", "avx2")
 static int32_t select_from_many(const bits *values, ptrdiff_t n, ptrdiff_t k, bits *spare)
 {
     while (n > SAMPLE) {
-        /* Two values of a sample, which the k-th lies between but for one time in a hundred. */
+        /* Two sample values that bracket the k-th about 99 times in 100. */
         bits sample[SAMPLE];
         for (ptrdiff_t s = 0; s < SAMPLE; s++) sample[s] = values[s * n / SAMPLE];
         double share = (double)k / (double)n, margin = 3 * sqrt(share * (1 - share) * SAMPLE) + 1;
         ptrdiff_t first = (ptrdiff_t)(share * SAMPLE - margin), last = (ptrdiff_t)(share * SAMPLE + margin);
         int32_t low = select_from_few(sample, SAMPLE, first > 0 ? first : 0);
         int32_t high = select_from_few(sample, SAMPLE, smaller(last, SAMPLE - 1));
-        /* Ties with either are counted, not kept: so each round leaves fewer, be all values equal. */
+        /* Ties with a bound are dropped, so every round shrinks the set even if all values are equal. */
         int32_t from = 0, to = INT32_MAX;
         ptrdiff_t to_low = count(values, n, low), dropped = 0;
         if (k < to_low) {
@@ -153,7 +153,7 @@ static int32_t select_from_many(const bits *values, ptrdiff_t n, ptrdiff_t k, bi
         ptrdiff_t kept = 0;
         for (ptrdiff_t i = 0; i < n; i++) {
             int32_t value = values[i];
-            spare[kept] = value; /* always, and kept by a count: no branch to be foreseen */
+            spare[kept] = value; /* branch-free: always store, advance only for values in range */
             kept += (uint32_t)value - (uint32_t)from <= (uint32_t)to - (uint32_t)from;
         }
         k -= dropped;
@@ -164,7 +164,7 @@ static int32_t select_from_many(const bits *values, ptrdiff_t n, ptrdiff_t k, bi
     return select_from_few(spare, n, k);
 }
 
-/* The value that follows the smallest ones up to this: of rank k it is value itself where that many are equal. */
+/* Value of rank k, given the one at or just before it: itself if tied, else the next larger. */
 FOR_EACH_CPU("avx512f", "avx2")
 static int32_t select_next(const bits *values, ptrdiff_t n, int32_t value, ptrdiff_t k)
 {

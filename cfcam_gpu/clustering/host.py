@@ -109,7 +109,7 @@ def is_compiled(rows):
 
 def _cluster_compiled(rows, members, labels, eps, config):
     n = members.sum(1).tolist()
-    # Ranks of at least two, which fewer have not; then there is nothing to cluster.
+    # radius_ranks needs two points; with fewer, any rank will do.
     problems = [(m, *radius_ranks(max(m, 2), config.eps_percentile), config.min_samples(m)) for m in n]
     compiled().cluster_images(rows, members, *rows.shape, np.array(problems, PROBLEM), EPS_FLOOR, labels, eps)
 

@@ -31,7 +31,7 @@ def radius_ranks(n_points, percentile):
 def rank_table(max_points, config):
     """For every number of points 0..max_points: lists of low, high, fraction of `radius_ranks`, and min_samples.
 
-    For devices, on which alone the number of points is known.
+    For backends where only the device knows the count.
     """
     ranks = [(0, 0, 0.0)] * 2 + [radius_ranks(n, config.eps_percentile) for n in range(2, max_points + 1)]
     low, high, fraction = zip(*ranks[: max_points + 1])

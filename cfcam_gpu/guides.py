@@ -1,0 +1,213 @@
+"""The guide of a target layer: an earlier layer of the same forward pass, whose finer grid the map is averaged on.
+
+Forward hooks keep what the guide returned last before its target layer ran. No copy is made: a tensor that is changed
+in place afterwards is told by its version, and then the pass is repeated with copies. Nothing is differentiated.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cfcam_gpu.layers import PASSED_OVER, channels_last_to_map
+
+AUTO = "auto"
+
+FINER = (2, 4)
+"""How many times the target's sides a guide's are, at least and at most, where it is chosen. A layer much farther from
+the target sees edges and colours rather than things, and its cells are many."""
+
+
+class _Kept(NamedTuple):
+    tensor: torch.Tensor
+    version: int | None  # None: a copy, which nobody changes
+
+    def is_changed(self) -> bool:
+        return self.version is not None and self.tensor._version != self.version
+
+
+class _Candidate(NamedTuple):
+    depth: int  # of the module's name: 0 for a child of the model
+    order: int  # in which the modules finished
+    module: nn.Module
+    kept: _Kept
+
+
+class Guides:
+    """The guides of a model's target layers.
+
+    Of a layer "auto", the guide is found in the first pass: the last layer whose output is a map with at least twice
+    the target's sides (`FINER`). Of the layers with that grid it is the outermost, as for target layers: the end of a
+    stage or of a block, and not a layer inside the next one, before that makes the map smaller. Layers that had run
+    more than once do not count. Where there is none, the target layer guides itself.
+
+    Args:
+        guides: per target layer a module, "auto", or None for the target layer itself.
+        names: the names of the modules among them.
+        reshape_transform: as for the target layers. Where the guide is found, outputs that it does not make a map of
+            count as they are, (B, C, h, w) or (B, h, w, C).
+        copies: keep copies from the start, for those who cannot repeat a pass.
+    """
+
+    def __init__(
+        self,
+        guides: Sequence["nn.Module | str | None"],
+        names: dict[nn.Module, str],
+        reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None,
+        copies: bool = False,
+    ) -> None:
+        self._asked = tuple(guides)
+        self._found = list(guides)
+        self._names = dict(names)
+        self._reshape = reshape_transform
+        self._readings = [reshape_transform] * len(self._asked)
+        self._copies = copies
+        self._copied: set[nn.Module] = set()
+        self.begin()
+
+    @property
+    def names(self) -> list[str | None] | None:
+        """Per target layer the guide's name, None where it is the layer itself; None before they have been found."""
+        if AUTO in self._found:
+            return None
+        return [self._names[found] if isinstance(found, nn.Module) else None for found in self._found]
+
+    def begin(self) -> None:
+        """Let go of what the last pass kept."""
+        self._runs: Counter[nn.Module] = Counter()
+        self._latest: dict[nn.Module, _Kept] = {}
+        self._seen: dict[tuple, list[_Candidate]] = {}  # the latest two of every size and depth
+        self._candidates: dict[int, list[_Candidate]] = {}  # per target layer what had been seen when it ran
+        self._guides: dict[int, _Kept | None] = {}  # per target layer what its guide had returned by then
+        self._used: list[tuple[nn.Module, _Kept | None]] = []
+        self._is_stale = False
+
+    def register(self, named_modules: Iterable[tuple[str, nn.Module]]) -> list:
+        """Hooks on the guides, or on all the modules while there is one to be found; their handles."""
+        handles = [
+            module.register_forward_hook(self._keep)
+            for module in dict.fromkeys(self._found)
+            if isinstance(module, nn.Module)
+        ]
+        if AUTO in self._found:
+            for name, module in named_modules:
+                if not isinstance(module, PASSED_OVER):
+                    self._names.setdefault(module, name)
+                    handles.append(module.register_forward_hook(self._look))
+        return handles
+
+    def _keep(self, module, inputs, output):
+        tensor = _first(output)
+        if tensor is not None:
+            self._latest[module] = self._kept(module, tensor)
+
+    def _kept(self, module, tensor):
+        with torch.inference_mode(False):
+            if self._copies or module in self._copied or tensor.is_inference():
+                return _Kept(tensor.detach().clone(), None)
+            tensor = tensor.detach()
+            return _Kept(tensor, tensor._version)
+
+    def _look(self, module, inputs, output):
+        self._runs[module] += 1
+        tensor = _first(output)
+        if self._runs[module] > 1 or tensor is None or tensor.ndim < 3:
+            return
+        depth = self._names[module].count(".")
+        candidate = _Candidate(depth, self._runs.total(), module, self._kept(module, tensor))
+        # Two, because the latest may turn out to be a shared layer, which runs again.
+        latest = self._seen.setdefault((*tensor.shape[2:], depth), [])
+        latest[:] = [*latest[-1:], candidate]
+
+    def at_target(self, index: int) -> None:
+        """Called when target layer ``index`` has run: what has run until now may guide it."""
+        found = self._found[index]
+        if isinstance(found, nn.Module):
+            self._guides[index] = self._latest.get(found)
+        elif found == AUTO:
+            # Now and not later: a shared layer that runs behind the target layer too is still the one it was.
+            candidates = chain.from_iterable(self._seen.values())
+            self._candidates[index] = [each for each in candidates if self._runs[each.module] == 1]
+
+    def of(self, index: int, target_name: str, activations: torch.Tensor) -> torch.Tensor | None:
+        """The guide (B, Cg, hg, wg) of target layer ``index`` in this pass, None where that is the layer itself.
+
+        Raises:
+            ValueError: a guide that was asked for did not run before the target layer, or gives no such map.
+        """
+        found, sides = self._found[index], tuple(activations.shape[2:])
+        if found == AUTO:
+            self._found[index] = found = self._choose(index, sides)
+        if not isinstance(found, nn.Module):
+            return None
+        kept, name = self._guides.get(index), f"guide layer {self._names[found]!r}"
+        self._used.append((found, kept))
+        problem, guide = None, None
+        if kept is None:
+            problem = f"{name} must return a floating-point tensor before target layer {target_name!r} runs; it did not"
+        else:
+            reading = self._readings[index]
+            guide = kept.tensor if reading is None else reading(kept.tensor)
+            if guide.ndim != 4 or len(guide) != len(activations):
+                problem = f"{name} must return ({len(activations)}, C, h, w), a map per image, got {tuple(guide.shape)}"
+            elif guide.shape[2] < sides[0] or guide.shape[3] < sides[1]:
+                expected = f"the size {sides} of target layer {target_name!r}"
+                problem = f"{name} must have a grid of at least {expected}, got {tuple(guide.shape[2:])}"
+        if problem and self._asked[index] == AUTO:  # it was right for other inputs
+            self._found[index], self._is_stale = AUTO, True
+            return None
+        if problem:
+            raise ValueError(problem)
+        return guide
+
+    def _choose(self, index, sides):
+        """The guide for a target of these sides, or None: the smallest grid, then the outermost, then the latest."""
+        choices = []
+        for candidate in self._candidates.get(index, ()):
+            for reading in (self._reshape, None, channels_last_to_map):
+                grid = _grid(candidate.kept.tensor, reading)
+                if grid is not None and _fits(grid, sides):
+                    choices.append((grid[0] * grid[1], candidate.depth, -candidate.order, candidate, reading))
+                    break
+        if not choices:
+            return None
+        *_, candidate, self._readings[index] = min(choices, key=lambda choice: choice[:3])
+        self._guides[index] = candidate.kept
+        return candidate.module
+
+    def must_repeat(self) -> bool:
+        """Whether a guide has been changed in place since, or is not the right one for these inputs.
+
+        The next pass works on copies, or finds another.
+        """
+        changed = [module for module, kept in self._used if kept and kept.is_changed()]
+        self._copied.update(changed)
+        return bool(changed) or self._is_stale
+
+
+def _grid(tensor, reading):
+    """(h, w) of a layer's output as this transform reads it; None where it is no (B, C, h, w) then."""
+    try:
+        found = tensor if reading is None else reading(tensor)
+    except Exception:  # a transform was written for the target layer's output, and may do anything with another's
+        return None
+    is_map = isinstance(found, torch.Tensor) and found.ndim == 4 and len(found) == len(tensor)
+    return tuple(found.shape[2:]) if is_map else None
+
+
+def _fits(grid, sides):
+    """Whether the grid is fine enough for a target of these sides, and of its shape but for what strides round off."""
+    least, most = FINER
+    # A side of 2 n - 1 cells too is halved to n.
+    is_finer = all(least * (side - 1) < cells <= most * side for cells, side in zip(grid, sides))
+    times = grid[0] / sides[0], grid[1] / sides[1]
+    return is_finer and abs(times[0] - times[1]) <= max(times) / min(sides)
+
+
+def _first(output):
+    """The floating-point tensor that a layer's output is or starts with, or None."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None

@@ -1,0 +1,112 @@
+"""Localisation: the grid pointing game."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cfcam_gpu.metrics import checks
+
+
+class Mosaics(NamedTuple):
+    """What `mosaics` returns. Cells: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+
+    images: torch.Tensor
+    """(n, C, 2H, 2W), or (n, C, H, W) when shrunk."""
+    classes: torch.Tensor
+    """(n, 4) int64: the class of each cell, all different in a mosaic."""
+    sources: torch.Tensor
+    """(n, 4) int64: the index of each cell's image."""
+
+
+def mosaics(images, classes, n, rng, *, shrink=False):
+    """2 x 2 mosaics of images of four different classes, chosen at random.
+
+    Args:
+        images: (N, C, H, W).
+        classes: N class indices, of four classes at least: a list or an integer tensor.
+        n: how many mosaics.
+        rng: ``numpy.random.Generator``, or a seed for one.
+        shrink: halve each image (bilinear, with antialias), so that the mosaic has the images' size, for networks with
+            a fixed input; default False: cells of full size, as in the literature. H and W must then be even.
+
+    Returns:
+        `Mosaics`: images, classes (n, 4), sources (n, 4), on the images' device.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a wrong number of classes, fewer than four different ones, n < 1, a size that cannot be halved.
+
+    Source: Böhle et al., Convolutional Dynamic Alignment Networks, CVPR 2021. Departures: the grid is 2 x 2 always, and
+    which images to pass (there: those that the network is surest of) is the caller's choice.
+
+    >>> grids = mosaics(images, classes, n=100, rng=0)  # images (50, 3, 224, 224)
+    >>> grids.images.shape, grids.classes.shape
+    (torch.Size([100, 3, 448, 448]), torch.Size([100, 4]))
+    """
+    checks.check_floating("images", images, "(N, C, H, W)", 4)
+    n = checks.check_count("n", n)
+    classes = np.asarray(torch.as_tensor(classes).cpu())
+    if classes.shape != (len(images),) or classes.dtype.kind not in "iu":
+        raise ValueError(f"classes must be {len(images)} integers, got {classes.dtype} of shape {classes.shape}")
+    members = [np.flatnonzero(classes == index) for index in np.unique(classes)]
+    if len(members) < 4:
+        raise ValueError(f"classes must hold four different classes or more, got {len(members)}")
+    if shrink:
+        if images.shape[2] % 2 or images.shape[3] % 2:
+            raise ValueError(f"images must have an even height and width to be halved, got {tuple(images.shape)}")
+        images = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    rng = np.random.default_rng(rng)
+    chosen = [rng.choice(len(members), 4, replace=False) for _ in range(n)]
+    sources = np.array([[rng.choice(members[index]) for index in four] for four in chosen])
+    classes, sources = (torch.from_numpy(each).long().to(images.device) for each in (classes[sources], sources))
+    height, width = images.shape[2:]
+    cells = images[sources].view(n, 2, 2, -1, height, width)  # mosaic, row, column
+    return Mosaics(cells.permute(0, 3, 1, 4, 2, 5).reshape(n, -1, 2 * height, 2 * width), classes, sources)
+
+
+class PointingGame(NamedTuple):
+    """What `pointing_game` returns."""
+
+    energy: torch.Tensor
+    """(B,) share of the map's positive values that lies in the right cell; chance is 0.25. NaN where ``zero``."""
+    hit: torch.Tensor
+    """(B,) bool: the map's peak lies in the right cell, and in no other."""
+    zero: torch.Tensor
+    """(B,) bool: the map has no positive value."""
+
+
+@torch.no_grad()
+def pointing_game(maps, cells):
+    """Does the map of a class point at the cell of the mosaic that shows it?
+
+    Args:
+        maps: (B, H, W), floating point, H and W even: maps of mosaics, each of the class in its cell.
+        cells: (B,) the right cells, 0 to 3 in the order of `Mosaics`: a list or an integer tensor.
+
+    Returns:
+        `PointingGame`: energy, hit, zero, all (B,). Where the peak's value is reached in two cells, there is no hit.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes that do not match, an odd size, NaN, a cell that is not 0 to 3.
+
+    Source: the energy is the localisation metric of Böhle et al., CVPR 2021; the peak is the pointing game of Zhang et
+    al., Top-down Neural Attention by Excitation Backprop, ECCV 2016, with cells for objects.
+
+    >>> maps = cam.maps(grids.images, targets=grids.classes[:, 0])  # of the class at the top left
+    >>> pointing_game(maps, cells=[0] * len(maps)).energy.shape
+    torch.Size([100])
+    """
+    maps = checks.check_maps("maps", maps)
+    batch, height, width = maps.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"maps must have an even height and width, got {tuple(maps.shape)}")
+    cells = checks.check_classes(cells, batch, maps.device, n_classes=4, name="cells")
+    positive = maps.clamp_min(0).double().view(batch, 2, height // 2, 2, width // 2)
+    energy, peak = (each.flatten(1) for each in (positive.sum((2, 4)), positive.amax((2, 4))))  # (B, 4)
+    total, right = energy.sum(1), cells[:, None] == torch.arange(4, device=maps.device)
+    inside = (energy * right).sum(1)
+    hit = peak.masked_fill(~right, -torch.inf).amax(1) > peak.masked_fill(right, -torch.inf).amax(1)
+    return PointingGame(inside / total, hit, total == 0)

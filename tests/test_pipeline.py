@@ -1,5 +1,6 @@
 """The public functions: what they refuse and in which words, what they choose, and arrays of other libraries."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,14 @@ def test_cluster_channels_checks_too(activations, message):
         ({"min_samples_fraction": float("nan")}, ValueError, r"min_samples_fraction must be in \[0, 1\], got nan"),
         ({"sigma": 0}, ValueError, "sigma must be above 0, got 0"),
         ({"affinity_power": 17}, ValueError, r"affinity_power must be in \[0, 16\], got 17"),
+        ({"affinity_sigma": 0.0}, ValueError, "affinity_sigma must be above 0, got 0.0"),
+        ({"affinity_sigma": float("nan")}, ValueError, r"affinity_sigma must be in \[0, inf\], got nan"),
+        ({"affinity_steps": 17}, ValueError, r"affinity_steps must be in \[0, 16\], got 17"),
+        ({"affinity_steps": -1}, ValueError, r"affinity_steps must be in \[0, 16\], got -1"),
+        ({"affinity_steps": 2.0}, TypeError, "affinity_steps must be an integer, got float"),
+        ({"affinity_steps": True}, TypeError, "affinity_steps must be an integer, got bool"),
+        ({"margin_temperature": -0.1}, ValueError, r"margin_temperature must be in \[0, 100\], got -0.1"),
+        ({"margin_temperature": "1"}, TypeError, "margin_temperature must be a real number, got str"),
         ({"sigma": "1"}, TypeError, "sigma must be a real number, got str"),
         ({"sigma": True}, TypeError, "sigma must be a real number, got bool"),
         ({"boundary": "wrap"}, ValueError, r"boundary must be one of \('constant', 'reflect', 'nearest'\), got 'wrap'"),
@@ -105,11 +114,13 @@ def test_bad_configurations(arguments, error, message):
 
 
 def test_configuration():
-    assert CFCAMConfig.paper() == CFCAMConfig(
-        75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max", affinity_power=0.0, margin_temperature=0.0
-    )
-    assert CFCAMConfig() == CFCAMConfig(50.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax", 3.0)
-    assert CFCAMConfig.stable() == CFCAMConfig(50.0, "raw", 25.0, 0.05, 1.0, "constant", "signed", "minmax", 2.0)
+    published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
+    assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, affinity_power=0.0, margin_temperature=0.0)
+    assert CFCAMConfig() == CFCAMConfig(50.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.5)
+    assert CFCAMConfig.stable() == CFCAMConfig(50.0, *ours, "signed", "minmax", 2.0, 2.0, 3, 2.0)
+    assert CFCAMConfig().averages
+    for off in ({"affinity_power": 0}, {"affinity_steps": 0}):
+        assert not CFCAMConfig(**off).averages
     with pytest.raises(AttributeError):
         CFCAMConfig().sigma = 2.0
     assert [CFCAMConfig().min_samples(n) for n in (0, 39, 60, 1536)] == [2, 2, 3, 76]
@@ -132,6 +143,45 @@ def test_auto_is_triton_on_a_gpu_where_it_takes_the_tensors():
     assert pipeline.choose("auto", "sklearn", on_gpu()) == ("triton", "sklearn")
     assert pipeline.choose("auto", "auto", on_gpu(dtype=torch.float64)) == ("torch", "batched")
     assert pipeline.choose("auto", "auto", on_gpu(shape=(1, 5000, 3, 3))) == ("torch", "batched")
+
+
+GUIDE = torch.rand(2, 5, 4, 6)
+
+
+@pytest.mark.parametrize(
+    "guide, error, message",
+    [
+        (GUIDE[:1], ValueError, "guide must have the activations' batch size 2, got 1"),
+        (GUIDE[0], ValueError, r"guide must have shape \(B, C, h, w\), got \(5, 4, 6\)"),
+        (GUIDE[:, :0], ValueError, r"guide \(B, C, h, w\) must not be empty, got \(2, 0, 4, 6\)"),
+        (GUIDE.int(), TypeError, "guide must be floating point, got torch.int32"),
+        (GUIDE[:, :, :, :2], ValueError, r"guide must have a grid of at least the activations' \(3, 3\), got \(4, 2\)"),
+        (GUIDE.to("meta"), ValueError, "guide must be on the activations' device cpu, got meta"),
+        (GUIDE.tolist(), TypeError, "guide must be a torch.Tensor or an array with DLPack, got list"),
+        (GUIDE / 0, ValueError, "guide must be finite, got 240 NaN or infinite values of 240"),
+    ],
+)
+def test_bad_guides(guide, error, message):
+    for config in (CFCAMConfig(), CFCAMConfig.paper()):  # one that has no effect is refused too
+        with pytest.raises(error, match=message):
+            cf_cam(A, A, config=config, guide=guide)
+    if isinstance(guide, torch.Tensor) and "finite" not in message:
+        with pytest.raises(error, match=message):
+            pipeline.class_grid(A, A[:, :, 0, 0], config=CFCAMConfig(), guide=guide)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_guide_that_has_no_effect(backend, seed):
+    if backend == "reference" and pipeline.unavailable(backend):
+        pytest.skip(f"the reference cannot run: {pipeline.unavailable(backend)}")
+    activations, gradients = activations_like((2, 40, 4, 4)), torch.randn(2, 40, 4, 4)
+    guide = torch.rand(2, 3, 9, 8)
+    for config in (CFCAMConfig.paper(), CFCAMConfig(affinity_power=0), CFCAMConfig(affinity_steps=0)):
+        plain = cf_cam(activations, gradients, (9, 9), config, backend)
+        guided = cf_cam(activations, gradients, (9, 9), config, backend, guide=guide)
+        assert all(torch.equal(*pair) for pair in zip(plain, guided))
+    guided = cf_cam(activations, gradients, (9, 9), backend=backend, guide=guide.numpy())
+    assert not torch.equal(guided.maps, cf_cam(activations, gradients, (9, 9), backend=backend).maps)
 
 
 def test_devices_must_match():

@@ -1,14 +1,15 @@
 """The torch backend against the float64 reference and against SciPy, over presets, boundaries, dtypes and layouts."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close, stretch_of_map
+from compare import assert_close, averaged, stretch_of_map
 from problems import activations_like, equal_labels
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import correlate1d, gaussian_filter
 from sklearn.metrics.pairwise import cosine_similarity
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
@@ -18,19 +19,20 @@ from cfcam_gpu.gaussian import filter_matrix, pooling_weights
 
 PRESETS = {
     "default": CFCAMConfig(),
-    "affinity": CFCAMConfig(affinity_power=4.0),
+    "affinity": CFCAMConfig(affinity_power=4.0, affinity_sigma=math.inf, affinity_steps=1),
     "paper": CFCAMConfig.paper(),
 }
 
 
-def compare_with_reference(activations, gradients, config, output_size=(33, 47)):
+def compare_with_reference(activations, gradients, config, output_size=(33, 47), guide=None):
     """Weights and maps of both backends; labels may differ only at the edge, and then there is nothing to compare."""
-    result = cf_cam(activations, gradients, output_size, config)
-    expected = cf_cam(activations, gradients, output_size, config, backend="reference")
+    result = cf_cam(activations, gradients, output_size, config, guide=guide)
+    expected = cf_cam(activations, gradients, output_size, config, backend="reference", guide=guide)
     assert expected.maps.dtype == torch.float64
     for image in equal_labels(activations, result.labels, expected.labels, config).nonzero()[:, 0].tolist():
         assert_close(result.weights[image], expected.weights[image], activations.dtype)
-        stretch = stretch_of_map(activations[image], expected.weights[image], output_size, config)
+        of_image = None if guide is None else guide[image].double()
+        stretch = stretch_of_map(activations[image], expected.weights[image], output_size, config, of_image)
         assert_close(result.maps[image], expected.maps[image], activations.dtype, stretch)
     return result
 
@@ -49,6 +51,8 @@ def test_equals_the_reference(preset, boundary, descriptor, shape, seed):
             weighting=PRESETS[preset].weighting,
             normalize=PRESETS[preset].normalize,
             affinity_power=PRESETS[preset].affinity_power,
+            affinity_sigma=PRESETS[preset].affinity_sigma,
+            affinity_steps=PRESETS[preset].affinity_steps,
         )
         result = compare_with_reference(activations_like(shape), torch.randn(shape), config)
         assert result.maps.shape == (shape[0], 33, 47)
@@ -65,40 +69,145 @@ def test_dtypes(dtype, preset, seed):
     assert result.maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def everywhere(power):
+    """One average over all alike cells, near and far."""
+    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 4.0, 16.0])
 @pytest.mark.parametrize("shape", [(2, 40, 7, 7), (2, 16, 9, 14), (1, 5, 1, 2)])
 def test_average_of_alike_cells_equals_scikit_learn(shape, power, seed):
-    activations, grids = torch.randn(shape).relu(), torch.randn(shape[0], *shape[2:])
-    activations[0, :, 0, 0] = 0  # a cell without features: its average is 0
-    averaged = torch_backend.average_alike_cells(grids.double(), activations.double(), power)
+    activations, grids, config = torch.randn(shape).relu(), torch.randn(shape[0], *shape[2:]), everywhere(power)
+    activations[0, :, 0, 0] = 0  # a cell without features: it keeps its value
+    average = torch_backend.average_alike_cells(grids.double(), activations.double(), config)
     for image in range(shape[0]):
         affinity = cosine_similarity(activations[image].flatten(1).T.double()).clip(0) ** power
-        mass = affinity.sum(1)
-        expected = np.where(mass > 0, affinity @ grids[image].double().flatten().numpy() / np.maximum(mass, 1e-30), 0)
-        assert_close(averaged[image].flatten(), expected, torch.float64)
+        mass, values = affinity.sum(1), grids[image].double().flatten().numpy()
+        expected = np.where(mass > 0, affinity @ values / np.maximum(mass, 1e-30), values)
+        assert_close(average[image].flatten(), expected, torch.float64)
     if power <= 4:  # the power multiplies the rounding of the cosine
-        assert_close(torch_backend.average_alike_cells(grids, activations, power), averaged)
+        assert_close(torch_backend.average_alike_cells(grids, activations, config), average)
     if power <= 1 and shape[1] > 10:  # random features then have a cosine of about a third
-        assert (averaged - grids).abs().max() > 0.1 * grids.abs().max()
-    constant = torch_backend.average_alike_cells(torch.ones_like(grids), activations + 1, power)
+        assert (average - grids).abs().max() > 0.1 * grids.abs().max()
+    constant = torch_backend.average_alike_cells(torch.ones_like(grids), activations + 1, config)
     assert_close(constant, torch.ones_like(grids))
 
 
-def test_average_of_alike_cells_in_blocks(seed, monkeypatch):
-    activations, grids = torch.randn(3, 20, 9, 5), torch.randn(3, 2, 9, 5)
-    activations[1, :, 8, 4] = 0
-    whole = torch_backend.average_alike_cells(grids, activations, 2.0)
-    for block_bytes in (1, 7 * 45 * 4, 15 * 45 * 4):  # a cell, some cells, a third of them at a time
-        for name in ("AFFINITY_BYTES", "AFFINITY_BYTES_ON_CPU"):
-            monkeypatch.setattr(torch_backend, name, block_bytes)
-        assert_close(torch_backend.average_alike_cells(grids, activations, 2.0), whole)
+# Grids and guides: twice the sides; ratios that are not whole, primes; one row; a guide no finer than the grid, and one
+# finer in one direction alone.
+GUIDES = [
+    ((7, 7), (14, 14)),
+    ((5, 3), (11, 8)),
+    ((1, 6), (1, 13)),
+    ((6, 7), (6, 7)),
+    ((4, 4), (9, 4)),
+    ((7, 1), (7, 1)),
+]
+
+
+@pytest.mark.parametrize("grid, fine", GUIDES)
+@pytest.mark.parametrize(
+    "power, sigma, steps", [(2, 2, 2), (0.5, 0.7, 1), (3, math.inf, 3), (1, 1e-20, 2), (2, 1.4, 0)]
+)
+def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps, seed):
+    config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps)
+    guide = torch.randn(4, 13, *fine).relu()
+    guide[0, :, 0, 0] = 0  # without features
+    guide[1] = 0
+    guide[2] = torch.rand(13, 1, 1)  # all alike
+    for layout in (guide, guide.contiguous(memory_format=torch.channels_last), F.pad(guide, (1, 2))[..., 1:-2]):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            features = layout.to(dtype)
+            grids = torch.randn(4, *grid, dtype=torch.promote_types(dtype, torch.float32))
+            average = torch_backend.average_alike_cells(grids, features, config)
+            assert average.shape == (4, *(fine if steps else grid)) and average.dtype == grids.dtype
+            assert_close(average, averaged(grids, features, config), grids.dtype)
+    if steps:
+        resized = F.interpolate(grids[1:2, None], fine, mode="bilinear")[0, 0]
+        torch.testing.assert_close(average[1], resized, msg="without features every cell keeps its value")
+    expanded = guide[:1, :, :1, :1].add(1).expand(4, 13, *fine)  # stride 0
+    assert_close(
+        torch_backend.average_alike_cells(grids, expanded, config), averaged(grids, expanded, config), grids.dtype
+    )
+    several = torch.stack([grids, -2 * grids], 1)
+    both = torch_backend.average_alike_cells(several, guide, config)
+    assert_close(both[:, 1], -2 * both[:, 0])
+    assert_close(both[:, 0], averaged(grids, guide, config))
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.5, 2.0])
+def test_the_average_of_cells_all_alike_is_a_gaussian_filter(sigma, rng):
+    grids, guide = rng.normal(size=(1, 6, 9)), torch.ones(1, 3, 12, 27).double()
+    config = CFCAMConfig(affinity_sigma=sigma, affinity_steps=1)
+
+    def filtered(image):  # truncated at three sigma of the grid's cells, each two or three of the guide's
+        for axis, finer in ((0, 2), (1, 3)):
+            reach = int(3 * sigma * finer + 1e-9)
+            taps = np.exp(-((np.arange(-reach, reach + 1) / finer / sigma) ** 2) / 2)
+            image = correlate1d(image, taps, axis, mode="constant")
+        return image
+
+    fine = F.interpolate(torch.from_numpy(grids)[None], (12, 27), mode="bilinear")[0, 0].numpy()
+    expected = filtered(fine) / filtered(np.ones_like(fine))
+    assert_close(torch_backend.average_alike_cells(torch.from_numpy(grids), guide, config)[0], expected, torch.float64)
+    # SciPy's own Gaussian where the rounding of its radius is the window's.
+    own = torch_backend.average_alike_cells(torch.from_numpy(grids), torch.ones(1, 1, 6, 9), config)[0]
+    scipy = [
+        gaussian_filter(image, sigma, mode="constant", radius=int(3 * sigma + 1e-9))
+        for image in (grids[0], grids[0] * 0 + 1)
+    ]
+    assert_close(own, scipy[0] / scipy[1], torch.float64)
+
+
+def test_features_that_are_nan_are_none(seed):
+    guide, grids = torch.randn(2, 8, 6, 5), torch.randn(2, 3, 5)
+    guide[0, 3, 2, 2], guide[1, 0, 0, 0] = torch.nan, torch.inf
+    without = guide.clone()
+    without[0, :, 2, 2] = without[1, :, 0, 0] = 0
+    average = torch_backend.average_alike_cells(grids, guide, CFCAMConfig())
+    assert torch.equal(average, torch_backend.average_alike_cells(grids, without, CFCAMConfig()))
+    assert_close(average, averaged(grids, guide))
+    weights, activations = torch.randn(2, 8), guide.nan_to_num(torch.nan, 0)
+    left_out = torch_backend.class_grid(activations, weights, False, skip_nan=True, config=CFCAMConfig())
+    sums = torch.einsum("bc,bchw->bhw", weights, activations.nan_to_num(0))
+    assert_close(left_out, averaged(sums, activations))
+
+
+# All cells at once, some rows, one row, and parts of one row; kept between the steps, and made again for each.
+@pytest.mark.parametrize("block_bytes", [2**20, 9000, 4000, 300])
+@pytest.mark.parametrize("sigma", [0.6, math.inf])
+def test_average_of_alike_cells_in_blocks(block_bytes, sigma, seed, monkeypatch):
+    guide, grids, config = torch.randn(3, 20, 13, 11), torch.randn(3, 2, 9, 5), CFCAMConfig(affinity_sigma=sigma)
+    guide[1, :, 8, 4] = 0
+    whole = torch_backend.average_alike_cells(grids, guide, config)
+    assert_close(whole[:, 0], averaged(grids[:, 0], guide, config))
+    monkeypatch.setattr(torch_backend, "AFFINITY_BYTES_ON_CPU", block_bytes)
+    for kept in (torch_backend.AFFINITY_BYTES, 1):
+        monkeypatch.setattr(torch_backend, "AFFINITY_BYTES", kept)
+        assert_close(torch_backend.average_alike_cells(grids, guide, config), whole)
+
+
+def test_blocks_of_a_large_grid_stay_small(monkeypatch):
+    sizes, blocks = [], torch_backend.affinities
+
+    def measured(*arguments):
+        for start, affinity in blocks(*arguments):
+            sizes.append(affinity.numel() * affinity.element_size())
+            yield start, affinity
+
+    monkeypatch.setattr(torch_backend, "affinities", measured)
+    guide = torch.rand(1, 4, 160, 160)
+    torch_backend.average_alike_cells(guide[:, 0], guide, CFCAMConfig())
+    assert max(sizes) <= torch_backend.AFFINITY_BYTES_ON_CPU
+    assert sum(sizes) < 160**4 * 4 / 10, "the window leaves most pairs out"
 
 
 @pytest.mark.parametrize("power", [1.0, 4.0])
 def test_affinity_equals_the_reference(power, seed):
-    for shape in ((3, 127, 7, 7), (2, 40, 12, 5)):
+    for shape, guide in (((3, 127, 7, 7), None), ((2, 40, 12, 5), (2, 31, 25, 9)), ((3, 127, 7, 7), (3, 40, 14, 14))):
         config = CFCAMConfig(affinity_power=power)
-        compare_with_reference(activations_like(shape), torch.randn(shape), config)
+        guide = guide and torch.randn(guide).relu()
+        compare_with_reference(activations_like(shape), torch.randn(shape), config, guide=guide)
 
 
 def test_affinity_takes_extreme_values(seed):

@@ -3,15 +3,17 @@
     k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
 with f_p = (F_1p ... F_Cp) the features of the guide's cell p, and q at most reach_y rows and reach_x columns away; a
-cell without features keeps S_p. S is the signed sum over the channels on the target layer's coarser grid, of which each
-program takes the bilinear value at q for itself, or what the step before has left on the guide's own. A program owns a
-block of cells p and walks over the cells q of the rows within reach, as attention does: the products f_p . f_q and the
-norms come from one pass over the channels, and no matrix of affinities reaches the memory.
+cell without features keeps S_p. In the first step S is the signed sum over the channels on the target layer's coarser
+grid, of which each program takes the bilinear value at q for itself, its negative cells scaled down to what the
+positive ones amount to (`reference.balance`); later it is what the step before has left on the guide's own grid. A
+program owns a block of cells p and walks over the cells q of the rows within reach, as attention does: the products
+f_p . f_q and the norms come from one pass over the channels, and no matrix of affinities reaches the memory.
 
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
 
-Floor: C * hg * wg reads; 2 * C operations for each pair of cells within reach, at most (hg * wg)^2 of them.
+Floor: C * hg * wg reads; 2 * C operations for each pair of cells within reach, at most (hg * wg)^2 of them. To balance,
+each program of the first step reads all of S: h * w values, which stay in the cache.
 """
 
 import math
@@ -20,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cfcam_gpu.gaussian import window_decay, window_reach
-from cfcam_gpu.kernels.class_map import bilinear
+from cfcam_gpu.constants import constant
+from cfcam_gpu.gaussian import coverage, window_decay, window_reach
+from cfcam_gpu.kernels.class_map import bilinear, scaled_below_zero
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 
@@ -44,9 +47,32 @@ def log2_likeness(product, square, other_square, power):
 
 
 @triton.jit
+def share_of_evidence(grid_ptr, rows_ptr, columns_ptr, height, width, BLOCK: tl.constexpr):
+    """What the negative cells are multiplied by: the positive ones' total over theirs, at most 1."""
+    speaks_for = tl.zeros([BLOCK], tl.float32)
+    speaks_against = tl.zeros([BLOCK], tl.float32)
+    first = 0
+    while first < height * width:
+        cell = first + tl.arange(0, BLOCK)
+        inside = cell < height * width
+        weight = tl.load(rows_ptr + cell // width, mask=inside, other=0.0)
+        weight = weight * tl.load(columns_ptr + cell % width, mask=inside, other=0.0)
+        weighted = tl.load(grid_ptr + cell, mask=inside, other=0.0) * weight
+        speaks_for += tl.maximum(weighted, 0.0)
+        speaks_against += tl.maximum(-weighted, 0.0)
+        first += BLOCK
+    evidence_for = tl.sum(speaks_for, axis=0)
+    evidence_against = tl.sum(speaks_against, axis=0)
+    outweighed = evidence_against > evidence_for
+    return tl.where(outweighed, evidence_for / tl.where(outweighed, evidence_against, 1.0), 1.0)
+
+
+@triton.jit
 def affinity_sum_kernel(
     f_ptr,
     grid_ptr,
+    rows_ptr,
+    columns_ptr,
     averaged_ptr,
     n_channels,
     height,
@@ -66,6 +92,7 @@ def affinity_sum_kernel(
     f_stride_x,
     RELU: tl.constexpr,
     RESIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -81,6 +108,9 @@ def affinity_sum_kernel(
     x = cell % width
     f_ptr += image * f_stride_b
     grid_ptr += image * grid_height * grid_width
+    share = 1.0
+    if BALANCE:
+        share = share_of_evidence(grid_ptr, rows_ptr, columns_ptr, grid_height, grid_width, BLOCK_Q)
     of_p = y.to(tl.int64) * f_stride_y + x.to(tl.int64) * f_stride_x
 
     total = tl.zeros([BLOCK_P], tl.float32)
@@ -119,17 +149,19 @@ def affinity_sum_kernel(
         exponent -= decay_y * (apart_y * apart_y).to(tl.float32) + decay_x * (apart_x * apart_x).to(tl.float32)
         affinity = tl.where(alike & near, tl.exp2(exponent), 0.0)
         if RESIZE:
-            value = bilinear(grid_ptr, other, in_others, grid_height, grid_width, width, scale_y, scale_x, 0.0)
+            value = bilinear(
+                grid_ptr, other, in_others, grid_height, grid_width, width, scale_y, scale_x, 0.0, share, True
+            )
         else:
-            value = tl.load(grid_ptr + other, mask=in_others, other=0.0)
+            value = scaled_below_zero(tl.load(grid_ptr + other, mask=in_others, other=0.0), share, BALANCE)
         total += tl.sum(affinity * value[None, :], axis=1)
         mass += tl.sum(affinity, axis=1)
         first += BLOCK_Q
 
     if RESIZE:
-        own = bilinear(grid_ptr, cell, in_cells, grid_height, grid_width, width, scale_y, scale_x, 0.0)
+        own = bilinear(grid_ptr, cell, in_cells, grid_height, grid_width, width, scale_y, scale_x, 0.0, share, True)
     else:
-        own = tl.load(grid_ptr + cell, mask=in_cells, other=0.0)
+        own = scaled_below_zero(tl.load(grid_ptr + cell, mask=in_cells, other=0.0), share, BALANCE)
     averaged = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), own)
     if RELU:
         averaged = tl.maximum(averaged, 0.0)
@@ -137,7 +169,9 @@ def affinity_sum_kernel(
 
 
 def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
-    """The signed sum averaged over alike cells, by default its positive part: float32 (B, hg, wg); a launch a step.
+    """The signed sum balanced and averaged over alike cells, by default its positive part: float32 (B, hg, wg).
+
+    A launch a step.
 
     Args:
         grid: float32 (B, h, w), contiguous.
@@ -150,6 +184,10 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
     target_shape = grid.shape[1:]
     reach = [window_reach(size, target, sigma_cells) for size, target in zip(shape, target_shape)]
     decay = [window_decay(size, target, sigma_cells) * math.log2(math.e) for size, target in zip(shape, target_shape)]
+    weights = [
+        constant(coverage, (target, size, float(sigma_cells)), guide.device, torch.float32)
+        for target, size in zip(target_shape, shape)
+    ]
     # Small grids: more programs an image, so that one image alone does not wait for one multiprocessor. These are the
     # largest blocks and most stages that no supported version of the compiler spills registers for.
     block_p, num_warps, num_stages = (16, 4, 2) if n_cells <= 256 else (32, 8, 3)
@@ -160,6 +198,7 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
         affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
             guide,
             grid,
+            *weights,
             averaged,
             n_channels,
             *shape,
@@ -172,6 +211,7 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
             *guide.stride(),
             RELU=relu and step == steps - 1,
             RESIZE=tuple(grid.shape[1:]) != tuple(shape),
+            BALANCE=step == 0,
             N_STEPS=cdiv(n_channels, block_c),
             BLOCK_P=block_p,
             BLOCK_Q=block_q,

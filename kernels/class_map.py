@@ -83,8 +83,21 @@ def grid_extremes(grid_ptr, n_cells, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bilinear(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x, base):
-    """The bilinear values of grid - base at ``pixel``, half-pixel centres (align_corners=False), as torch has them."""
+def scaled_below_zero(value, factor, SCALE: tl.constexpr):
+    """``value``, times ``factor`` where it is negative if SCALE."""
+    if SCALE:
+        value = tl.where(value < 0, value * factor, value)
+    return value
+
+
+@triton.jit
+def bilinear(
+    grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x, base, factor=1.0, SCALE: tl.constexpr = False
+):
+    """The bilinear values of grid - base at ``pixel``, half-pixel centres (align_corners=False), as torch has them.
+
+    With SCALE, of a grid whose negative values are multiplied by ``factor``; base is 0 then.
+    """
     y = tl.maximum(((pixel // out_width).to(tl.float32) + 0.5) * scale_y - 0.5, 0.0)
     x = tl.maximum(((pixel % out_width).to(tl.float32) + 0.5) * scale_x - 0.5, 0.0)
     top = tl.minimum(y.to(tl.int32), height - 1)
@@ -93,10 +106,12 @@ def bilinear(grid_ptr, pixel, inside, height, width, out_width, scale_y, scale_x
     right = tl.minimum(left + 1, width - 1)
     y -= top.to(tl.float32)
     x -= left.to(tl.float32)
-    upper = (tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) - base) * (1 - x)
-    upper += (tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) - base) * x
-    lower = (tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) - base) * (1 - x)
-    lower += (tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) - base) * x
+    top_left = tl.load(grid_ptr + top * width + left, mask=inside, other=0.0) - base
+    top_right = tl.load(grid_ptr + top * width + right, mask=inside, other=0.0) - base
+    down_left = tl.load(grid_ptr + down * width + left, mask=inside, other=0.0) - base
+    down_right = tl.load(grid_ptr + down * width + right, mask=inside, other=0.0) - base
+    upper = scaled_below_zero(top_left, factor, SCALE) * (1 - x) + scaled_below_zero(top_right, factor, SCALE) * x
+    lower = scaled_below_zero(down_left, factor, SCALE) * (1 - x) + scaled_below_zero(down_right, factor, SCALE) * x
     return upper * (1 - y) + lower * y
 
 

@@ -1,6 +1,5 @@
 """The public functions: what they refuse and in which words, what they choose, and arrays of other libraries."""
 
-import math
 from types import SimpleNamespace
 
 import pytest

@@ -138,13 +138,13 @@ def balance(grid, shape, config):
 
     Averaged over cells that are all alike, a sum whose total is negative would be negative everywhere, whatever speaks
     for the class. What is compared is the totals of the averages on a guide of this shape (hg, wg), were all its cells
-    alike. A sum without a positive value becomes zeros.
+    alike. A sum without a positive value stays as it is: it has no positive part however it is averaged.
     """
     if not config.averages:
         return grid
     weights = np.outer(*(coverage(old, new, config.affinity_sigma) for old, new in zip(grid.shape, shape)))
     evidence_for, evidence_against = (weights * np.maximum(grid, 0)).sum(), (weights * np.maximum(-grid, 0)).sum()
-    if evidence_against > evidence_for:
+    if evidence_against > evidence_for > 0:
         grid = np.where(grid < 0, grid * (evidence_for / evidence_against), grid)
     return grid
 

@@ -164,7 +164,8 @@ def evidence_factors(grids, shape, config):
     )
     weighted = grids * (rows[:, None] * columns)
     evidence_for, evidence_against = (each.clamp_min(0).sum((1, 2), True) for each in (weighted, -weighted))
-    share = torch.where(evidence_against > evidence_for, evidence_for / evidence_against, 1)
+    outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
+    share = torch.where(outweighed, evidence_for / evidence_against, 1)
     return torch.where(grids < 0, share, 1)
 
 

@@ -48,7 +48,7 @@ def log2_likeness(product, square, other_square, power):
 
 @triton.jit
 def share_of_evidence(grid_ptr, rows_ptr, columns_ptr, height, width, BLOCK: tl.constexpr):
-    """What the negative cells are multiplied by: the positive ones' total over theirs, at most 1."""
+    """What the negative cells are multiplied by: the positive ones' total over theirs; at most 1, and 1 without any."""
     speaks_for = tl.zeros([BLOCK], tl.float32)
     speaks_against = tl.zeros([BLOCK], tl.float32)
     first = 0
@@ -63,7 +63,7 @@ def share_of_evidence(grid_ptr, rows_ptr, columns_ptr, height, width, BLOCK: tl.
         first += BLOCK
     evidence_for = tl.sum(speaks_for, axis=0)
     evidence_against = tl.sum(speaks_against, axis=0)
-    outweighed = evidence_against > evidence_for
+    outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
     return tl.where(outweighed, evidence_for / tl.where(outweighed, evidence_against, 1.0), 1.0)
 
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from captured import margin_targets
@@ -15,7 +16,7 @@ torchvision = pytest.importorskip("torchvision", reason="torchvision is not inst
 pytest.importorskip("captum", reason="captum is not installed (extra: captum)")
 import captum.attr as original
 
-from cfcam_gpu import CFCAMConfig, cf_cam
+from cfcam_gpu import CFCAMConfig, cf_cam, reference
 from cfcam_gpu.adapters import captum as adapter
 
 LAYERS = {
@@ -262,7 +263,31 @@ def test_what_is_left_to_captum(resnet18, images, options):
         attribution = make(model, layer, options.get("device_ids"))
         results.append(attribution.attribute(images, target, grad_kwargs=grad_kwargs))
     assert torch.equal(results[0], results[1]) and results[1].requires_grad
-    assert_same(results[2], adapter.CFCAM(model, layer).attribute(images, target))
+    assert_same(results[2], adapter.CFCAM(model, layer).attribute(images, target))  # which needs no graph, nor devices
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.enable_grad])
+def test_cf_cam_where_captum_runs_the_model(resnet18, images, block):
+    """Where the model switches autograd itself: the same guide and the same score."""
+
+    class Switching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Sequential(*list(resnet18.children())[:6])
+            self.rest = nn.Sequential(*list(resnet18.children())[6:9], nn.Flatten(), resnet18.fc)
+
+        def forward(self, x):
+            with block():
+                x = self.trunk(x)
+            return self.rest(x)
+
+    model, layer = Switching().eval(), resnet18.layer2 if block is torch.enable_grad else resnet18.layer3
+    expected = adapter.CFCAM(resnet18, layer).attribute(images, [3, 5])
+    attribution = adapter.CFCAM(model, layer)
+    assert_close(attribution.attribute(images, [3, 5]), expected)
+    assert attribution.guide_names == ["trunk.4" if block is torch.enable_grad else "trunk"]
+    wrapped = adapter.CFCAM(nn.DataParallel(resnet18), layer)
+    assert_close(wrapped.attribute(images, [3, 5]), expected)
 
 
 def state(model):
@@ -317,8 +342,16 @@ def test_cf_cam(resnet18, images, config):
     assert torch.equal(attribution.attribute(images, [3, 5], relu_attributions=True), signed.relu())
     each = attribution.attribute(images, [3, 5], attr_dim_summation=False)
     assert_close(each.sum(1, keepdim=True), signed)
+    # The channels are scaled as their sum is, so that they add up to it.
+    total = terms.sum(1)
+    balanced = [reference.balance(grid.numpy(), guide.shape[2:], config) for grid in total]
+    factors = torch.where(total < 0, torch.from_numpy(np.stack(balanced)) / total, 1)
     for channel in (0, 100):
-        assert_close(each[:, channel], averaged(terms[:, channel], guide, config))
+        expected = [
+            reference.average_alike_cells((of_image[channel] * factor).numpy(), features.numpy(), config)
+            for of_image, factor, features in zip(terms, factors, guide)
+        ]
+        assert_close(each[:, channel], np.stack(expected))
     assert attribution.interpolate(signed, (64, 96), "bilinear").shape == (2, 1, 64, 96)
 
 

@@ -12,9 +12,11 @@ where that is what the layer gets or returns.
 """
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
@@ -134,8 +136,8 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
     ):
         """CF-CAM's weighted sum over the channels, signed, on the grid of the layer's guide or else its own.
 
-        The score of a class in outputs (N, n), n > 1, is its margin (``config.margin_temperature``). Where captum's own
-        code runs (DataParallel, ``device_ids``, ``create_graph``), it is the logit, and the layer guides itself.
+        The score of a class in outputs (N, n), n > 1, is its margin (``config.margin_temperature``). Nothing carries a
+        graph, so ``create_graph`` has no effect; DataParallel's module runs on its own device, whatever ``device_ids``.
 
         Args:
             inputs, target, additional_forward_args, grad_kwargs: as for captum's ``LayerGradCam``.
@@ -153,19 +155,25 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         """
         taken = (target, additional_forward_args, attribute_to_layer_input)
         guides, temperature = self._guides, self.config.margin_temperature
-        captured = _capture(self, inputs, *taken, grad_kwargs, guides, temperature)
+        single = copy.copy(self)
+        single.device_ids = None
+        if isinstance(self.forward_func, nn.DataParallel):
+            single.forward_func = self.forward_func.module
+            device = next(self.forward_func.parameters()).device
+            inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+        grad_kwargs = {name: value for name, value in (grad_kwargs or {}).items() if name != "create_graph"}
+        captured = _capture(single, inputs, *taken, grad_kwargs, guides, temperature)
         if captured is None:
-            guides = None
-            captured = compute_layer_gradients_and_eval(
-                self.forward_func,
-                self.layer,
-                inputs if isinstance(inputs, tuple) else (inputs,),
-                target,
-                additional_forward_args,
-                device_ids=self.device_ids,
-                attribute_to_layer_input=attribute_to_layer_input,
-                grad_kwargs=grad_kwargs,
-            )
+            with _watched(single.forward_func, guides, self.layer, attribute_to_layer_input):
+                captured = compute_layer_gradients_and_eval(
+                    lambda *args: _score(single.forward_func(*args), target, temperature),
+                    self.layer,
+                    inputs if isinstance(inputs, tuple) else (inputs,),
+                    None,
+                    additional_forward_args,
+                    attribute_to_layer_input=attribute_to_layer_input,
+                    grad_kwargs=grad_kwargs,
+                )
         maps = []
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
@@ -261,31 +269,50 @@ def _capture(
     with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
-        handles = [register(tap)]
-        if guides is not None:
-            guides.begin()
-            handles += guides.register(named_modules(forward_func))
+        handle = register(tap)
         try:
-            outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
+            with _watched(forward_func, guides):
+                outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
             if not isinstance(outputs, torch.Tensor):
                 return None
-            output = _select_targets(outputs, target)
+            output = _score(outputs, target, margin_temperature)
             # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer.
             usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
             if not (usable and output.ndim and len(output) and output[0].numel() == 1):
                 return None
             with torch.enable_grad():
-                if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
-                    indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
-                    classes = _select_targets(indices, target)
-                    output = (outputs * margin_cotangent(outputs.detach(), classes, margin_temperature)).sum(1)
                 gradients = torch.autograd.grad(torch.unbind(output), starts, **grad_kwargs)
             return gradients, tuple(tensor.detach() for tensor in starts)
         except _NotHere:
             return None
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+
+
+def _score(outputs, target, margin_temperature):
+    """What captum differentiates of the outputs; with a temperature, the margin of a class of (N, n), n > 1."""
+    if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+        indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
+        cotangent = margin_cotangent(outputs.detach(), _select_targets(indices, target), margin_temperature)
+        return (outputs * cotangent).sum(1)
+    return _select_targets(outputs, target)
+
+
+@contextmanager
+def _watched(forward_func, guides, layer=None, to_input=False):
+    """The hooks of the guides on the model, where there are any; with a layer, also the one that tells when it runs."""
+    handles = []
+    if guides is not None:
+        guides.begin()
+        handles = guides.register(named_modules(forward_func))
+    if guides is not None and layer is not None:
+        register = layer.register_forward_pre_hook if to_input else layer.register_forward_hook
+        handles.append(register(lambda *_: guides.at_target(0)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _start(tensor):

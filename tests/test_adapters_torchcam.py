@@ -170,7 +170,7 @@ def test_wrappers_run_on_an_accelerated_base(resnet18, images):
         cam.base_cam = adapter.accelerate(cam.base_cam)
         torch.testing.assert_close(cam([1, 2], resnet18(images), normalized=False), expected)
     with original.RefineCAM(resnet18, ["layer3", "layer4"], base_method=adapter.CFCAM) as cam:
-        assert cam([1, 2], resnet18(images))[0].shape == (2, 4, 6)
+        assert cam([1, 2], resnet18(images))[0].shape == (2, 8, 12)  # on the grid of layer2, the guide
 
 
 @pytest.mark.parametrize("circumstance", ["frozen", "no_grad", "inference_mode", "compiled"])

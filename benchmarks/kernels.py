@@ -36,6 +36,9 @@ def floor_us(batch, n_channels, n_cells, n_pixels, itemsize, config):
     n_rows = dominant_rank(n_channels, config.dominant_percentile)
     operations = batch * 1.5 * n_rows**2 * n_cells
     moved = batch * (2 * n_channels * n_cells * itemsize + 4 * n_pixels)
+    if config.averages:  # a guide of half the channels and four times the cells; each pair of its cells once
+        moved += batch * 2 * n_channels * n_cells * itemsize
+        operations += batch * n_channels / 2 * (4 * n_cells) ** 2
     return 1e6 * max(operations / FLOAT32_OPERATIONS_PER_SECOND, moved / COPY_BYTES_PER_SECOND)
 
 
@@ -84,16 +87,20 @@ def quantiles(values):
 
 
 def problem(batch, n_channels, side, dtype):
+    """Activations and gradients (B, C, h, w), and a guide (B, C / 2, 2h, 2w) as a ResNet's stage before has it."""
     activations = torch.randn(batch, n_channels, side, side, device="cuda").relu_()
     activations *= torch.rand(batch, n_channels, 1, 1, device="cuda")
     gradients = torch.randn_like(activations) * 1e-3
-    return activations.to(dtype), gradients.to(dtype)
+    guide = torch.randn(batch, n_channels // 2, 2 * side, 2 * side, device="cuda").relu_()
+    return activations.to(dtype), gradients.to(dtype), guide.to(dtype)
 
 
-def check(activations, gradients, config):
+def check(activations, gradients, guide, config):
     """The kernels' maps against the torch backend's, where the labels agree."""
-    maps, labels, _, _ = triton_backend.cf_cam(activations[:2], gradients[:2], (224, 224), config, "batched")
-    expected = torch_backend.cf_cam(activations[:2].cpu(), gradients[:2].cpu(), (224, 224), config, "host")
+    few = [tensor[:2] for tensor in (activations, gradients, guide)]
+    maps, labels, _, _ = triton_backend.cf_cam(*few[:2], (224, 224), config, "batched", few[2])
+    few = [tensor.cpu() for tensor in few]
+    expected = torch_backend.cf_cam(*few[:2], (224, 224), config, "host", few[2])
     same = (labels.cpu() == expected[1]).all(1)
     assert same.any(), "labels differ in every image"
     torch.testing.assert_close(maps.cpu()[same], expected[0][same], rtol=0, atol=1e-4)
@@ -102,9 +109,9 @@ def check(activations, gradients, config):
 def pipeline_rows(shapes, preset="default"):
     config = PRESETS[preset]
     for batch, n_channels, side, dtype in shapes:
-        activations, gradients = problem(batch, n_channels, side, dtype)
-        check(activations, gradients, config)
-        arguments = activations, gradients, (224, 224), config, "batched"
+        activations, gradients, guide = problem(batch, n_channels, side, dtype)
+        check(activations, gradients, guide, config)
+        arguments = activations, gradients, (224, 224), config, "batched", guide
         median, p20, p80 = time_us([lambda arguments=arguments: triton_backend.cf_cam(*arguments)])[0]
         least = floor_us(batch, n_channels, side * side, 224 * 224, activations.element_size(), config)
         yield {
@@ -136,7 +143,8 @@ def kernel_rows(shapes):
 
         kernel_type.run = record
         try:
-            triton_backend.cf_cam(*problem(batch, n_channels, side, dtype), (224, 224), CFCAMConfig(), "batched")
+            activations, gradients, guide = problem(batch, n_channels, side, dtype)
+            triton_backend.cf_cam(activations, gradients, (224, 224), CFCAMConfig(), "batched", guide)
         finally:
             kernel_type.run = original
         for index, (kernel, args, kwargs) in enumerate(launches):

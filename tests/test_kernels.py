@@ -4,10 +4,12 @@ Labels are exact for the kernels' own distances and eps; everything else is comp
 allocations of the launchers are poisoned, so that a value that no kernel wrote shows.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from compare import assert_close, stretch_of_map
+from compare import assert_close, averaged, stretch_of_map
 from device import DEVICE, GPU, launched, on_gpu_only
 from problems import CLUSTERING_KINDS, activations_like, clustering_rows, equal_labels, random_config
 from scipy.ndimage import gaussian_filter as gaussian_filter_scipy
@@ -113,13 +115,16 @@ def test_batches_with_dominant_and_dead_channels(shape, descriptor, rng, seed):
             np.testing.assert_array_equal((labels[image] == -2).cpu(), dominant)
 
 
-def compare_with_reference(activations, gradients, config, output_size=(20, 31)):
-    result = triton_backend.cf_cam(activations.to(DEVICE), gradients.to(DEVICE), output_size, config, "batched")
+def compare_with_reference(activations, gradients, config, output_size=(20, 31), guide=None):
+    arguments = activations.to(DEVICE), gradients.to(DEVICE), output_size, config, "batched"
+    result = triton_backend.cf_cam(*arguments, guide if guide is None else guide.to(DEVICE))
     maps, labels, weights, _ = (tensor.cpu() for tensor in result)
-    expected = reference.cf_cam(activations.double().numpy(), gradients.double().numpy(), output_size, config)
+    doubles = [each if each is None else each.double() for each in (activations, gradients, guide)]
+    expected = reference.cf_cam(*doubles[:2], output_size, config, doubles[2])
     for image in equal_labels(activations, labels, expected[1], config).nonzero()[:, 0].tolist():
         assert_close(weights[image], expected[2][image], activations.dtype)
-        stretch = stretch_of_map(activations[image], expected[2][image], output_size, config)
+        of_image = guide if guide is None else doubles[2][image]
+        stretch = stretch_of_map(activations[image], expected[2][image], output_size, config, of_image)
         assert_close(maps[image], expected[0][image], activations.dtype, stretch)
 
 
@@ -194,9 +199,10 @@ def test_strides(seed):
 
 def test_chunks_do_not_matter(seed, monkeypatch):
     arguments = activations_like((3, 40, 4, 4)).to(DEVICE), torch.randn(3, 40, 4, 4).to(DEVICE), (9, 9)
-    whole = triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched")
+    guide = torch.rand(3, 7, 5, 6, device=DEVICE)
+    whole = triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched", guide)
     monkeypatch.setattr(triton_backend, "WORKSPACE_BYTES", 1)
-    for one, two in zip(whole, triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched")):
+    for one, two in zip(whole, triton_backend.cf_cam(*arguments, CFCAMConfig(), "batched", guide)):
         assert torch.equal(one, two)
     for one, two in zip(whole[1:], triton_backend.cluster_and_weigh(*arguments[:2], CFCAMConfig(), "batched")):
         assert torch.equal(one, two)
@@ -253,39 +259,97 @@ def test_map_kernels_equal_torch(old, new, channels, seed):
         assert_close(maps, torch_backend.normalize(torch_backend.resize(grid.double(), new), config))
 
 
-@pytest.mark.parametrize("shape", [(3, 37, 3, 5), (2, 70, 9, 8), (1, 20, 17, 16)])  # one block, several, large blocks
-@pytest.mark.parametrize("power", [0.5, 1.0, 4.0])
-def test_affinity_sum_equals_the_torch_backend(shape, power, seed):
+# One block of cells and more, and more than a block of channels; a grid and its guide: none, twice the sides, a ratio
+# that is not whole, primes, one row, finer in one direction alone.
+@pytest.mark.parametrize(
+    "shape, fine",
+    [
+        ((3, 37, 3, 5), None),
+        ((1, 20, 12, 13), None),
+        ((2, 5, 5, 6), (33, 10, 12)),
+        ((2, 5, 5, 3), (40, 11, 8)),
+        ((2, 5, 1, 6), (7, 1, 13)),
+        ((2, 5, 4, 4), (16, 9, 4)),
+    ],
+)
+@pytest.mark.parametrize("power, sigma, steps", [(2, 2, 2), (0.5, 0.7, 1), (4, math.inf, 1), (1, 1e-20, 3)])
+def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps, seed):
+    config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps)
     activations = torch.randn(shape).relu()
-    activations[0, :, 0, 0] = 0  # a cell without features
+    guide = fine and torch.randn(shape[0], *fine).relu()
+    features = activations if guide is None else guide
+    features[0, :, 0, 0] = 0  # a cell without features
     for weights in (torch.randn(shape[:2]), torch.randn(shape)):  # of a channel, of a cell
-        expected = torch_backend.class_grid(activations.double(), weights.double(), False, affinity_power=power)
-        for layout in (activations, activations.to(memory_format=torch.channels_last)):
-            arguments = layout.to(DEVICE), weights.to(DEVICE)
-            signed, positive = (
-                triton_backend.class_grid(*arguments, relu, affinity_power=power) for relu in (False, True)
-            )
-            # Averages of random signs may nearly cancel: the error is measured against the terms.
-            of_cells = weights.double() if weights.ndim == 4 else weights.double()[:, :, None, None]
-            size = (activations.double() * of_cells).abs().sum(1).max()
-            assert (signed.cpu() - expected).abs().max() <= 1e-6 * size < 1e-2 * expected.abs().max()
-            assert torch.equal(positive, signed.relu())
+        expected = torch_backend.class_grid(activations.double(), weights.double(), False, config=config, guide=guide)
+        arguments = activations.to(DEVICE), weights.to(DEVICE)
+        layout = guide if guide is None else strided(guide).to(DEVICE)
+        signed, positive = (
+            triton_backend.class_grid(*arguments, relu, config=config, guide=layout) for relu in (False, True)
+        )
+        # Averages of random signs may nearly cancel: the error is measured against the terms.
+        of_cells = weights.double() if weights.ndim == 4 else weights.double()[:, :, None, None]
+        size = (activations.double() * of_cells).abs().sum(1).max()
+        assert (signed.cpu() - expected).abs().max() <= 1e-6 * size
+        assert torch.equal(positive, signed.relu())
+
+
+def strided(guide):
+    """The same values in one of several layouts, at random."""
+    layouts = (
+        guide,
+        guide.contiguous(memory_format=torch.channels_last),
+        torch.nn.functional.pad(guide, (2, 1, 0, 3), value=torch.nan)[:, :, : guide.shape[2], 2:-1],
+        guide.repeat_interleave(2, 1)[:, ::2],
+    )
+    return layouts[torch.randint(len(layouts), ())]
+
+
+@pytest.mark.parametrize("kind", ["dead", "alike", "expanded", "nan", "float64"])
+def test_awkward_guides(kind, seed):
+    activations, weights, guide = torch.rand(2, 6, 4, 5), torch.randn(2, 6), torch.randn(2, 9, 8, 9)
+    if kind == "dead":
+        guide[1] = 0
+    elif kind == "alike":
+        guide[:] = torch.rand(9, 1, 1)
+    elif kind == "expanded":
+        guide = guide[:, :, :1, :1].expand_as(guide)
+    elif kind == "nan":
+        guide[0, 3, 2, 2], guide[1, 0, 7, 8] = torch.nan, torch.inf
+    else:
+        guide = guide.double()
+    grid = triton_backend.class_grid(
+        activations.to(DEVICE), weights.to(DEVICE), False, config=CFCAMConfig(), guide=guide.to(DEVICE)
+    )
+    sums = torch.einsum("bc,bchw->bhw", weights.double(), activations.double())
+    assert_close(grid, averaged(sums, guide))
 
 
 @pytest.mark.parametrize("dtype", launch.DTYPES)
-@pytest.mark.parametrize("shape", [(3, 70, 7, 7), (1, 33, 17, 16)])
-def test_affinity_equals_the_reference(shape, dtype, seed):
+@pytest.mark.parametrize("shape, fine", [((3, 70, 7, 7), None), ((2, 33, 5, 4), (2, 37, 11, 9))])
+def test_affinity_equals_the_reference(shape, fine, dtype, seed):
     activations, gradients = activations_like(shape, dtype=dtype), torch.randn(shape).to(dtype)
-    compare_with_reference(activations, gradients, CFCAMConfig(affinity_power=3.0))
+    guide = fine and torch.randn(fine).relu().to(dtype)
+    compare_with_reference(activations, gradients, CFCAMConfig(), guide=guide)
+    compare_with_reference(activations, gradients, CFCAMConfig(affinity_power=3.0, affinity_steps=1), guide=guide)
 
 
 @on_gpu_only
-@pytest.mark.parametrize("shape", [(64, 2048, 7, 7), (3, 512, 14, 14), (1, 256, 56, 56)])
-def test_affinity_at_real_shapes(shape, seed):
+@pytest.mark.parametrize(
+    "shape, fine",
+    [
+        ((64, 2048, 7, 7), (64, 1024, 14, 14)),
+        ((3, 512, 14, 14), (3, 256, 28, 28)),
+        ((1, 256, 56, 56), None),
+        ((1, 32, 160, 160), None),
+    ],
+)
+def test_affinity_at_real_shapes(shape, fine, seed):
     activations, weights = activations_like(shape), torch.randn(shape[:2])
-    expected = torch_backend.class_grid(activations.double(), weights.double(), affinity_power=4.0)
-    arguments = activations.cuda(), weights.cuda()
-    first, second = (triton_backend.class_grid(*arguments, affinity_power=4.0) for _ in range(2))
+    guide = fine and torch.randn(fine).relu()
+    config = CFCAMConfig(affinity_power=4.0)
+    expected = torch_backend.class_grid(activations.double(), weights.double(), config=config, guide=guide)
+    arguments, on_device = (activations.cuda(), weights.cuda()), guide if guide is None else guide.cuda()
+    first, second = (triton_backend.class_grid(*arguments, config=config, guide=on_device) for _ in range(2))
     assert torch.equal(first, second), "two runs must be bit-identical"
     assert_close(first, expected)
 
@@ -303,6 +367,9 @@ def test_terms_that_are_nan_are_left_out(seed):
         arguments = activations.to(DEVICE), weights.to(DEVICE)
         assert_close(triton_backend.class_grid(*arguments, relu=False, skip_nan=True), expected, dtype)
         assert triton_backend.class_grid(*arguments, relu=False).isnan().all()
+        guide = torch.rand(2, 4, 6, 5)
+        average = triton_backend.class_grid(*arguments, False, True, CFCAMConfig(), guide.to(DEVICE))
+        assert_close(average, averaged(expected, guide), dtype)
 
 
 # One layer; several of different sizes, one of which is enlarged and one of which shrinks; more than a block of cells.
@@ -351,19 +418,20 @@ def test_one_launch_a_layer(seed, monkeypatch):
         assert names == ["resize_normalize_kernel"] * layers
 
 
-@pytest.mark.parametrize("affinity_power", [0.0, 4.0])
+@pytest.mark.parametrize("steps", [0, 2, 3])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_at_most_ten_launches_a_batch(batch, affinity_power, seed, monkeypatch):
+def test_ten_launches_a_batch_and_one_a_step(batch, steps, seed, monkeypatch):
     names = launched(monkeypatch)
-    shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_power=affinity_power)
+    shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_steps=steps)
     activations, gradients = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
-    triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched")
-    assert 1 <= len(names) <= 10, names
-    assert ("affinity_sum_kernel" in names) == (affinity_power > 0)
+    guide = torch.rand(batch, 7, 5, 6, device=DEVICE)
+    triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched", guide)
+    assert len(names) <= 10 + steps, names
+    assert names.count("affinity_sum_kernel") == steps
     with_maps = names.copy()
     names.clear()
     triton_backend.cluster_and_weigh(activations, gradients, config, "batched")
-    assert names == with_maps[:-2], "neither the sum nor the maps"
+    assert names == with_maps[: -2 - steps], "neither the sum, its average nor the maps"
 
 
 def test_launchers_never_wait(seed, monkeypatch):
@@ -372,6 +440,7 @@ def test_launchers_never_wait(seed, monkeypatch):
 
     shape = (2, 20, 3, 3)
     arguments = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE), (9, 9), CFCAMConfig(), "batched"
+    arguments += (torch.rand(2, 7, 5, 6, device=DEVICE),)
     triton_backend.cf_cam(*arguments)  # constants are made once
     launched(monkeypatch, run=GPU)
     with NoSynchronisation():

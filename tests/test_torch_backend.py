@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_close, averaged, stretch_of_map
+from compare import assert_close, stretch_of_map
 from problems import activations_like, equal_labels
 from scipy.ndimage import correlate1d, gaussian_filter
 from sklearn.metrics.pairwise import cosine_similarity
@@ -69,6 +69,12 @@ def test_dtypes(dtype, preset, seed):
     assert result.maps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def by_reference(grids, guide, config):
+    """`reference.average_alike_cells` of a batch."""
+    images = zip(grids.double().numpy(), guide.double().numpy())
+    return np.stack([reference.average_alike_cells(*image, config) for image in images])
+
+
 def everywhere(power):
     """One average over all alike cells, near and far."""
     return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1)
@@ -121,18 +127,18 @@ def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps
             grids = torch.randn(4, *grid, dtype=torch.promote_types(dtype, torch.float32))
             average = torch_backend.average_alike_cells(grids, features, config)
             assert average.shape == (4, *(fine if steps else grid)) and average.dtype == grids.dtype
-            assert_close(average, averaged(grids, features, config), grids.dtype)
+            assert_close(average, by_reference(grids, features, config), grids.dtype)
     if steps:
         resized = F.interpolate(grids[1:2, None], fine, mode="bilinear")[0, 0]
         torch.testing.assert_close(average[1], resized, msg="without features every cell keeps its value")
     expanded = guide[:1, :, :1, :1].add(1).expand(4, 13, *fine)  # stride 0
     assert_close(
-        torch_backend.average_alike_cells(grids, expanded, config), averaged(grids, expanded, config), grids.dtype
+        torch_backend.average_alike_cells(grids, expanded, config), by_reference(grids, expanded, config), grids.dtype
     )
     several = torch.stack([grids, -2 * grids], 1)
     both = torch_backend.average_alike_cells(several, guide, config)
     assert_close(both[:, 1], -2 * both[:, 0])
-    assert_close(both[:, 0], averaged(grids, guide, config))
+    assert_close(both[:, 0], by_reference(grids, guide, config))
 
 
 @pytest.mark.parametrize("sigma", [0.4, 1.5, 2.0])
@@ -166,11 +172,12 @@ def test_features_that_are_nan_are_none(seed):
     without[0, :, 2, 2] = without[1, :, 0, 0] = 0
     average = torch_backend.average_alike_cells(grids, guide, CFCAMConfig())
     assert torch.equal(average, torch_backend.average_alike_cells(grids, without, CFCAMConfig()))
-    assert_close(average, averaged(grids, guide))
+    assert_close(average, by_reference(grids, guide, CFCAMConfig()))
     weights, activations = torch.randn(2, 8), guide.nan_to_num(torch.nan, 0)
     left_out = torch_backend.class_grid(activations, weights, False, skip_nan=True, config=CFCAMConfig())
-    sums = torch.einsum("bc,bchw->bhw", weights, activations.nan_to_num(0))
-    assert_close(left_out, averaged(sums, activations))
+    sums = torch_backend.class_grid(activations, weights, False, skip_nan=True)
+    sums = torch_backend.balance(sums, (6, 5), CFCAMConfig())
+    assert_close(left_out, by_reference(sums, activations, CFCAMConfig()))
 
 
 # All cells at once, some rows, one row, and parts of one row; kept between the steps, and made again for each.
@@ -180,7 +187,7 @@ def test_average_of_alike_cells_in_blocks(block_bytes, sigma, seed, monkeypatch)
     guide, grids, config = torch.randn(3, 20, 13, 11), torch.randn(3, 2, 9, 5), CFCAMConfig(affinity_sigma=sigma)
     guide[1, :, 8, 4] = 0
     whole = torch_backend.average_alike_cells(grids, guide, config)
-    assert_close(whole[:, 0], averaged(grids[:, 0], guide, config))
+    assert_close(whole[:, 0], by_reference(grids[:, 0], guide, config))
     monkeypatch.setattr(torch_backend, "AFFINITY_BYTES_ON_CPU", block_bytes)
     for kept in (torch_backend.AFFINITY_BYTES, 1):
         monkeypatch.setattr(torch_backend, "AFFINITY_BYTES", kept)

@@ -188,11 +188,11 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
         constant(coverage, (target, size, float(sigma_cells)), guide.device, torch.float32)
         for target, size in zip(target_shape, shape)
     ]
-    # Small grids: more programs an image, so that one image alone does not wait for one multiprocessor. These are the
-    # largest blocks and most stages that no supported version of the compiler spills registers for.
-    block_p, num_warps, num_stages = (16, 4, 2) if n_cells <= 256 else (32, 8, 3)
-    block_c = 32
-    block_q = max(16, min(next_power_of_2(n_cells), 64))
+    # Few cells p a program, so that one image alone does not wait for few multiprocessors. 16 channels at once: 32 have
+    # twice the conflicts in shared memory (simulated) where cells, not channels, are neighbours in memory. No supported
+    # version of the compiler spills registers for these blocks; of 32 x 64 and 16 x 128 cells some do.
+    block_p, block_c = 16, 16
+    block_q, num_warps = (256, 8) if n_cells > 128 else (max(16, min(next_power_of_2(n_cells), 64)), 4)
     for step in range(steps):
         averaged = torch.empty(batch, *shape, dtype=torch.float32, device=guide.device)
         affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
@@ -217,7 +217,7 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
             BLOCK_Q=block_q,
             BLOCK_C=block_c,
             num_warps=num_warps,
-            num_stages=num_stages,
+            num_stages=2,
         )
         grid = averaged
     return grid

@@ -499,7 +499,9 @@ def measured(subject, method):
     images, classes = subject.single.images, subject.single.classes[:, 0]
     maps, noisy_maps, *pair_maps = (of(seen) for seen in (single, noisy, *pair))
     arguments = subject.network, images, maps, classes
-    curves = metrics.insertion_deletion(*arguments, steps=faithfulness.STEPS, deletion_baseline="mean")
+    # From grey: what the surroundings faded in from in training, so that the network knows such pictures.
+    baselines = {"insertion_baseline": "zero", "deletion_baseline": "zero"}
+    curves = metrics.insertion_deletion(*arguments, steps=faithfulness.STEPS, **baselines)
     stability = metrics.gradient_noise_stability(
         single.activations,
         single.gradients,

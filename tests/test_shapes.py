@@ -90,3 +90,24 @@ def test_margin(shapes):
     logits = torch.randn(10, requires_grad=True)
     (gradient,) = torch.autograd.grad(shapes.target(3, 1.5)(logits), logits)
     assert gradient[3] == 1 and abs(gradient.sum()) < 1e-5 and (gradient < 0).sum() == 9
+
+
+def test_table(shapes, benchmarks, tmp_path):
+    """A line a method, the mean over the seeds; bold only where every network says so."""
+    report, faithful = benchmarks("report"), benchmarks("report_faithfulness")
+    assert faithful.TABLES["shapes"](report.Results(tmp_path)) == "not measured"
+    for seed, difference in ((0, 0.1), (1, -0.1)):
+        for method, sign in (("Grad-CAM", 0), ("mine", 1)):
+            values = {
+                **{measure: torch.full((4,), 0.5 + sign * difference) for measure in faithful.SHAPES},
+                "energy": torch.full((4,), 0.5 + sign * 0.2),
+            }
+            base = {measure: torch.full((4,), 0.5) for measure in ("insertion", *faithful.SHAPES)}
+            row = {"network": "resnet", "classes": 10, "seed": seed, "method": method, "accuracy": [0.9, 0.8]}
+            row.update(device="CPU", date="today", commit="", **shapes.row_of({**base, **values}, seed, base))
+            shapes.rows.write("shapes", [row], tmp_path)
+    table = faithful.TABLES["shapes"](report.Results(tmp_path))
+    grad_cam, mine = table.splitlines()[2:4]
+    assert grad_cam.startswith("| resnet, 10 classes, 2 seeds; 90% to 90%, 80% to 80% | Grad-CAM | 0.500 |")
+    assert grad_cam.endswith("| 1 |") and mine.startswith("|  | mine | 0.500 | 0.500 |")
+    assert "**0.700 +**" in mine and mine.count("**") == 2

@@ -58,6 +58,7 @@ class Results:
         point = ("network", "layer", "half", "method")
         self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
         self.randomization = rows.latest(rows.read(folder / "randomization.jsonl"), *point)
+        self.shapes = rows.latest(rows.read(folder / "shapes.jsonl"), "network", "classes", "seed", "method")
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -264,8 +265,10 @@ IMAGES = {
     "growth.svg": "Time and memory against channels, grid side, batch and number of target layers",
     "tradeoff.svg": "Insertion minus deletion, and energy in the right cell, against stability, of every method tried",
     "methods.jpg": "Photographs, and the maps of several methods over them",
+    "shapes.jpg": "Drawn pictures, the outline of one object in each, and the maps of several methods over them",
 }
-"""{file in docs/: what it shows}; methods.jpg is `faithfulness.py --picture`, the others are drawn here."""
+"""{file in docs/: what it shows}; methods.jpg is `faithfulness.py --picture`, shapes.jpg `shapes.py --picture`, the
+others are drawn here."""
 
 PAGES = {
     "README.md": ("numbers", "four"),
@@ -274,7 +277,8 @@ PAGES = {
     "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
-        *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization"),
+        *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization", "shapes"),
+        "shapes.jpg",
     ),
 }
 """{page: its tables and images}."""

@@ -23,6 +23,15 @@ MEASURES = {
 }
 """{measure: its column's title}."""
 
+SHAPES = {
+    **{measure: MEASURES[measure] for measure in ("insertion_minus_deletion", "average_drop", "class_sensitivity")},
+    **{measure: MEASURES[measure] for measure in ("gradient_noise_10", "input_noise")},
+    "energy": "energy in the mask",
+    "hit": "peak in the mask",
+    "iou": "IoU at the best threshold",
+}
+"""The same of shapes.py."""
+
 COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choice.STABILITY, "energy", "hit")
 
 FOUR = ("insertion_minus_deletion", "class_sensitivity", choice.STABILITY, "energy")
@@ -36,8 +45,8 @@ OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_dr
 # Cells
 
 
-def title(measure):
-    return f"{MEASURES[measure]} {'↓' if measure in choice.LOWER_IS_BETTER else '↑'}"
+def title(measure, titles=MEASURES):
+    return f"{titles[measure]} {'↓' if measure in choice.LOWER_IS_BETTER else '↑'}"
 
 
 def better(row, measure):
@@ -220,8 +229,45 @@ def randomization_table(results):
     return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
 
 
+def shapes_table(results):
+    """A line a family, number of classes and method: the mean of its networks, bold where all of these agree."""
+    families = dict.fromkeys(key[:2] for key in results.shapes)
+    body, rows = [], []
+    for family in families:
+        of_family = {key: row for key, row in results.shapes.items() if key[:2] == family}
+        seeds = list(dict.fromkeys(key[2] for key in of_family))
+        accuracies = [[row["accuracy"][i] for row in of_family.values()] for i in (0, 1)]
+        network = f"{family[0]}, {family[1]} classes, {len(seeds)} seeds"
+        network += f"; {', '.join(f'{min(each):.0%} to {max(each):.0%}' for each in accuracies)}"
+        for method in dict.fromkeys(key[3] for key in of_family):
+            keys = [(*family, seed, method) for seed in seeds]
+            found = [of_family[key] for key in keys if key in of_family]
+            cells = [_over_seeds(found, measure) for measure in SHAPES]
+            body.append([network, method, *cells, str(sum(row["zero_maps"] for row in found))])
+            network = ""
+            rows += found
+    if not body:
+        return NOT_MEASURED
+    header = [
+        "network; accuracy on one object, on two",
+        "method",
+        *(title(measure, SHAPES) for measure in SHAPES),
+        "zero maps",
+    ]
+    return f"{markdown(header, body)}\n\n{about(rows).replace('photographs', 'pictures of each kind')}"
+
+
+def _over_seeds(found, measure):
+    """ "0.329"; bold and with + or - where better or worse than Grad-CAM on every network."""
+    text = f"{sum(row['measures'][measure][0] for row in found) / len(found):.3f}"
+    signs = {better(row, measure) for row in found}
+    sign = signs.pop() if len(signs) == 1 else 0
+    return f"**{text} {'+' if sign > 0 else '−'}**" if sign else text
+
+
 TABLES = {
     "four": four_table,
+    "shapes": shapes_table,
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
     "parts": lambda results: differences_table(results, ["CF-CAM", *CONTROLS]),

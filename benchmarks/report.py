@@ -277,7 +277,17 @@ PAGES = {
     "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
-        *("candidates", "tradeoff.svg", "variants", "choose", "elsewhere", "score-cam", "randomization", "shapes"),
+        *(
+            "candidates",
+            "parts",
+            "tradeoff.svg",
+            "variants",
+            "choose",
+            "elsewhere",
+            "score-cam",
+            "randomization",
+            "shapes",
+        ),
         "shapes.jpg",
     ),
 }

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 DESCRIPTORS = ("raw", "unit")
 BOUNDARIES = ("constant", "reflect", "nearest")
@@ -97,7 +98,7 @@ class CFCAMConfig:
     affinity_steps: int = 2
     margin_temperature: float = 1.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low, high in (
             ("dominant_percentile", 0.0, 100.0),
             ("eps_percentile", 0.0, 100.0),
@@ -108,7 +109,8 @@ class CFCAMConfig:
             ("affinity_steps", 0, MAX_AFFINITY_STEPS),
             ("margin_temperature", 0.0, MAX_MARGIN_TEMPERATURE),
         ):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
+            kind: Any
             kind, described = (Integral, "an integer") if name == "affinity_steps" else (Real, "a real number")
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise TypeError(f"{name} must be {described}, got {type(value).__name__}")
@@ -130,13 +132,13 @@ class CFCAMConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
     @classmethod
-    def paper(cls):
+    def paper(cls) -> "CFCAMConfig":
         """The published procedure: the logit, softmax weights, division by the maximum, no average over alike cells."""
         fixed = (75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
         return cls(*fixed, affinity_power=0.0, margin_temperature=0.0)
 
     @classmethod
-    def stable(cls):
+    def stable(cls) -> "CFCAMConfig":
         """The stable end of the trade-off: maps that change less under noise, and less with the class.
 
         One average more, and a score that spreads over more of the other classes. What it gains and loses is in
@@ -145,10 +147,10 @@ class CFCAMConfig:
         return cls(affinity_steps=3, margin_temperature=2.0)
 
     @property
-    def averages(self):
+    def averages(self) -> bool:
         """Whether there is an average over alike cells."""
         return self.affinity_power > 0 and self.affinity_steps > 0
 
-    def min_samples(self, n_clustered):
+    def min_samples(self, n_clustered: int) -> int:
         """DBSCAN's min_samples for ``n_clustered`` channels, the point itself included."""
         return max(SMALLEST_MIN_SAMPLES, int(self.min_samples_fraction * n_clustered))

@@ -39,7 +39,7 @@ class TokensToMap:
         return f"TokensToMap(n_prefix={self.n_prefix}, grid={self.grid})"
 
 
-def channels_last_to_map(features):
+def channels_last_to_map(features: torch.Tensor) -> torch.Tensor:
     """Reshape transform of a channels-last layer: (B, h, w, C) -> (B, C, h, w)."""
     return features.permute(0, 3, 1, 2)
 
@@ -54,7 +54,9 @@ class TargetLayer(NamedTuple):
     n_classes: int
 
 
-def find_target_layer(model, example_input):
+def find_target_layer(
+    model: nn.Module, example_input: torch.Tensor
+) -> tuple[str, nn.Module, Callable[[torch.Tensor], torch.Tensor] | None]:
     """The default target layer: ``(name, module, reshape_transform)``; see ``inspect_target_layer``.
 
     >>> name, layer, reshape = find_target_layer(resnet50, torch.rand(1, 3, 224, 224))
@@ -64,7 +66,7 @@ def find_target_layer(model, example_input):
     return inspect_target_layer(model, example_input)[:3]
 
 
-def inspect_target_layer(model, example_input, name=None):
+def inspect_target_layer(model: nn.Module, example_input: torch.Tensor, name: str | None = None) -> TargetLayer:
     """The last layer that keeps a map of the image, found by one forward pass and one backward.
 
     A candidate's output is (B, C, h, w), (B, h, w, C) or (B, N, D) with a class token or other prefix before the
@@ -189,7 +191,7 @@ def _layout(shape, image_size):
     return False, None
 
 
-def get_layer(model, name):
+def get_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer of that dotted name, as ``model.named_modules()`` has it; ValueError with close matches otherwise.
 
     >>> get_layer(resnet50, "layer4.2.conv3")

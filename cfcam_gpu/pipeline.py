@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from cfcam_gpu.checks import (
     is_installed,
 )
 from cfcam_gpu.clustering import ENGINES, automatic, reference_unavailable
+from cfcam_gpu.config import CFCAMConfig
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -37,15 +39,15 @@ class CFCAMResult(NamedTuple):
 
 
 def cf_cam(
-    activations,
-    gradients,
-    output_size=None,
-    config=None,
-    backend="auto",
-    clustering="auto",
-    check_finite=None,
-    guide=None,
-):
+    activations: Any,
+    gradients: Any,
+    output_size: Sequence[int] | None = None,
+    config: CFCAMConfig | None = None,
+    backend: str = "auto",
+    clustering: str = "auto",
+    check_finite: bool | None = None,
+    guide: Any = None,
+) -> CFCAMResult:
     """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
 
     Args:
@@ -118,7 +120,13 @@ def _checked(activations, gradients, backend, clustering, check_finite):
     return _module(backend), engine
 
 
-def cluster_channels(activations, config=None, backend="auto", clustering="auto", check_finite=None):
+def cluster_channels(
+    activations: Any,
+    config: CFCAMConfig | None = None,
+    backend: str = "auto",
+    clustering: str = "auto",
+    check_finite: bool | None = None,
+) -> tuple[Any, Any]:
     """Stages 1 and 2 alone: which channels are dominant, noise, or in which cluster.
 
     Args, Raises: as for `cf_cam`.
@@ -200,7 +208,7 @@ def plain_arithmetic(device):
 # Backends and engines.
 
 
-def unavailable(backend):
+def unavailable(backend: str) -> Exception | None:
     """Why ``backend`` cannot run in this installation, as an exception; None when it can."""
     if backend == "triton":
         if not is_installed("triton"):
@@ -212,7 +220,7 @@ def unavailable(backend):
     return None
 
 
-def choose(backend, clustering, activations=None):
+def choose(backend: str, clustering: str, activations: torch.Tensor | None = None) -> tuple[str, str]:
     """The backend and engine to run on these activations, "auto" resolved; raises when what is asked for cannot run."""
     for name, value, choices in (("backend", backend, BACKENDS), ("clustering", clustering, ("auto", *ENGINES))):
         if not isinstance(value, str):

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 
-def grad_cam(activations, gradients):
+def grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c] = mean of g[c] over the grid. Source: Selvaraju et al., ICCV 2017, equation 1."""
     return _pooled(gradients) / gradients[0, 0].numel()
 
 
-def grad_cam_plus_plus(activations, gradients):
+def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c] = sum of max(g, 0) * alpha over the grid, alpha = g^2 / (2 g^2 + sum(A[c]) g^3 + 1e-6), 0 where g = 0.
 
     The sum of A is over the grid, and 1e-6 is pytorch-grad-cam's: gradients far below 1e-3 vanish in it.
@@ -32,7 +32,7 @@ def grad_cam_plus_plus(activations, gradients):
     return _pooled(gradients.relu() * torch.where(gradients != 0, alpha, 0))
 
 
-def exact_grad_cam_plus_plus(activations, gradients, eps=0.0):
+def exact_grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
     """`grad_cam_plus_plus` without the 1e-6: alpha = 1 / (2 + sum(A[c]) g + eps), which does not underflow.
 
     Takes half precision too, and is summed in its dtype. Source: Chattopadhay et al., WACV 2018, equation 19.
@@ -42,22 +42,22 @@ def exact_grad_cam_plus_plus(activations, gradients, eps=0.0):
     return (gradients.relu() / (2 + gradients * total + eps)).nan_to_num(0.0).sum(-1)
 
 
-def x_grad_cam(activations, gradients):
+def x_grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c] = sum of g * A / (sum(A[c]) + 1e-7) over the grid. Source: Fu et al., arXiv 2008.02312, equation 8."""
     return _pooled(gradients * activations / (_per_cell(_pooled(activations), gradients) + 1e-7))
 
 
-def layer_cam(activations, gradients):
+def layer_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c, i, j] = max(g[c, i, j], 0). Source: Jiang et al., IEEE TIP 2021, equation 5."""
     return gradients.relu()
 
 
-def hires_cam(activations, gradients):
+def hires_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c, i, j] = g[c, i, j]. Source: Draelos and Carin, arXiv 2011.08891, equation 4."""
     return gradients
 
 
-def grad_cam_elementwise(activations, gradients):
+def grad_cam_elementwise(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w = g where g * A > 0, else 0, so that w * A = max(g * A, 0).
 
     Source: ``grad_cam_elementwise.py`` of pytorch-grad-cam 1.5.7.
@@ -76,7 +76,7 @@ WEIGHTS = {
 """By the methods' names."""
 
 
-def principal_projection(terms):
+def principal_projection(terms: torch.Tensor) -> torch.Tensor:
     """The first principal component of terms (B, C, h, w) over the cells: (B, h, w), NaN taken as 0.
 
     Of the activations it is Eigen-CAM (Muhammad and Yeasin, IJCNN 2020), which has no weights.

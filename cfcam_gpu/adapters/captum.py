@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.capture import GuideLayer, eager_without_grad, make_guides, margin_cotangent, named_modules
 from cfcam_gpu.checks import needs
+from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.guides import AUTO
 
 try:
@@ -101,11 +102,11 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         layer,
         device_ids=None,
         *,
-        guide_layer="auto",
-        config=None,
-        backend="auto",
-        clustering="auto",
-        check_finite=None,
+        guide_layer: GuideLayer = "auto",
+        config: CFCAMConfig | None = None,
+        backend: str = "auto",
+        clustering: str = "auto",
+        check_finite: bool | None = None,
     ):
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         GradientAttribution.__init__(self, forward_func)

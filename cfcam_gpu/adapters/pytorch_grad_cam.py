@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend, weights
 from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import HeadCapture, check_targets
+from cfcam_gpu.capture import GuideLayer, HeadCapture, check_targets
 from cfcam_gpu.checks import needs
+from cfcam_gpu.config import CFCAMConfig
 
 try:
     import pytorch_grad_cam as original
@@ -353,11 +354,11 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         target_layers,
         reshape_transform=None,
         *,
-        guide_layer="auto",
-        config=None,
-        backend="auto",
-        clustering="auto",
-        check_finite=None,
+        guide_layer: GuideLayer = "auto",
+        config: CFCAMConfig | None = None,
+        backend: str = "auto",
+        clustering: str = "auto",
+        check_finite: bool | None = None,
     ):
         self._configure(config, backend, clustering, check_finite)
         self._capture_options = {

@@ -42,8 +42,9 @@ from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import pipeline
 from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GraphRoot, eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.capture import GraphRoot, GuideLayer, eager_without_grad, make_guides, margin_cotangent, named_modules
 from cfcam_gpu.checks import needs
+from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:
@@ -241,11 +242,11 @@ class CFCAM(Configured, GradCAM):
         target_layer=None,
         input_shape=(3, 224, 224),
         *,
-        guide_layer="auto",
-        config=None,
-        backend="auto",
-        clustering="auto",
-        check_finite=None,
+        guide_layer: GuideLayer = "auto",
+        config: CFCAMConfig | None = None,
+        backend: str = "auto",
+        clustering: str = "auto",
+        check_finite: bool | None = None,
         **kwargs,
     ):
         self._configure(config, backend, clustering, check_finite)

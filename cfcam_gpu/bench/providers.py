@@ -2,7 +2,7 @@
 
 import fnmatch
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -245,7 +245,7 @@ JUDGES = {
 """With whose results the others' of a method are compared: the first of these that can run."""
 
 
-def select(patterns):
+def select(patterns: Sequence[str]) -> list[str]:
     """The names of the providers that the shell patterns match, in `PROVIDERS`' order; the unit is always there.
 
     Raises:

@@ -1,9 +1,13 @@
 """One run: every provider warmed up, its maps compared, its memory taken, and then all of them timed in turns."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 
 from cfcam_gpu.bench import timing
 from cfcam_gpu.bench.providers import JUDGES, PROVIDERS
+from cfcam_gpu.bench.subjects import Subject
 
 UNIT = "forward"
 """The provider that the others are a ratio to."""
@@ -27,7 +31,14 @@ PACKAGES = (
 """Distributions whose versions are in every row."""
 
 
-def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, progress=None):
+def measure(
+    subject: Subject,
+    names: Sequence[str] | None = None,
+    time_limit_s: float = 6.0,
+    rounds: int = ROUNDS,
+    skip: Mapping[str, str] | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> list[dict[str, Any]]:
     """Rows of one run on one subject, a row per provider.
 
     Args:
@@ -48,7 +59,9 @@ def measure(subject, names=None, time_limit_s=6.0, rounds=ROUNDS, skip=None, pro
     names = list(PROVIDERS) if names is None else names
     names = [UNIT, *(name for name in names if name != UNIT)]
     skip, progress = skip or {}, progress or (lambda text: None)
-    judges, found, ready = {}, {}, {}
+    judges: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Callable] = {}
     for name in names:
         progress(f"preparing {name}")
         if UNIT in found and UNIT not in ready:
@@ -208,7 +221,7 @@ def reason_of(error):
     return lines[0] if lines else type(error).__name__
 
 
-def table(rows):
+def table(rows: list[dict[str, Any]]) -> str:
     """Rows as text: provider, median, p20, p80, ratio to the forward, maps/s and peak memory, or the reason why not."""
     width = max(len(row["provider"]) for row in rows)
     lines = [f"{'':{width}}  median ms      p20      p80  / forward    maps/s  peak MiB"]

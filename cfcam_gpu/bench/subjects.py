@@ -72,7 +72,7 @@ class Subject:
         return replace(self, images=_noise(batch, self.images.shape[-1], self.device))
 
 
-def subject(name, batch=1, size=224, device="cpu"):
+def subject(name: str, batch: int = 1, size: int = 224, device: str | torch.device = "cpu") -> Subject:
     """A `Subject`: model ``name`` on ``batch`` noise images of ``size`` x ``size`` pixels; the same on every call.
 
     Args:

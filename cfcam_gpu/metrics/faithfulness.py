@@ -1,6 +1,7 @@
 """Faithfulness: what the model says when the map decides what it sees."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +11,12 @@ from cfcam_gpu.metrics import checks
 from cfcam_gpu.models import IMAGENET_MEAN, IMAGENET_STD
 from cfcam_gpu.pipeline import plain_arithmetic
 from cfcam_gpu.torch_backend import filter_grids
+
+Model = Callable[[torch.Tensor], torch.Tensor]
+"""Images (n, C, H, W) -> logits (n, n_classes)."""
+
+Targets = Sequence[int] | torch.Tensor | None
+"""Class indices, or None for each image's top class."""
 
 BASELINES = ("blurred", "mean", "zero")
 
@@ -36,16 +43,16 @@ class InsertionDeletion(NamedTuple):
 
 @torch.no_grad()
 def insertion_deletion(
-    model,
-    images,
-    maps,
-    targets=None,
+    model: Model,
+    images: torch.Tensor,
+    maps: Any,
+    targets: Targets = None,
     *,
-    steps=32,
-    insertion_baseline="blurred",
-    deletion_baseline="zero",
-    batch_size=64,
-):
+    steps: int = 32,
+    insertion_baseline: str | torch.Tensor = "blurred",
+    deletion_baseline: str | torch.Tensor = "zero",
+    batch_size: int = 64,
+) -> InsertionDeletion:
     """Insertion and deletion: the target's probability as the pixels appear or disappear, the map's highest first.
 
     Both curves share one ranking. Pixels of equal value are ranked by index, row by row from the top left, so a map
@@ -93,11 +100,11 @@ def insertion_deletion(
     deletion = _mixture_scores(model, vanish, images, ranks, counts[1:], classes, batch_size)
     deletion = torch.cat((intact[:, None], deletion), 1)
     fractions = counts.to(intact.dtype) / n_pixels
-    areas = (torch.trapezoid(curve, fractions, dim=1) for curve in (insertion, deletion))
-    return InsertionDeletion(*areas, insertion, deletion, fractions)
+    inserted, deleted = (torch.trapezoid(curve, fractions, dim=1) for curve in (insertion, deletion))
+    return InsertionDeletion(inserted, deleted, insertion, deletion, fractions)
 
 
-def pixel_ranks(maps):
+def pixel_ranks(maps: torch.Tensor) -> torch.Tensor:
     """The place of each pixel in its map's descending order: (B, H, W) -> int32 (B, H, W), 0 for the highest.
 
     Equal values are ranked by index, row by row from the top left.
@@ -107,7 +114,7 @@ def pixel_ranks(maps):
     return torch.empty_like(order, dtype=torch.int32).scatter_(1, order, places.expand_as(order)).view_as(maps)
 
 
-def blurred(images, sigma_pixels=BLUR_SIGMA_PIXELS):
+def blurred(images: torch.Tensor, sigma_pixels: float = BLUR_SIGMA_PIXELS) -> torch.Tensor:
     """Images under a Gaussian filter, the edge pixels continued outwards: (B, C, H, W), dtype of the images.
 
     Args:
@@ -131,7 +138,16 @@ def blurred(images, sigma_pixels=BLUR_SIGMA_PIXELS):
 
 
 @torch.no_grad()
-def average_drop(model, images, maps, targets=None, *, variant="standard", fill=None, batch_size=64):
+def average_drop(
+    model: Model,
+    images: torch.Tensor,
+    maps: Any,
+    targets: Targets = None,
+    *,
+    variant: str = "standard",
+    fill: Sequence[float] | torch.Tensor | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
     """How much of the target's probability is lost where the map hides the image; lower is better.
 
     With Y the probability for the image and O for the masked image:
@@ -169,7 +185,16 @@ def average_drop(model, images, maps, targets=None, *, variant="standard", fill=
 
 
 @torch.no_grad()
-def increase_in_confidence(model, images, maps, targets=None, *, variant="standard", fill=None, batch_size=64):
+def increase_in_confidence(
+    model: Model,
+    images: torch.Tensor,
+    maps: Any,
+    targets: Targets = None,
+    *,
+    variant: str = "standard",
+    fill: Sequence[float] | torch.Tensor | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
     """Whether the target's probability rises where the map hides the rest of the image; higher is better.
 
     With Y the probability for the image and O for the masked image:

@@ -1,6 +1,7 @@
 """Localisation: the grid pointing game."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,14 @@ class Mosaics(NamedTuple):
     """(n, 4) int64: the index of each cell's image."""
 
 
-def mosaics(images, classes, n, rng, *, shrink=False):
+def mosaics(
+    images: torch.Tensor,
+    classes: Sequence[int] | torch.Tensor,
+    n: int,
+    rng: np.random.Generator | int,
+    *,
+    shrink: bool = False,
+) -> Mosaics:
     """2 x 2 mosaics of images of four different classes, chosen at random.
 
     Args:
@@ -47,10 +55,10 @@ def mosaics(images, classes, n, rng, *, shrink=False):
     """
     checks.check_floating("images", images, "(N, C, H, W)", 4)
     n = checks.check_count("n", n)
-    classes = np.asarray(torch.as_tensor(classes).cpu())
-    if classes.shape != (len(images),) or classes.dtype.kind not in "iu":
-        raise ValueError(f"classes must be {len(images)} integers, got {classes.dtype} of shape {classes.shape}")
-    members = [np.flatnonzero(classes == index) for index in np.unique(classes)]
+    of_images = np.asarray(torch.as_tensor(classes).cpu())
+    if of_images.shape != (len(images),) or of_images.dtype.kind not in "iu":
+        raise ValueError(f"classes must be {len(images)} integers, got {of_images.dtype} of shape {of_images.shape}")
+    members = [np.flatnonzero(of_images == index) for index in np.unique(of_images)]
     if len(members) < 4:
         raise ValueError(f"classes must hold four different classes or more, got {len(members)}")
     if shrink:
@@ -59,11 +67,11 @@ def mosaics(images, classes, n, rng, *, shrink=False):
         images = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
     rng = np.random.default_rng(rng)
     chosen = [rng.choice(len(members), 4, replace=False) for _ in range(n)]
-    sources = np.array([[rng.choice(members[index]) for index in four] for four in chosen])
-    classes, sources = (torch.from_numpy(each).long().to(images.device) for each in (classes[sources], sources))
+    drawn = np.array([[rng.choice(members[index]) for index in four] for four in chosen])
+    sources, of_cells = (torch.from_numpy(each).long().to(images.device) for each in (drawn, of_images[drawn]))
     height, width = images.shape[2:]
     cells = images[sources].view(n, 2, 2, -1, height, width)  # mosaic, row, column
-    return Mosaics(cells.permute(0, 3, 1, 4, 2, 5).reshape(n, -1, 2 * height, 2 * width), classes, sources)
+    return Mosaics(cells.permute(0, 3, 1, 4, 2, 5).reshape(n, -1, 2 * height, 2 * width), of_cells, sources)
 
 
 class PointingGame(NamedTuple):
@@ -78,7 +86,7 @@ class PointingGame(NamedTuple):
 
 
 @torch.no_grad()
-def pointing_game(maps, cells):
+def pointing_game(maps: Any, cells: Sequence[int] | torch.Tensor) -> PointingGame:
     """Does the map of a class point at the cell of the mosaic that shows it?
 
     Args:
@@ -103,10 +111,10 @@ def pointing_game(maps, cells):
     batch, height, width = maps.shape
     if height % 2 or width % 2:
         raise ValueError(f"maps must have an even height and width, got {tuple(maps.shape)}")
-    cells = checks.check_classes(cells, batch, maps.device, n_classes=4, name="cells")
+    right_cells = checks.check_classes(cells, batch, maps.device, n_classes=4, name="cells")
     positive = maps.clamp_min(0).double().view(batch, 2, height // 2, 2, width // 2)
     energy, peak = (each.flatten(1) for each in (positive.sum((2, 4)), positive.amax((2, 4))))  # (B, 4)
-    total, right = energy.sum(1), cells[:, None] == torch.arange(4, device=maps.device)
+    total, right = energy.sum(1), right_cells[:, None] == torch.arange(4, device=maps.device)
     inside = (energy * right).sum(1)
     hit = peak.masked_fill(~right, -torch.inf).amax(1) > peak.masked_fill(right, -torch.inf).amax(1)
     return PointingGame(inside / total, hit, total == 0)

@@ -1,6 +1,6 @@
 """Similarity of maps, and class sensitivity."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ SSIM_RADIUS = 5
 """Half the window of the structural similarity, 11 pixels; a map must be larger than this."""
 
 
-def ssim(maps, other_maps):
+def ssim(maps: Any, other_maps: Any) -> torch.Tensor:
     """Structural similarity of two maps, per image: (B,), 1 for equal maps.
 
     Gaussian window of sigma 1.5 and 11 pixels, data range 1, mean over the whole map with its edges mirrored, as
@@ -45,12 +45,13 @@ def ssim(maps, other_maps):
     # map to rounding. Float64 is safe from it, but costs nine times as much as float32 on a CPU.
     dtype = torch.promote_types(maps.dtype, torch.float32) if maps.device.type == "cpu" else torch.float64
     with plain_arithmetic(maps.device):
-        pair = (each.to(dtype)[:, None] for each in (maps, other_maps))
-        return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").double()
+        first, second = (each.to(dtype)[:, None] for each in (maps, other_maps))
+        found: Any = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+        return found.double()
 
 
 @torch.no_grad()
-def rank_correlation(maps, other_maps):
+def rank_correlation(maps: Any, other_maps: Any) -> torch.Tensor:
     """Spearman's rank correlation of two maps' pixels, per image: (B,) float64 in [-1, 1].
 
     Equal pixels take the average of their ranks. NaN where a map is constant: it ranks nothing.
@@ -91,7 +92,7 @@ class ClassSensitivity(NamedTuple):
 
 
 @torch.no_grad()
-def class_sensitivity(maps, other_maps):
+def class_sensitivity(maps: Any, other_maps: Any) -> ClassSensitivity:
     """How much the maps of two classes of the same images differ.
 
     Pairs with a map of zeros are left out, not averaged in: ``zero`` marks them and their distances are NaN.
@@ -110,6 +111,7 @@ def class_sensitivity(maps, other_maps):
     (0.68, 0)
     """
     maps, other_maps = checks.check_pair(maps, other_maps, unit_range=True)
-    similarity, ranks = ssim(maps, other_maps), rank_correlation(maps, other_maps)
     zero = checks.is_zero(maps) | checks.is_zero(other_maps)
-    return ClassSensitivity(*((1 - each).masked_fill(zero, torch.nan) for each in (similarity, ranks)), zero)
+    by_ssim = (1 - ssim(maps, other_maps)).masked_fill(zero, torch.nan)
+    by_rank = (1 - rank_correlation(maps, other_maps)).masked_fill(zero, torch.nan)
+    return ClassSensitivity(by_ssim, by_rank, zero)

@@ -1,5 +1,6 @@
 """Stability and sanity: what a map does when noise is added, and when the model forgets what it has learnt."""
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -18,7 +19,15 @@ class Stability(NamedTuple):
     """(B,) bool: the clean map is zero everywhere, and its stability would say nothing."""
 
 
-def gradient_noise_stability(activations, gradients, method, stds, *, draws=5, generator=None):
+def gradient_noise_stability(
+    activations: torch.Tensor,
+    gradients: torch.Tensor,
+    method: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    stds: Sequence[float],
+    *,
+    draws: int = 5,
+    generator: torch.Generator | None = None,
+) -> Stability:
     """How much a map changes when Gaussian noise is added to the raw gradient, before anything else sees it.
 
     Every std sees the same draws of noise, scaled; so do two methods that are given generators with one seed.
@@ -48,7 +57,14 @@ def gradient_noise_stability(activations, gradients, method, stds, *, draws=5, g
     return _noise_stability(lambda noisy: method(activations, noisy), gradients, scale, stds, draws, generator)
 
 
-def input_noise_stability(maps_of, images, stds, *, draws=5, generator=None):
+def input_noise_stability(
+    maps_of: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    stds: Sequence[float],
+    *,
+    draws: int = 5,
+    generator: torch.Generator | None = None,
+) -> Stability:
     """How much a map changes when Gaussian noise is added to the image.
 
     Args:
@@ -98,7 +114,15 @@ class Randomization(NamedTuple):
     """(B, L) bool: one of the two maps is zero everywhere."""
 
 
-def parameter_randomization(maps_of_model, model, images, layers=None, *, cascading=True, seed=0):
+def parameter_randomization(
+    maps_of_model: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    layers: Sequence[str] | None = None,
+    *,
+    cascading: bool = True,
+    seed: int = 0,
+) -> Randomization:
     """The sanity check of saliency maps: do they change when the model's weights are randomised, from the head down?
 
     Modules with a ``reset_parameters`` start anew as it says; parameters that a module without one holds itself are

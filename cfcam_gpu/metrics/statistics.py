@@ -1,6 +1,6 @@
 """Uncertainty: a mean over images, and its interval."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ class Interval(NamedTuple):
     """Images that count: those that are not NaN."""
 
 
-def bootstrap_ci(values, minus=None, *, confidence=0.95, resamples=10_000, seed=0):
+def bootstrap_ci(
+    values: Any, minus: Any = None, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
     """The mean over images, with a percentile bootstrap interval.
 
     Args:

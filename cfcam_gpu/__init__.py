@@ -4,7 +4,7 @@ import sys
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _KernelsBeside:

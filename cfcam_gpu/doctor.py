@@ -119,12 +119,12 @@ def probe() -> None:
     distributions = {package.module: package.distributions for package in PACKAGES}
     for engine in ENGINES.values():
         unavailable = engine.unavailable()
-        reason = str(unavailable or "")
+        remark = str(unavailable or "")
         if engine.in_kernels and pipeline.unavailable("triton"):
-            reason = f"in torch; not in Triton: {pipeline.unavailable('triton')}"
+            remark = f"in torch; not in Triton: {pipeline.unavailable('triton')}"
         has_version = engine.distribution and util.find_spec(engine.distribution)
         version = _version(distributions[engine.distribution]) if has_version else ""
-        rows.append((f"clustering {engine.name}", unavailable is None, version, reason))
+        rows.append((f"clustering {engine.name}", unavailable is None, version, remark))
     rows.append(_compiled_row(host.compiled() is not None))
     print(json.dumps(rows))
 

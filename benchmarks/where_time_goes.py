@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from cfcam_gpu import CFCAM, bench, cf_cam, cluster_channels
 from cfcam_gpu.bench import timing
-from cfcam_gpu.capture import HeadCapture
 
 PAGE = Path(__file__).parent / "profile.md"
 
@@ -35,7 +34,7 @@ WARM_UP = 3
 
 def stages(subject, rounds):
     """{stage: its median milliseconds} of one call, in order; they add up to it. On a GPU each ends with a wait."""
-    capture = HeadCapture(subject.model, [subject.layer], subject.reshape_transform)
+    capture = subject.capture()
     times = {}
 
     def lap(stage):
@@ -55,7 +54,8 @@ def stages(subject, rounds):
             lap("before")
             captured = capture(subject.images, subject.targets)
             lap("backward through the head, and the capture's own work")
-            cf_cam(captured.activations[0], captured.gradients[0], subject.output_size)
+            arguments = captured.activations[0], captured.gradients[0], subject.output_size
+            cf_cam(*arguments, guide=captured.guides[0])
             lap("pipeline: clustering to map")
     finally:
         for hook in hooks:
@@ -66,7 +66,7 @@ def stages(subject, rounds):
 
 def clustering_ms(subject, rounds):
     """Median milliseconds of the clustering alone."""
-    activations, _ = subject.captured
+    activations, *_ = subject.captured
     runs = {"clustering": lambda: cluster_channels(activations)}
     times = timing.interleaved(runs, subject.device, {"clustering": WARM_UP + rounds})["clustering"]
     return timing.quantiles_ms(times[WARM_UP:])["median_ms"]

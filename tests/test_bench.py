@@ -248,9 +248,11 @@ def test_peak_memory_is_that_of_the_call():
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
 def test_the_halves_are_the_model(name):
     subject = bench.subject(name, size=224 if name == "vit_b_16" else 64)
-    trunk_, head = trunk.cut(subject.model, subject.layer_name)
+    trunk_, head = trunk.cut(subject.model, subject.layer_name, subject.guide_name)
     with torch.no_grad():
-        assert torch.equal(head(*trunk_(subject.images)), subject.model(subject.images))
+        crossing, kept = trunk_(subject.images)
+        assert torch.equal(head(*crossing), subject.model(subject.images))
+    assert (kept is None) == (name == "vit_b_16") and (kept is None or torch.equal(kept, subject.captured[2]))
 
 
 def test_compiled_trunk(subject, monkeypatch):

@@ -76,7 +76,7 @@ def test_demo(run, tmp_path):
     assert (status, err) == (0, "")
     picture = tmp_path / "demo" / "chelsea.png"
     assert out == (
-        "target layer: _swish (1280 x 7 x 7)\n"
+        "target layer: _swish (1280 x 7 x 7)\nguide layer: _blocks.10\n"
         f"chelsea -> {picture}: Egyptian cat 0.38, tiger cat 0.33\n"
     )  # fmt: skip
     assert names(tmp_path / "demo") == ["chelsea.png", "chelsea_282.npy", "chelsea_285.npy"]

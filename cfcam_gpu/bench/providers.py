@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
+from cfcam_gpu import CFCAM, CFCAMConfig, accelerate, cf_cam, pipeline
 from cfcam_gpu.bench.trunk import Unavailable
+from cfcam_gpu.capture import margin_cotangent
 from cfcam_gpu.checks import needs
 from cfcam_gpu.clustering import ENGINES
+from cfcam_gpu.layers import channels_last_to_map
 
 CF_CAM, GRAD_CAM, SCORES = "CF-CAM", "Grad-CAM", "scores"
 
@@ -98,7 +100,7 @@ def _compiled_forward(subject):
 
     @torch.no_grad()
     def run():
-        return head(*trunk(subject.images))
+        return head(*trunk(subject.images)[0])
 
     return run
 
@@ -106,16 +108,23 @@ def _compiled_forward(subject):
 def _compiled_maps(subject):
     trunk, head = _halves(subject)
     reshape = subject.reshape_transform or (lambda output: output)
-    targets = torch.tensor(subject.targets, device=subject.device)[:, None]
+    # A guide may have another layout than the target layer.
+    of_guide = subject.captured[2]
+    is_last = of_guide is not None and trunk(subject.images)[1].shape != of_guide.shape
+    reading = channels_last_to_map if is_last else lambda output: output
+    targets = torch.tensor(subject.targets, device=subject.device)
+    temperature = CFCAMConfig().margin_temperature
 
     def run():
         with torch.no_grad():
-            output, *rest = trunk(subject.images)
+            (output, *rest), guide = trunk(subject.images)
         leaf = output.detach().requires_grad_()
         with torch.enable_grad():
-            score = head(leaf, *rest).gather(1, targets).sum()
-        (gradient,) = torch.autograd.grad(score, leaf)
-        return cf_cam(reshape(leaf.detach()), reshape(gradient), subject.output_size).maps
+            outputs = head(leaf, *rest)
+        cotangent = margin_cotangent(outputs.detach(), targets, temperature)
+        (gradient,) = torch.autograd.grad(outputs, leaf, cotangent)
+        guide = None if guide is None else reading(guide)
+        return cf_cam(reshape(leaf.detach()), reshape(gradient), subject.output_size, guide=guide).maps
 
     return run
 
@@ -123,8 +132,8 @@ def _compiled_maps(subject):
 def _pipeline(backend="auto", engine="auto"):
     def build(subject):
         choices = _choices(subject, backend, engine)
-        activations, gradients = subject.captured
-        return lambda: cf_cam(activations, gradients, subject.output_size, **choices).maps
+        activations, gradients, guide = subject.captured
+        return lambda: cf_cam(activations, gradients, subject.output_size, guide=guide, **choices).maps
 
     return build
 
@@ -235,7 +244,7 @@ PROVIDERS = {
 }
 """By name: "cfcam" is ``CFCAM.maps``, "cfcam:numpy" the call that returns NumPy, "cfcam:capture" a CUDA graph,
 ":compile" has the trunk compiled by torch.compile, ":accelerated" is the peer's object after `accelerate`, and
-"pipeline" is ``cf_cam`` alone, on the layer's activations and gradients."""
+"pipeline" is ``cf_cam`` alone, on the layer's activations and gradients and its guide's output."""
 
 JUDGES = {
     SCORES: ("forward",),

@@ -10,6 +10,7 @@ from torch import nn
 from cfcam_gpu import layers, models
 from cfcam_gpu.bench.trunk import compiled_halves
 from cfcam_gpu.capture import HeadCapture
+from cfcam_gpu.config import CFCAMConfig
 
 MODELS = ("resnet18", "resnet50", "densenet121", "mobilenet_v3_large", "convnext_tiny", "vit_b_16", "swin_t")
 """torchvision's models that the full suite measures; any other name and any spec of `models.load_model` works too."""
@@ -50,21 +51,37 @@ class Subject:
     def output_size(self):
         return tuple(self.images.shape[2:])
 
+    def capture(self):
+        """A `HeadCapture` as `CFCAM` has it, for the default configuration."""
+        temperature = CFCAMConfig().margin_temperature
+        options = {"guide_layer": "auto", "margin_temperature": temperature}
+        return HeadCapture(self.model, [self.layer], self.reshape_transform, **options)
+
     @cached_property
     def captured(self):
-        """Activations and gradients (B, C, h, w) of the target layer, contiguous."""
-        capture = HeadCapture(self.model, [self.layer], self.reshape_transform)(self.images, self.targets)
-        return capture.activations[0].contiguous(), capture.gradients[0].contiguous()
+        """Activations and gradients (B, C, h, w) of the target layer, contiguous, and its guide's output or None."""
+        capture = self.capture()(self.images, self.targets)
+        return capture.activations[0].contiguous(), capture.gradients[0].contiguous(), capture.guides[0]
+
+    @cached_property
+    def guide_name(self):
+        """The name of the guide; None where the target layer guides itself."""
+        capture = self.capture()
+        capture(self.images[:1], self.targets[:1])
+        (name,) = capture.guide_names
+        return None if name == self.layer_name else name
 
     @cached_property
     def halves(self):
         """The `Halves` of the model, the first one compiled for this batch."""
-        return compiled_halves(self.model, self.layer_name, self.images)
+        return compiled_halves(self.model, self.layer_name, self.images, self.guide_name)
 
     def first(self, n):
         """The first ``n`` images with what the whole batch's pass gave them: rounding depends on the batch."""
         part = replace(self, images=self.images[:n])
-        vars(part).update(targets=self.targets[:n], captured=tuple(each[:n] for each in self.captured))
+        vars(part).update(
+            targets=self.targets[:n], captured=tuple(each if each is None else each[:n] for each in self.captured)
+        )
         return part
 
     def with_batch(self, batch):

@@ -17,23 +17,25 @@ class Unavailable(Exception):
 
 
 class Halves(NamedTuple):
-    """``head(*trunk(images))`` is the model's output; ``trunk(images)[0]`` is the target layer's."""
+    """``crossing, kept = trunk(images)``, and ``head(*crossing)`` is the model's output; ``crossing[0]`` is the target
+    layer's output, and ``kept`` that of another layer, or None."""
 
     trunk: torch.nn.Module
     head: torch.nn.Module
 
 
-def cut(model, layer_name):
-    """The `Halves` of a model that ``torch.fx`` can trace.
+def cut(model, layer_name, kept_name=None):
+    """The `Halves` of a model that ``torch.fx`` can trace; ``kept_name`` is that of the layer to keep the output of.
 
     >>> trunk, head = cut(resnet50, "layer4")
-    >>> head(*trunk(images)).shape  # images (2, 3, 224, 224)
+    >>> crossing, _ = trunk(images)  # (2, 3, 224, 224)
+    >>> head(*crossing).shape
     torch.Size([2, 1000])
     """
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module, name):
-            return name == layer_name or super().is_leaf_module(module, name)
+            return name in (layer_name, kept_name) or super().is_leaf_module(module, name)
 
     nodes = list(Tracer().trace(model).nodes)
     last = max(index for index, node in enumerate(nodes) if (node.op, node.target) == ("call_module", layer_name))
@@ -44,7 +46,8 @@ def cut(model, layer_name):
     trunk, made = fx.Graph(), {}
     for node in before:
         made[node] = trunk.node_copy(node, made.__getitem__)
-    trunk.output(tuple(made[node] for node in crossing))
+    kept = [made[node] for node in before if (node.op, node.target) == ("call_module", kept_name)]
+    trunk.output((tuple(made[node] for node in crossing), kept[-1] if kept else None))
     head, made = fx.Graph(), {}
     for node in crossing:
         made[node] = head.placeholder(node.name)
@@ -53,10 +56,10 @@ def cut(model, layer_name):
     return Halves(fx.GraphModule(model, trunk), fx.GraphModule(model, head))
 
 
-def compiled_halves(model, layer_name, images, budget_s=COMPILE_BUDGET_S):
+def compiled_halves(model, layer_name, images, kept_name=None, budget_s=COMPILE_BUDGET_S):
     """The `Halves` of a model with the trunk compiled for these images, or an `Unavailable` that says why not."""
     try:
-        halves = cut(model, layer_name)
+        halves = cut(model, layer_name, kept_name)
         halves = halves._replace(trunk=torch.compile(halves.trunk, dynamic=False))
         with _alarm(budget_s), torch.no_grad():
             halves.trunk(images)

@@ -15,7 +15,7 @@ from cfcam_gpu.checks import needs
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.layers import channels_last_to_map
 
-CF_CAM, GRAD_CAM, SCORES = "CF-CAM", "Grad-CAM", "scores"
+CF_CAM, CF_CAM_CALL, GRAD_CAM, SCORES = "CF-CAM", "CF-CAM as pytorch-grad-cam scales", "Grad-CAM", "scores"
 
 
 class Provider(NamedTuple):
@@ -77,9 +77,12 @@ def _maps(backend="auto", engine="auto"):
     return build
 
 
-def _call(subject):
-    cam, images, targets = _cam(subject), subject.images, subject.targets
-    return lambda: cam(images, targets)
+def _call(backend="auto"):
+    def build(subject):
+        cam, images, targets = _cam(subject, **_choices(subject, backend, "auto")), subject.images, subject.targets
+        return lambda: cam(images, targets)
+
+    return build
 
 
 def _captured(subject):
@@ -227,7 +230,8 @@ PROVIDERS = {
     for provider in (
         Provider("forward", SCORES, _forward),
         Provider("cfcam", CF_CAM, _maps()),
-        Provider("cfcam:numpy", CF_CAM, _call),
+        Provider("cfcam:numpy", CF_CAM_CALL, _call()),
+        Provider("cfcam:numpy:reference", CF_CAM_CALL, _call("reference")),
         *(Provider(f"cfcam:{name}", CF_CAM, _maps(*choice)) for name, choice in BACKENDS.items()),
         Provider("cfcam:capture", CF_CAM, _captured),
         Provider("cfcam:compile", CF_CAM, _compiled_maps),
@@ -249,6 +253,7 @@ PROVIDERS = {
 JUDGES = {
     SCORES: ("forward",),
     CF_CAM: ("pipeline:reference", "pipeline:torch+batched"),
+    CF_CAM_CALL: ("cfcam:numpy:reference",),
     GRAD_CAM: ("pytorch-grad-cam", "torch-cam", "captum"),
 }
 """With whose results the others' of a method are compared: the first of these that can run."""

@@ -37,7 +37,7 @@ COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choi
 FOUR = ("insertion_minus_deletion", "class_sensitivity", choice.STABILITY, "energy")
 """The README's columns: one of each question that is asked."""
 
-IN_README = ("Grad-CAM", "Grad-CAM++", "LayerCAM", "Eigen-CAM", "random", "CF-CAM, published", "CF-CAM")
+IN_README = ("Grad-CAM", "Grad-CAM++", "LayerCAM", "Eigen-CAM", "random", "CF-CAM, published", "CF-CAM 0.1", "CF-CAM")
 
 OF_SCORE_CAM = ("insertion", "deletion", "insertion_minus_deletion", "average_drop", "increase")
 

@@ -139,10 +139,7 @@ class HeadCapture:
     def guide_names(self) -> list[str] | None:
         """The names of the target layers' guides, a target layer's own where it has no other; None before the first
         pass where they are to be found."""
-        if self._guides is None:
-            return self.target_names
-        names = self._guides.names
-        return None if names is None else [guide or target for guide, target in zip(names, self.target_names)]
+        return self.target_names if self._guides is None else self._guides.names(self.target_names)
 
     def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> Capture:
         """Run the model once and return a :class:`Capture`.

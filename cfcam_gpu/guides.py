@@ -68,12 +68,12 @@ class Guides:
         self._copied: set[nn.Module] = set()
         self.begin()
 
-    @property
-    def names(self) -> list[str | None] | None:
-        """Per target layer the guide's name, None where it is the layer itself; None before they have been found."""
+    def names(self, target_names: Sequence[str]) -> list[str] | None:
+        """Per target layer the guide's name, its own where it guides itself; None before they have been found."""
         if AUTO in self._found:
             return None
-        return [self._names[found] if isinstance(found, nn.Module) else None for found in self._found]
+        pairs = zip(self._found, target_names)
+        return [self._names[found] if isinstance(found, nn.Module) else target for found, target in pairs]
 
     def begin(self) -> None:
         """Let go of what the last pass kept."""

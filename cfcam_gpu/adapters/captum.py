@@ -122,7 +122,8 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
     @property
     def guide_names(self):
         """The guide's name, as `cfcam_gpu.CFCAM` has it; None also where the layer guides itself."""
-        return self._guides and self._guides.names
+        names = self._guides and self._guides.names([""])
+        return names and [name or None for name in names]
 
     @log_usage(part_of_slo=True)
     def attribute(

@@ -258,8 +258,7 @@ class CFCAM(Configured, GradCAM):
     @property
     def guide_names(self):
         """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
-        names = [None] * len(self.target_names) if self._guides is None else self._guides.names
-        return names and [guide or target for guide, target in zip(names, self.target_names)]
+        return list(self.target_names) if self._guides is None else self._guides.names(self.target_names)
 
     def _begin_pass(self, model, args, kwargs):
         super()._begin_pass(model, args, kwargs)

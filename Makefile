@@ -20,7 +20,7 @@ lint: .venv/lint.stamp
 
 test: .venv/test.stamp
 	$(LINT)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto
 
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -79,13 +79,17 @@ def resources(compiled, target):
 
 
 def launches(configurations):
-    """Every distinct launch that the configurations make: (kernel, args, kwargs)."""
+    """A launch (kernel, source, options) of every block size, variant and dtype that the configurations make.
+
+    Launches that differ in their sizes alone, and so in which of them are 1 or multiples of 16, count as one.
+    """
     recorded = {}
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         source, options = source_of(kernel, args, kwargs)
-        key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
-        recorded[key] = (kernel, source, options)
+        pointers = [kind for kind in source.signature.values() if kind.startswith("*")]
+        variant = {name: value for name, value in kwargs.items() if name.isupper()}
+        recorded.setdefault((kernel.__name__, str(pointers), str(variant), str(options)), (kernel, source, options))
 
     triton.runtime.jit.JITFunction.run = record
     for shape, dtype, config, guide in configurations:
@@ -98,20 +102,21 @@ def launches(configurations):
             triton_backend.grad_cam_maps(layers[:1], (224, 224), scale_mean)
             triton_backend.grad_cam_maps(layers, (224, 224), scale_mean)
         for weights in (tensors[0], tensors[0][:, :, 0, 0].float()):  # of a cell; of a channel
-            for relu, skip_nan in ((True, False), (True, True), (False, True), (False, False)):
-                triton_backend.class_grid(tensors[0], weights, relu, skip_nan, config, guide)
+            for relu, skip_nan in ((True, False), (False, True)):
+                triton_backend.class_grid(tensors[0], weights, relu, skip_nan)
+        if guide is None:
+            triton_backend.class_grid(tensors[0], tensors[0], config=config)
         gaussian_filter(*(torch.empty(3, n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, shape[3:] * 2)))
     return recorded.values()
 
 
 CONFIGURATIONS = [
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig(), (1, 1024, 14, 14)),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), (1, 1024, 14, 14)),  # a first, a middle and a last step
     ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper(), None),
     ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit"), (2, 257, 29, 31)),
     ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=2.5), None),
     ((1, 2048, 7, 7), torch.float32, CFCAMConfig.paper(), None),
-    ((1, 512, 28, 28), torch.float16, CFCAMConfig(), (1, 256, 56, 56)),
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), None),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig(affinity_steps=1), None),  # the first step and the last in one
 ]
 
 

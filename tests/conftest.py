@@ -9,6 +9,9 @@ from types import SimpleNamespace
 # Before the first import of triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before the first import of torch: where there is a process a core (pytest -n auto), each has one thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

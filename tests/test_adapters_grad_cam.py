@@ -13,8 +13,9 @@ from captured import margin_targets
 from compare import averaged
 from torch import nn
 
-torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: grad-cam)")
+import networks
 import pytorch_grad_cam as original
 import ttach
 from pytorch_grad_cam.base_cam import BaseCAM
@@ -75,38 +76,23 @@ def channels_first(grid):
     return grid.permute(0, 3, 1, 2)
 
 
-# name -> (constructor, three layers from early to late, reshape_transform, height). densenet121's last layer is the
-# one before norm5: the in-place ReLU after norm5 changes the original's activations, see the in-place test.
+# name -> (three layers from early to late, reshape_transform, height). densenet121's last layer is the one before
+# norm5: the in-place ReLU after norm5 changes the original's activations, see the in-place test.
 NETWORKS = {
-    "resnet18": (torchvision.models.resnet18, ["layer2.1", "layer3.1", "layer4.1"], None, 96),
-    "resnet50": (torchvision.models.resnet50, ["layer2.3", "layer3.5", "layer4.2"], None, 96),
-    "densenet121": (
-        torchvision.models.densenet121,
-        ["features.transition2", "features.denseblock3", "features.denseblock4"],
-        None,
-        96,
-    ),
-    "vgg16": (torchvision.models.vgg16, ["features.16", "features.23", "features.29"], None, 96),
-    "mobilenet_v3_large": (
-        torchvision.models.mobilenet_v3_large,
-        ["features.8", "features.12", "features.16"],
-        None,
-        96,
-    ),
-    "swin_t": (torchvision.models.swin_t, ["features.3", "features.5", "norm"], channels_first, 96),
-    "vit_b_16": (
-        lambda weights: torchvision.models.vit_b_16(weights=weights, image_size=64),
-        [f"encoder.layers.encoder_layer_{index}.ln_1" for index in (5, 8, 11)],
-        swap_tokens,
-        64,
-    ),
+    "resnet18": (["layer2.1", "layer3.1", "layer4.1"], None, 96),
+    "resnet50": (["layer2.3", "layer3.5", "layer4.2"], None, 96),
+    "densenet121": (["features.transition2", "features.denseblock3", "features.denseblock4"], None, 96),
+    "vgg16": (["features.16", "features.23", "features.29"], None, 96),
+    "mobilenet_v3_large": (["features.8", "features.12", "features.16"], None, 96),
+    "swin_t": (["features.3", "features.5", "norm"], channels_first, 96),
+    "vit": ([f"encoder.layers.encoder_layer_{index}.ln_1" for index in (1, 2, 3)], swap_tokens, 64),
 }
 
 
 def build(name):
     """A network with random weights, its layers, its reshape_transform and the height of its inputs."""
-    constructor, layers, reshape_transform, height = NETWORKS[name]
-    model = constructor(weights=None).eval()
+    layers, reshape_transform, height = NETWORKS[name]
+    model = networks.vit(image_size=64) if name == "vit" else networks.build(name)
     # torchvision initialises ViT's head with zeros, which makes every map zero.
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     nn.init.normal_(head.weight, std=0.1)
@@ -115,10 +101,10 @@ def build(name):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_originals_numbers(seed, network):
-    """Six methods; batch 1 with targets from the outputs and batch 5 with given ones; one layer and three."""
+    """Six methods; batch 1 with targets from the outputs and batch 3 with given ones; one layer and three."""
     model, layers, reshape_transform, height = build(network)
     for method in METHODS:
-        for batch, target_layers in ((1, layers[-1:]), (5, layers)):
+        for batch, target_layers in ((1, layers[-1:]), (3, layers)):
             images = torch.rand(batch, 3, height, 64)
             slow = getattr(original, method)(model, target_layers, reshape_transform)
             fast = accelerate(slow)
@@ -329,14 +315,16 @@ def test_cf_cam_with_its_guides_and_margins(resnet18, images):
     layers = [resnet18.layer3[-1], resnet18.layer4[-1]]
     ours, cam = cfcam_gpu.CFCAM(resnet18, layers), adapter.CFCAM(resnet18, layers)
     assert cam.guide_names is None
-    expected = ours(images, [1, 2])
-    assert_same(cam(images, categories(1, 2)), expected, 1e-5)
+    # Of a random network the maps may all be zero, even where both speak of the top class: as in `with_maps`.
+    classes = next(pair for pair in zip(range(0, 1000, 2), range(1, 1000, 2)) if ours(images, pair).any())
+    expected = ours(images, classes)
+    assert_same(cam(images, categories(*classes)), expected, 1e-5)
     assert cam.guide_names == ours.guide_names == ["layer2", "layer3"]
-    assert_same(cam(images, [1, 2]), expected, 1e-5)
-    assert_same(cam(images), ours(images), 1e-5)
-    by_formula = cam(images, margin_targets([1, 2], cam.config))
+    assert_same(cam(images, list(classes)), expected, 1e-5)
+    np.testing.assert_allclose(cam(images), ours(images), rtol=0, atol=1e-5)
+    by_formula = cam(images, margin_targets(classes, cam.config))
     assert_same(by_formula, expected, 1e-5)
-    assert np.abs(cam(images, margin_targets([1, 2], CFCAMConfig.paper())) - expected).max() > 1e-3
+    assert np.abs(cam(images, margin_targets(classes, CFCAMConfig.paper())) - expected).max() > 1e-3
 
 
 def test_cf_cam_options(small, images):
@@ -392,7 +380,7 @@ DEVICE_TOLERANCE = 1e-5
 @pytest.mark.parametrize("method", METHODS)
 def test_the_device_path(small, images, device_path, method):
     """The sums and the scaling are launches of the two kernels, one each a layer, and the numbers the original's."""
-    small, images = small.to(device_path.device), images.to(device_path.device)
+    small, images = small.to(device_path.device), images[:, :, :48, :32].to(device_path.device)
     for layers in ([small[2]], [small[0], small[2]]):
         slow = getattr(original, method)(small, layers)
         fast = accelerate(slow)
@@ -410,7 +398,7 @@ def test_the_device_path(small, images, device_path, method):
 def test_the_rest_of_the_device_path(small, images, device_path):
     """The six views of ``aug_smooth`` are one batch; what the kernels do not sum, they scale; what they do not take is
     left to torch; half precision goes in as it is."""
-    small, images = small.to(device_path.device), images.to(device_path.device)
+    small, images = small.to(device_path.device), images[:, :, :48, :32].to(device_path.device)
     slow = original.GradCAM(small, [small[2]])
     fast = accelerate(slow)
     assert fast.maps(images).device.type == device_path.device
@@ -463,7 +451,7 @@ def test_cf_cam_on_the_device_path(small, images, device_path):
 # Smoothing, batches, volumes.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[::3])  # of the weights of a channel and of a cell, one each
 def test_aug_smooth(resnet18, images, method):
     # In double precision: the network rounds differently in a batch of six views, and a map that is the small remainder
     # of large terms would be stretched with it. The last layer, where the map of the top class cannot be zero: its

@@ -11,8 +11,9 @@ from captured import margin_targets
 from compare import assert_close, averaged
 from torch import nn
 
-torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
 pytest.importorskip("torchcam", reason="torch-cam is not installed (extra: torchcam)")
+import networks
 import torchcam.methods as original
 
 from cfcam_gpu import CFCAMConfig, cf_cam
@@ -37,9 +38,8 @@ def images():
 
 
 def build(name):
-    model = torchvision.models.get_model(name, weights=None).eval()
     options = {"reshape_transform": lambda grid: grid.permute(0, 3, 1, 2)} if name == "swin_t" else {}
-    return model, options
+    return networks.build(name), options
 
 
 def assert_same(actual, expected, tolerance=2e-6):
@@ -62,12 +62,12 @@ def run(cam, images, classes, normalized=False, relu=False):
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_numbers(name):
     model, options = build(name)
-    cases = [(1, LAYERS[name][-1]), (5, LAYERS[name])]
+    cases = [(1, LAYERS[name][-1]), (3, LAYERS[name])]
     if name == "resnet18":
-        cases += [(1, LAYERS[name]), (5, LAYERS[name][1])]
+        cases += [(1, LAYERS[name]), (3, LAYERS[name][1])]
     for batch, layers in cases:
         batch_images = torch.rand(batch, 3, 64, 96)
-        classes = 7 if batch == 1 else [1, 2, 3, 5, 999]
+        classes = 7 if batch == 1 else [1, 2, 999]
         for method in METHODS:
             with getattr(original, method)(model, layers, **options) as cam:
                 expected = run(cam, batch_images, classes)
@@ -413,8 +413,9 @@ def weighted_terms(cam):
         yield activations.double() * (weights if weights.ndim == 4 else weights[:, :, None, None])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, dtype", [*((method, torch.float32) for method in METHODS), ("LayerCAM", torch.bfloat16)]
+)
 def test_the_device_path(resnet18, images, device_path, method, dtype):
     """A launch of the sum's kernel a layer, and torch-cam's numbers; its signed sums may cancel, so that the error is
     measured against the terms that were added."""

@@ -332,7 +332,7 @@ def test_real_activations_of_photographs():
     from cfcam_gpu.models import load_model
 
     demo = load_model("demo", "cpu")
-    inputs = torch.stack([demo.preprocess(load_image(path)) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))[:50]])
+    inputs = torch.stack([demo.preprocess(load_image(path)) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))[:20]])
     seen = {}
     hook = demo.model._avg_pooling.register_forward_pre_hook(lambda _, inputs: seen.update(activations=inputs[0]))
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_real_activations_of_photographs():
     hook.remove()
 
     activations = seen["activations"]
-    assert activations.shape == (50, 1280, 7, 7)
+    assert activations.shape == (20, 1280, 7, 7)
     for config in (CFCAMConfig(), CFCAMConfig(descriptor="unit", eps_percentile=2.0, min_samples_fraction=0.0)):
         labels, eps = cluster_channels(activations, config)
         by_sklearn, _ = cluster_channels(activations, config, clustering="sklearn")

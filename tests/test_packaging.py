@@ -153,7 +153,8 @@ def commands_of(target):
         pytest.skip("make is not installed")
     stamps = [".venv/bin/python", *(f".venv/{extra}.stamp" for extra in ("demo", "docs", "lint", "test"))]
     old = [option for stamp in stamps for option in ("-o", stamp)]
-    return run("make", "-n", *old, target, cwd=ROOT).splitlines()
+    # Under `make test` the inner make would say which directory it enters.
+    return run("make", "--no-print-directory", "-n", *old, target, cwd=ROOT).splitlines()
 
 
 def test_ci_runs_lint_and_the_tests_and_nothing_else():
@@ -162,7 +163,7 @@ def test_ci_runs_lint_and_the_tests_and_nothing_else():
     assert script.read_text().splitlines()[-1] == "exec make test"
     lint = commands_of("lint")
     assert lint == [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/mypy"]
-    assert commands_of("test") == [*lint, ".venv/bin/python -m pytest tests"]
+    assert commands_of("test") == [*lint, ".venv/bin/python -m pytest tests -n auto"]
 
 
 def test_one_version_of_each_tool_checks_the_style():

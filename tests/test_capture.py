@@ -159,9 +159,10 @@ def test_the_state_check_sees_a_hook_a_grad_and_a_flag():
     ],
 )
 def test_bit_identical_on_torchvision(name, layer):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    options = {"init_weights": False} if name == "vgg16" else {}  # as random, and a second faster
-    model = models.get_model(name, **options).eval()
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    import networks
+
+    model = networks.build(name)
     check(model, [model.get_submodule(layer)], images(2, (64, 96)), targets=(3, 800), passes=2)
 
 

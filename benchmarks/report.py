@@ -17,7 +17,7 @@ import report_faithfulness
 import rows
 from tables import NOT_MEASURED, fill, markdown, names, number
 
-from cfcam_gpu import bench
+from cfcam_gpu import adapters, bench
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,7 +159,7 @@ def accelerated_table(results):
         "accelerated, MiB",
     ]
     body = []
-    for peer in ("pytorch-grad-cam", "torch-cam", "captum"):
+    for peer in (peer.name for peer in adapters.PEERS.values()):
         for batch in (1, 8):
             pair = [results.row("cpu", "resnet50", batch, name) for name in (peer, f"{peer}:accelerated")]
             measured = all("median_ms" in row for row in pair)

@@ -101,7 +101,7 @@ def build(name):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_originals_numbers(seed, network):
-    """Six methods; batch 1 with targets from the outputs and batch 3 with given ones; one layer and three."""
+    """Every method; batch 1 with targets from the outputs and batch 3 with given ones; one layer and three."""
     model, layers, reshape_transform, height = build(network)
     for method in METHODS:
         for batch, target_layers in ((1, layers[-1:]), (3, layers)):

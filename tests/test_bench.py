@@ -12,6 +12,7 @@ for package in ("torchvision", "tqdm", "sklearn"):
     pytest.importorskip(package)
 
 from cfcam_gpu import bench, cli
+from cfcam_gpu.adapters import PEERS
 from cfcam_gpu.bench import providers, rows, run, timing, trunk
 from cfcam_gpu.bench.providers import CF_CAM, PROVIDERS, Provider
 
@@ -84,11 +85,11 @@ def test_bench_prints_and_writes_a_row_of_every_provider(net, tmp_path, capfd):
 
 
 def test_peers_of_one_method_agree(subject):
-    for package in ("pytorch_grad_cam", "torchcam", "captum"):
+    for package in PEERS:
         pytest.importorskip(package)
     names = [name for name, provider in PROVIDERS.items() if provider.method == providers.GRAD_CAM]
     measured = measure(subject, *names)
-    assert len(names) == 6 and all("ratio" in measured[name] for name in names), measured
+    assert len(names) == 2 * len(PEERS) and all("ratio" in measured[name] for name in names), measured
     assert {measured[name]["judge"] for name in names} == {"pytorch-grad-cam"}
     # Nothing of the peers stays on the model, where it would cost the next run time and memory.
     hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in subject.model.modules()]

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-for package in ("torchvision", "timm", "skimage", "matplotlib", "PIL", "pytorch_grad_cam", "torchcam", "captum"):
+from cfcam_gpu import CFCAM, cli
+from cfcam_gpu.adapters import PEERS
+
+for package in ("torchvision", "timm", "skimage", "matplotlib", "PIL", *PEERS):
     pytest.importorskip(package)
 
 import torchvision
-
-from cfcam_gpu import CFCAM, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 REASONS = ("downloads", "needs a GPU")

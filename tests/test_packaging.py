@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cfcam_gpu
+from cfcam_gpu.adapters import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +25,8 @@ def run(*command, **options):
     return process.stdout
 
 
-EXTRAS = {"reference", "demo", "cuml", "grad-cam", "torchcam", "captum", "metrics", "bench", "docs", "lint", "test"}
+EXTRAS = {"reference", "demo", "cuml", "metrics", "bench", "docs", "lint", "test"}
+EXTRAS |= {peer.extra for peer in PEERS.values()}
 
 
 def build_wheel(tmp_path_factory, **environment):
@@ -62,9 +64,9 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
 
 CLUSTER = """
 import torch
-from cfcam_gpu import cluster_channels
+from cfcam_gpu import CFCAMConfig, cluster_channels
 from cfcam_gpu.clustering import host
-labels, eps = cluster_channels(torch.arange(24.0).reshape(1, 6, 2, 2))
+labels, eps = cluster_channels(torch.arange(24.0).reshape(1, 6, 2, 2), CFCAMConfig(dominant_percentile=50.0))
 print(host.compiled() is not None, labels.tolist(), host.__file__)
 """
 

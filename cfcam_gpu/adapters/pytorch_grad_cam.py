@@ -1,4 +1,4 @@
-"""pytorch-grad-cam's classes on a head-only backward: CF-CAM in its contract, and six of its own methods.
+"""pytorch-grad-cam's classes on a head-only backward: CF-CAM in its contract, and methods of its own.
 
 The classes here are subclasses of that library's (grad-cam 1.5.7), with its constructors, its call and its numbers, and
 can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `HeadOnlyCAM` says what is different.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cfcam_gpu.adapters import PEERS
 from cfcam_gpu.bench import timing
 from cfcam_gpu.bench.providers import JUDGES, PROVIDERS
 from cfcam_gpu.bench.subjects import Subject
@@ -26,7 +27,7 @@ TIME_LIMIT, OUT_OF_MEMORY = "time limit", "out of memory"
 
 PACKAGES = (
     *("cfcam_gpu", "torchvision", "triton", "numpy", "scipy", "scikit-learn", "cuml-cu13"),
-    *("grad-cam", "torchcam", "captum"),
+    *(peer.distribution for peer in PEERS.values()),
 )
 """Distributions whose versions are in every row."""
 

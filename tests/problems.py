@@ -42,7 +42,7 @@ def random_config(rng, **choices):
     )
 
 
-def activations_like(shape, dead=0.4, dtype=torch.float32):
+def activations_like(shape, dead=0.1, dtype=torch.float32):
     """Post-ReLU activations (B, C, h, w) with channel scales spread out and a share of dead channels."""
     scale = torch.rand(*shape[:2], 1, 1) * (torch.rand(*shape[:2], 1, 1) > dead)
     return (torch.randn(shape).relu() * scale).to(dtype)

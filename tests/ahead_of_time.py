@@ -113,10 +113,9 @@ def launches(configurations):
 
 CONFIGURATIONS = [
     ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), (1, 1024, 14, 14)),  # a first, a middle and a last step
-    ((3, 1280, 7, 7), torch.float16, CFCAMConfig.paper(), None),
     ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit"), (2, 257, 29, 31)),
     ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=0.0), None),
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.paper(), None),
+    ((3, 2048, 7, 7), torch.float16, CFCAMConfig.paper(), None),
     ((1, 2048, 7, 7), torch.float32, CFCAMConfig(affinity_steps=1), None),  # the first step and the last in one
 ]
 

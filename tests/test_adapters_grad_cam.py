@@ -80,7 +80,6 @@ def channels_first(grid):
 # norm5: the in-place ReLU after norm5 changes the original's activations, see the in-place test.
 NETWORKS = {
     "resnet18": (["layer2.1", "layer3.1", "layer4.1"], None, 96),
-    "resnet50": (["layer2.3", "layer3.5", "layer4.2"], None, 96),
     "densenet121": (["features.transition2", "features.denseblock3", "features.denseblock4"], None, 96),
     "vgg16": (["features.16", "features.23", "features.29"], None, 96),
     "mobilenet_v3_large": (["features.8", "features.12", "features.16"], None, 96),

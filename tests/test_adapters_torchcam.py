@@ -22,7 +22,6 @@ from cfcam_gpu.adapters import torchcam as adapter
 METHODS = ("GradCAM", "XGradCAM", "LayerCAM")
 LAYERS = {
     "resnet18": ["layer2", "layer3", "layer4"],
-    "densenet121": ["features.denseblock2", "features.denseblock3", "features.denseblock4"],
     "vgg16": ["features.16", "features.23", "features.30"],
     "mobilenet_v3_large": ["features.6", "features.12", "features.16"],
     "swin_t": ["features.1", "features.3", "features.5"],

@@ -134,7 +134,7 @@ def test_equals_the_reference(dtype, config, seed):
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("shape", [(2, 33, 2, 3), (2, 40, 9, 8)])  # smaller than the filter; more than a block of cells
+@pytest.mark.parametrize("shape", [(2, 33, 2, 3), (1, 40, 9, 8)])  # smaller than the filter; more than a block of cells
 def test_boundaries(boundary, shape, seed):
     config = CFCAMConfig(boundary=boundary, sigma=1.7, eps_percentile=40.0)
     compare_with_reference(activations_like(shape), torch.randn(shape), config)
@@ -265,7 +265,7 @@ def test_map_kernels_equal_torch(channels, old, new, seed):
 
 
 # One block of cells and more, and more than a block of channels; a grid and its guide: none, twice the sides, a ratio
-# that is not whole, primes, one row, finer in one direction alone. Each with the default and with one other.
+# that is not whole, primes, one row, finer in one direction alone.
 GRIDS = [
     ((3, 37, 3, 5), None),
     ((1, 20, 12, 13), None),
@@ -274,12 +274,16 @@ GRIDS = [
     ((2, 5, 1, 6), (7, 1, 13)),
     ((2, 5, 4, 4), (16, 9, 4)),
 ]
-OTHERS = [(0.5, 0.7, 1), (4, math.inf, 1), (1, 1e-20, 3)]
 
 
 @pytest.mark.parametrize(
     "shape, fine, power, sigma, steps",
-    [(*grids, *options) for i, grids in enumerate(GRIDS) for options in ((2, 2, 2), OTHERS[i % len(OTHERS)])],
+    [
+        *((*grids, 2, 2, 2) for grids in GRIDS),
+        (*GRIDS[2], 0.5, 0.7, 1),
+        (*GRIDS[1], 4, math.inf, 1),
+        (*GRIDS[3], 1, 1e-20, 3),
+    ],
 )
 def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps, seed):
     config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps)

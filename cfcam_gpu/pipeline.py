@@ -78,7 +78,7 @@ def cf_cam(
         ImportError: what is asked for is not installed; the message names the extra.
 
     Source: arXiv 2504.00060. Departures: the Gaussian's sigma and boundary (`CFCAMConfig`); by default also the upper
-    half of the channels dominant, signed weights, the average over alike cells and min-max scaling, chosen by
+    three quarters of the channels dominant, signed weights, the average over alike cells and min-max scaling, chosen by
     measurement (benchmarks/faithfulness.md); ``CFCAMConfig.paper()`` has the published choices.
 
     >>> result = cf_cam(torch.rand(2, 64, 7, 7), torch.randn(2, 64, 7, 7), output_size=(224, 224))

@@ -4,6 +4,7 @@ The launchers run on meta tensors, and each launch is compiled instead of run, s
 those of the product. Run it in a process without TRITON_INTERPRET:
 
     python tests/ahead_of_time.py cuda:90 hip:gfx942
+    python tests/ahead_of_time.py --demanding cuda:80    # the kernels that differ most between targets, alone
 """
 
 import json
@@ -120,8 +121,16 @@ CONFIGURATIONS = [
 ]
 
 
+def demanding(kernel):
+    """Whether it multiplies matrices, by other instructions on every target, or is known to run short of registers."""
+    return "tl.dot" in kernel.src or kernel.__name__ == "connected_components_kernel"
+
+
 def main(targets):
     compiled = list(launches(CONFIGURATIONS))
+    if targets[0] == "--demanding":
+        targets = targets[1:]
+        compiled = [(kernel, *rest) for kernel, *rest in compiled if demanding(kernel)]
     for name in targets:
         target = gpu_target(name)
         for kernel, source, options in compiled:

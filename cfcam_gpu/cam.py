@@ -1,6 +1,7 @@
 """`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from cfcam_gpu import checks, pipeline, torch_backend
-from cfcam_gpu.capture import GuideLayer, HeadCapture, Targets
+from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.targets import Targets
 
 if TYPE_CHECKING:
     from cfcam_gpu.cuda_graph import CapturedCFCAM
@@ -33,6 +35,8 @@ class CFCAM:
 
     Attributes:
         outputs: the model's raw outputs of the latest call, detached; None before the first.
+        classes: the class indices that the latest call explained, int64 (B,) or (B, K) on the outputs' device; None
+            before the first call, and where the targets are callables.
         target_names: the target layers' names.
         guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
             of an object that is to find them.
@@ -65,6 +69,7 @@ class CFCAM:
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
         self.outputs: Any = None
+        self.classes: torch.Tensor | None = None
         self._capture = HeadCapture(
             model,
             target_layers,
@@ -82,33 +87,40 @@ class CFCAM:
     def guide_names(self) -> list[str] | None:
         return self._capture.guide_names
 
-    def maps(self, input_tensor: torch.Tensor, targets: Targets = None) -> torch.Tensor:
+    def maps(self, input_tensor: torch.Tensor, targets: Targets = None, top: int | None = None) -> torch.Tensor:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
             input_tensor: (B, ..., H, W), floating point.
             targets: None (the top class of each image), a list of class indices, a LongTensor (B,), or one callable
-                per image that gets the image's output and returns a scalar.
+                per image that gets the image's output and returns a scalar. K of them for each image, all explained in
+                one pass: a LongTensor (B, K), or a list of B lists of K indices or K callables.
+            top: instead of targets, the K classes of highest score of each image, best first; `classes` has them.
 
         Returns:
-            (B, H, W) float32 in [0, 1] (float64 for a float64 model), scaled as ``config.normalize`` says. Several
-            layers: the mean of their maps, scaled again.
+            (B, H, W) float32 in [0, 1] (float64 for a float64 model), scaled as ``config.normalize`` says; of K targets
+            an image (B, K, H, W). Several layers: the mean of their maps, scaled again.
 
         Raises:
-            ValueError: a wrong number of targets, a class out of range, a layer that did not run or has no grid, NaN.
+            ValueError: a wrong number of targets, a class out of range, more classes than there are, a callable among
+                several whose score has no gradient, a layer that did not run or has no grid, NaN.
             TypeError: the input or a target is of the wrong kind.
+
+        >>> cam.maps(images, top=5).shape, cam.classes.shape  # images (2, 3, 224, 224)
+        (torch.Size([2, 5, 224, 224]), torch.Size([2, 5]))
         """
         size = input_tensor.shape[-2:]
         layers = [
             pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices).maps
-            for activations, gradients, guide in self._run(input_tensor, targets)
+            for activations, gradients, guide in self._run(input_tensor, targets, top)
         ]
         if len(layers) == 1:
             return layers[0]
-        return torch_backend.normalize(torch.stack(layers).mean(0), self.config)
+        mean = torch.stack(layers).mean(0)
+        return torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
 
-    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> np.ndarray:
-        """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W).
+    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None, top: int | None = None) -> np.ndarray:
+        """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W), or (B, K, H, W).
 
         Args, Raises: as for `maps`. Each layer's map is scaled to (x - min) / (1e-7 + max) on its grid, resized and
         averaged, and the average scaled again, so that the numbers can be compared with that library's.
@@ -116,18 +128,22 @@ class CFCAM:
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
         grids, backend = [], self._choices["backend"]
-        for activations, gradients, guide in self._run(input_tensor, targets):
+        for activations, gradients, guide in self._run(input_tensor, targets, top):
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             grids.append(pipeline.class_grid(activations, weights, config=self.config, guide=guide, backend=backend))
         maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
         return maps.float().cpu().numpy()
 
-    def capture(self, example_input: torch.Tensor, targets: torch.Tensor | None = None) -> "CapturedCFCAM":
+    def capture(
+        self, example_input: torch.Tensor, targets: torch.Tensor | None = None, top: int | None = None
+    ) -> "CapturedCFCAM":
         """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
 
         Args:
             example_input: (B, ..., H, W) on a CUDA or ROCm device.
-            targets: LongTensor (B,) on that device, to give the targets at every replay; or None, for the top class.
+            targets: LongTensor (B,) or (B, K) on that device, to give the targets at every replay; or None, for the top
+                class.
+            top: instead of targets, the number of classes of highest score to explain.
 
         Returns:
             `CapturedCFCAM`: called with a batch of that shape (and targets) it replays forward, head backward and
@@ -142,11 +158,12 @@ class CFCAM:
         """
         from cfcam_gpu import cuda_graph
 
-        return cuda_graph.capture(self, example_input, targets)
+        return cuda_graph.capture(self, example_input, targets, top)
 
-    def _run(self, input_tensor, targets):
-        capture = self._capture(input_tensor, targets)
-        self.outputs = capture.outputs
+    def _run(self, input_tensor, targets, top):
+        pool = partial(pipeline.pool_gradients, config=self.config, **self._choices)
+        capture = self._capture(input_tensor, targets, several=True, top=top, pool=pool)
+        self.outputs, self.classes = capture.outputs, capture.classes
         return list(zip(capture.activations, capture.gradients, capture.guides))
 
     def release(self) -> None:

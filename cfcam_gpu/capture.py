@@ -7,28 +7,31 @@ gradients are those of a full backward, bit for bit where the kernels are determ
 callers under ``torch.no_grad`` or ``torch.inference_mode`` get them too.
 """
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from cfcam_gpu.guides import AUTO, Guides
-
-Targets: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | Sequence[Callable[[Any], torch.Tensor]] | None
-"""What to explain: one class index or callable per image, or None for each image's top class."""
+from cfcam_gpu.targets import Targets, check_targets, check_top, scores
 
 GuideLayer: TypeAlias = nn.Module | str | None | Sequence[nn.Module | str | None]
 """Which earlier layer guides the average: a module, "auto" or None; or one of these per target layer."""
+
+
+HEAD_BYTES, HEAD_BYTES_ON_CPU = 256 * 2**20, 16 * 2**20
+"""Memory that the gradients of several classes may take at once; less on a CPU, where they stay in the cache."""
+
+LOG = logging.getLogger("cfcam_gpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +44,17 @@ class Capture:
         activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype.
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
-            May be an expanded view (stride 0), as autograd hands it out.
+            May be an expanded view (stride 0), as autograd hands it out. Of K targets an image (B, K, C, h, w), or what
+            ``pool`` has made of them.
+        classes: the class indices that are explained, int64 (B,) or (B, K); None where the targets are callables.
         guides: per target layer the guide (B, Cg, hg, wg), detached; None where the layer has no other than itself.
     """
 
     outputs: Any
     activations: tuple[torch.Tensor, ...]
-    gradients: tuple[torch.Tensor, ...]
+    gradients: tuple[Any, ...]
     guides: tuple[torch.Tensor | None, ...]
+    classes: torch.Tensor | None
 
 
 class HeadCapture:
@@ -125,6 +131,7 @@ class HeadCapture:
         self._guides = guides if guided else None
         self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
+        self._batched_backward = True
         self._calls: Counter[nn.Module] = Counter()
         self._taps: dict[nn.Module, _Tap] = {}
         self._rooted: list[torch.Tensor] = []
@@ -141,7 +148,15 @@ class HeadCapture:
         pass where they are to be found."""
         return self.target_names if self._guides is None else self._guides.names(self.target_names)
 
-    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None) -> Capture:
+    def __call__(
+        self,
+        input_tensor: torch.Tensor,
+        targets: Targets = None,
+        *,
+        several: bool = False,
+        top: int | None = None,
+        pool: Callable[[torch.Tensor], Any] | None = None,
+    ) -> Capture:
         """Run the model once and return a :class:`Capture`.
 
         Args:
@@ -153,6 +168,13 @@ class HeadCapture:
                 image i's is the same structure with every tensor of B rows indexed at [i] and all else as it is;
                 but a list of length B holds one element per image, as detection models return it. Indices on an
                 accelerator are not range-checked, which would make the host wait for the device.
+            several: allow K targets an image: an integer tensor or array (B, K), or B lists of K indices or of K
+                callables. The backward takes as many of the classes at once as fit into `HEAD_BYTES`, on a CPU
+                `HEAD_BYTES_ON_CPU`; through a head that cannot take several, one after the other.
+            top: explain this many classes of highest score, (B, top), instead of ``targets``.
+            pool: what to keep of the gradients of k of an image's K targets, (B, k, C, h, w): a tensor or a named tuple
+                of tensors (B, k, ...). It is called for one such part after the other, so that the gradients need not
+                all be in memory. Default: the gradients themselves.
 
         Raises:
             TypeError: ``input_tensor`` is no floating-point tensor; ``targets`` are not of the kinds above; a layer's
@@ -164,16 +186,16 @@ class HeadCapture:
         """
         batch = _check_input(input_tensor)
         with eager_without_grad():
-            targets = check_targets(targets, batch)
+            targets, top = check_targets(targets, batch, several), check_top(top, targets)
             while True:
                 try:
-                    captured = self._pass(input_tensor, targets, batch)
+                    captured = self._pass(input_tensor, targets, batch, top, pool)
                     if self._guides is None or not self._guides.must_repeat():
                         return captured
                 finally:
                     self.release()
 
-    def _pass(self, input_tensor, targets, batch):
+    def _pass(self, input_tensor, targets, batch, top, pool):
         """The `Capture` of one forward and one backward."""
         # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
         for layer in self._names:
@@ -190,12 +212,17 @@ class HeadCapture:
         if self._guides is not None:
             guides = tuple(map(self._guides.of, range(len(taps)), self.target_names, activations))
         with torch.enable_grad():
-            scores = _scores(outputs, targets, batch, self.margin_temperature)
-        gradients = self._differentiate(scores, [tap.edge for tap in taps])
-        if self.reshape_transform is not None:
-            gradients = tuple(self.reshape_transform(gradient) for gradient in gradients)
+            found = scores(outputs, targets, batch, self.margin_temperature, top)
+        edges = [tap.edge for tap in taps]
+        if found.n_classes is None:
+            gradients = tuple(map(self._reshaped, self._differentiate(found.roots, edges)))
+        else:
+            gradients = self._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
         outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
-        return Capture(outputs, activations, gradients, guides)
+        return Capture(outputs, activations, gradients, guides, found.classes)
+
+    def _reshaped(self, gradient):
+        return gradient if self.reshape_transform is None else self.reshape_transform(gradient)
 
     def release(self) -> None:
         """Take every hook off the model. Calls do so themselves; safe to call at any time and more than once."""
@@ -292,14 +319,18 @@ class HeadCapture:
             raise ValueError(f"{name} must return more than one grid cell, got {shape}, which has no spatial grid")
         return activations
 
-    def _differentiate(self, scores, edges):
-        scores = [score for score in scores if score.requires_grad]
-        if not scores:
+    def _differentiate(self, roots, edges, cotangents=None):
+        """The gradients of each target layer; with cotangents (k, *root.shape) of the one root, k of them: (k, ...)."""
+        roots = [root for root in roots if root.requires_grad]
+        if not roots:
             raise ValueError(
                 "the score must be differentiable, got one that no gradient flows back from (argmax, detach, integer"
                 " outputs, or torch.no_grad or reentrant checkpointing in the model?)"
             )
-        gradients = torch.autograd.grad(scores, edges, allow_unused=True)
+        if cotangents is None:
+            gradients = torch.autograd.grad(roots, edges, allow_unused=True)
+        else:
+            gradients = self._backward_of_several(roots[0], edges, cotangents)
         for layer, gradient in zip(self.target_layers, gradients):
             if gradient is None:
                 raise ValueError(
@@ -307,6 +338,39 @@ class HeadCapture:
                     " to the score, outside what stops gradients (detach, torch.no_grad, reentrant checkpointing)"
                 )
         return gradients
+
+    def _differentiate_several(self, found, edges, activations, pool):
+        """Per layer what ``pool`` keeps of the gradients of K scores an image, part after part: (B, K, ...)."""
+        limit = HEAD_BYTES_ON_CPU if activations[0].device.type == "cpu" else HEAD_BYTES
+        at_once = max(1, limit // sum(each.nbytes for each in activations))
+        parts = []
+        for start in range(0, found.n_classes, at_once):
+            gradients = self._differentiate(found.roots, edges, found.cotangents(slice(start, start + at_once)))
+            # A transform is written for one batch of images.
+            if self.reshape_transform is not None:
+                gradients = [torch.stack([*map(self.reshape_transform, gradient)]) for gradient in gradients]
+            parts.append([pool(gradient.transpose(0, 1)) for gradient in gradients])
+        return tuple(tree_map(lambda *of_layer: torch.cat(of_layer, dim=1), *of_layer) for of_layer in zip(*parts))
+
+    def _backward_of_several(self, root, edges, cotangents):
+        """Gradients (k, ...) per edge, in one backward, or where an operator of the head refuses that in k of them."""
+        options = {"retain_graph": True, "allow_unused": True}
+        if self._batched_backward:
+            try:
+                return torch.autograd.grad(root, edges, cotangents, is_grads_batched=True, **options)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = error
+        each = [torch.autograd.grad(root, edges, cotangent, **options) for cotangent in cotangents]
+        if self._batched_backward:  # the backward itself is fine, so it was the batch
+            self._batched_backward = False
+            LOG.warning(
+                "the head of %s takes one backward a class, its operators do not take several at once: %s",
+                _type(self.model),
+                str(reason).splitlines()[0],
+            )
+        return [None if of_edge[0] is None else torch.stack(of_edge) for of_edge in zip(*each)]
 
 
 def find_module_name(model: nn.Module, module: nn.Module, what: str = "target layer") -> str:
@@ -414,88 +478,6 @@ def eager_without_grad():
         yield
 
 
-def _scores(outputs, targets, batch, margin_temperature=0.0):
-    """The scores to differentiate, 0-dimensional tensors whose sum is the score of the batch."""
-    if isinstance(targets, tuple):
-        return [_one_score(i, target, _image_output(outputs, i, batch)) for i, target in enumerate(targets)]
-    if not isinstance(outputs, torch.Tensor):
-        raise TypeError(
-            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and"
-            f" None need a ({batch}, n_classes) tensor"
-        )
-    if outputs.dim() != 2 or len(outputs) != batch:
-        raise ValueError(
-            f"targets must be one callable per image for a model that returns shape {tuple(outputs.shape)}: class"
-            f" indices and None need ({batch}, n_classes)"
-        )
-    if targets is None:
-        classes = outputs.detach().argmax(dim=1)
-    else:
-        classes = classes_on(outputs.device, targets, n_classes=outputs.size(1))
-    if margin_temperature > 0 and outputs.shape[1] > 1:
-        cotangent = margin_cotangent(outputs.detach(), classes, margin_temperature)
-        return [(outputs * cotangent).sum()]
-    return [outputs.gather(1, classes[:, None]).sum()]
-
-
-def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The gradient of the classes' margins with respect to the logits: (B, n), dtype of the logits.
-
-    The margin of class c is z_c - T logsumexp_{k != c}(z_k / T), what speaks for it and not for the classes that it is
-    confused with; T is ``temperature`` standard deviations of the other classes' logits and counts as a constant. So
-    the gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
-    uniform over the other classes where their logits are equal. The class itself has no part in the deviation: of few
-    classes, one that stands out would flatten the softmax over the others.
-
-    Args:
-        logits: (B, n), n > 1, floating point.
-        classes: int64 (B,).
-        temperature: above 0.
-
-    >>> margin_cotangent(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), 1.5)
-    tensor([[ 1.0000, -0.5000, -0.5000]])
-    """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = classes[:, None]
-    # Counted from the largest of the others: equal logits are exactly 0 then, and the softmax uniform.
-    z = z - z.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
-    z = z.scatter(1, chosen, 0)
-    n_others = z.shape[1] - 1
-    deviations = (z - z.sum(1, keepdim=True) / n_others).scatter(1, chosen, 0)
-    scale = temperature * (deviations.square().sum(1, keepdim=True) / n_others).sqrt()
-    z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
-    others = z.scatter(1, chosen, -torch.inf).softmax(1)
-    return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
-
-
-def classes_on(device, classes, n_classes):
-    if device.type == "cpu":
-        classes = classes.cpu()
-    if classes.device.type == "cpu":
-        outside = classes[(classes < 0) | (classes >= n_classes)]
-        if outside.numel():
-            raise ValueError(f"targets must be class indices in [0, {n_classes}), got {outside[0].item()}")
-        if device.type == "cuda":
-            classes = classes.pin_memory()  # a copy from pageable memory makes the host wait
-    return classes.to(device, non_blocking=True)
-
-
-def _image_output(outputs, index, batch):
-    """Image ``index``'s part of the model's outputs."""
-    if isinstance(outputs, list) and len(outputs) == batch:
-        return outputs[index]
-    return tree_map_only(torch.Tensor, lambda t: t[index] if t.dim() and len(t) == batch else t, outputs)
-
-
-def _one_score(index, target, output):
-    score = target(output)
-    if not isinstance(score, torch.Tensor):
-        raise TypeError(f"targets[{index}] must return a one-element tensor, got {_type(score)}")
-    if score.numel() != 1:
-        raise ValueError(f"targets[{index}] must return a one-element tensor, got shape {tuple(score.shape)}")
-    return score.reshape(())
-
-
 def _check_input(input_tensor):
     """The batch size of a valid input."""
     if not isinstance(input_tensor, torch.Tensor):
@@ -505,41 +487,6 @@ def _check_input(input_tensor):
     if input_tensor.dim() == 0 or len(input_tensor) == 0:
         raise ValueError(f"input_tensor must have shape (B, ...) with B >= 1, got {tuple(input_tensor.shape)}")
     return len(input_tensor)
-
-
-def check_targets(targets, batch):
-    """``targets`` as None, an int64 tensor (B,) of class indices on whatever device, or a tuple of B callables.
-
-    Args:
-        targets: as for a call of `HeadCapture`.
-        batch: B.
-
-    Raises:
-        TypeError, ValueError: they are of another kind, or not B.
-    """
-    if targets is None:
-        return None
-    if isinstance(targets, torch.Tensor):
-        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-            raise TypeError(f"targets must be an integer tensor, got {targets.dtype}")
-        if tuple(targets.shape) != (batch,):
-            raise ValueError(f"targets must have shape ({batch},), got {tuple(targets.shape)}")
-        return targets.to(torch.int64, copy=True)  # a copy: autograd refuses a tensor made in inference mode
-    if not isinstance(targets, (list, tuple, np.ndarray)):
-        hint = "; for one image write [target]" if isinstance(targets, (Integral, Callable)) else ""
-        raise TypeError(
-            "targets must be None, a list of class indices or of callables, or an integer tensor, got"
-            f" {_type(targets)}{hint}"
-        )
-    targets = tuple(targets)
-    if len(targets) != batch:
-        raise ValueError(f"targets must hold one target per image: expected {batch}, got {len(targets)}")
-    if all(callable(target) for target in targets):
-        return targets
-    for index, target in enumerate(targets):
-        if isinstance(target, bool) or not isinstance(target, Integral):
-            raise TypeError(f"targets must be all class indices or all callables, got {_type(target)} at [{index}]")
-    return torch.tensor([int(target) for target in targets])
 
 
 def _device(model, input_tensor):

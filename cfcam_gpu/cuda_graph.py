@@ -15,34 +15,38 @@ class CapturedCFCAM:
     """What `CFCAM.capture` returns: call it with a batch of the captured shape.
 
     Attributes:
-        maps: (B, H, W), the maps of the latest call; the next call overwrites them.
+        maps: (B, H, W), or (B, K, H, W), the maps of the latest call; the next call overwrites them.
         outputs: the model's outputs of the latest call, likewise.
+        classes: the classes that it explained, likewise; int64 (B,) or (B, K).
 
     >>> replay = cam.capture(images, targets=torch.zeros(8, dtype=torch.long, device="cuda"))
     >>> replay(images, targets).shape
     torch.Size([8, 224, 224])
     """
 
-    def __init__(self, cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None) -> None:
+    def __init__(
+        self, cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None, top: int | None
+    ) -> None:
         self._input = example_input.detach().clone()
         self._targets = None if targets is None else targets.detach().clone()
         side = torch.cuda.Stream(self._input.device)
         side.wait_stream(torch.cuda.current_stream(self._input.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_CALLS):
-                cam.maps(self._input, self._targets)
+                cam.maps(self._input, self._targets, top)
         torch.cuda.current_stream(self._input.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self.maps = cam.maps(self._input, self._targets)
+            self.maps = cam.maps(self._input, self._targets, top)
         self.outputs: Any = cam.outputs
+        self.classes = cam.classes
 
     def __call__(self, input_tensor: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """The maps (B, H, W) of a batch; the same memory every time.
+        """The maps (B, H, W) or (B, K, H, W) of a batch; the same memory every time.
 
         Args:
             input_tensor: of the captured shape; dtype and device are converted if they differ.
-            targets: LongTensor (B,), when the capture had targets; else None, for the top class of each image.
+            targets: LongTensor of the captured shape, when the capture had targets; else None.
 
         Raises:
             ValueError: another shape than was captured, or targets where none were captured and the reverse.
@@ -63,7 +67,9 @@ class CapturedCFCAM:
         return self.maps
 
 
-def capture(cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None) -> CapturedCFCAM:
+def capture(
+    cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | None, top: int | None = None
+) -> CapturedCFCAM:
     """The checks of `CFCAM.capture`, and the capture."""
     for name, value in (("example_input", example_input), ("targets", targets)):
         if name == "targets" and value is None:
@@ -72,4 +78,4 @@ def capture(cam: "CFCAM", example_input: torch.Tensor, targets: torch.Tensor | N
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if value.device.type != "cuda":
             raise ValueError(f"{name} must be on a CUDA or ROCm device to be captured in a graph, got {value.device}")
-    return CapturedCFCAM(cam, example_input, targets)
+    return CapturedCFCAM(cam, example_input, targets, top)

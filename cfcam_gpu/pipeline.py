@@ -29,11 +29,12 @@ class CFCAMResult(NamedTuple):
     """What `cf_cam` returns; arrays of the kind and on the device of its input."""
 
     maps: Any
-    """(B, H, W) in [0, 1]; float32, or float64 for float64 input and the reference backend."""
+    """(B, H, W) in [0, 1], or (B, K, H, W) of K classes an image; float32, or float64 for float64 input and the
+    reference backend."""
     labels: Any
     """(B, C) int32: -2 dominant, -1 noise, k >= 0 cluster k."""
     weights: Any
-    """(B, C), dtype of the maps."""
+    """(B, C), or (B, K, C) of K classes an image; dtype of the maps."""
     eps: Any
     """(B,), dtype of the maps: the clustering radius of each image."""
 
@@ -51,8 +52,10 @@ def cf_cam(
     """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
 
     Args:
-        activations, gradients: (B, C, h, w), floating point, on one device; torch tensors or anything else with
-            DLPack (NumPy, CuPy, JAX). Any strides. |values| below 1e18: squares are taken in float32.
+        activations: (B, C, h, w), floating point; a torch tensor or anything else with DLPack (NumPy, CuPy, JAX). Any
+            strides. |values| below 1e18: squares are taken in float32.
+        gradients: (B, C, h, w), likewise, on the same device; or (B, K, C, h, w), those of K scores of each image, of
+            which everything that does not depend on the class is done once.
         output_size: (H, W) of the maps; default: the grid's own.
         config: `CFCAMConfig`; default: ``CFCAMConfig()``.
         backend: "triton" (CUDA or ROCm devices; at most 4096 channels, float32 and less), "torch" (any device),
@@ -87,7 +90,8 @@ def cf_cam(
     """
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
-    gradients, _ = as_tensor("gradients", gradients)
+    if not isinstance(gradients, torch_backend.PooledGradients):
+        gradients, _ = as_tensor("gradients", gradients)
     if guide is not None:
         guide, _ = as_tensor("guide", guide)
     module, engine = _checked(activations, gradients, backend, clustering, check_finite)
@@ -101,23 +105,47 @@ def cf_cam(
 
 
 def channel_weights(activations, gradients, config, backend="auto", clustering="auto", check_finite=None):
-    """`cf_cam`'s weights (B, C) of tensors (B, C, h, w), without its maps. Args, Raises: as there."""
+    """`cf_cam`'s weights (B, C) or (B, K, C), without its maps. Args, Raises: as there."""
     module, engine = _checked(activations, gradients, backend, clustering, check_finite)
     with plain_arithmetic(activations.device):
         return module.cluster_and_weigh(activations, gradients, config, engine)[1]
 
 
+def pool_gradients(gradients, config, backend="auto", clustering="auto", check_finite=None):
+    """What `cf_cam` needs of the gradients (B, k, C, h, w) of some of the classes; it takes this in their place.
+
+    A tensor or a named tuple of tensors (B, k, ...), to be joined along k.
+    """
+    backend, _ = choose(backend, clustering, gradients[:, 0])
+    check_values({"gradients": gradients}, check_finite)
+    with plain_arithmetic(gradients.device):
+        return _module(backend).pool_gradients(gradients, config)
+
+
 def _checked(activations, gradients, backend, clustering, check_finite):
     """The module of the backend, and the engine, for tensors that are fit for them."""
     check_grid("activations", activations)
-    if gradients.shape != activations.shape:
-        raise ValueError(f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}")
+    pooled = isinstance(gradients, torch_backend.PooledGradients)
+    if not pooled:
+        _check_gradients(gradients, activations)
+    backend, engine = choose(backend, clustering, activations)
+    check_values(
+        {"activations": activations} if pooled else {"activations": activations, "gradients": gradients}, check_finite
+    )
+    return _module(backend), engine
+
+
+def _check_gradients(gradients, activations):
+    batch, *of_image = activations.shape
+    several = gradients.ndim == 5 and gradients.shape[1] > 0
+    if tuple(gradients.shape) != (batch, *gradients.shape[1 : 1 + several], *of_image):
+        raise ValueError(
+            f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}; of K classes"
+            " an image they are (B, K, C, h, w)"
+        )
     check_floating("gradients", gradients)
     if gradients.device != activations.device:
         raise ValueError(f"gradients must be on the activations' device {activations.device}, got {gradients.device}")
-    backend, engine = choose(backend, clustering, activations)
-    check_values({"activations": activations, "gradients": gradients}, check_finite)
-    return _module(backend), engine
 
 
 def cluster_channels(
@@ -154,14 +182,15 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
 
     Args:
         activations: (B, C, h, w), floating point, any strides.
-        weights: (B, C), or (B, C, h, w) for a weight of each cell's own; on the same device.
+        weights: (B, C); (B, C, h, w) for a weight of each cell's own; (B, K, C) for K sums; on the same device.
         skip_nan: leave out the terms that are NaN.
         config: `CFCAMConfig`, of which the average over alike cells counts; None for the sum as it is.
         guide: as for `cf_cam`.
         backend: as for `cf_cam`; "reference" is "torch" here.
 
     Returns:
-        (B, h, w), or with an average (B, hg, wg), the guide's grid; float32, or float64 for float64 activations.
+        (B, h, w), or with an average (B, hg, wg), the guide's grid; of K sums (B, K, ...). float32, or float64 for
+        float64 activations.
     """
     check_guide(guide, activations)
     module = _module("triton" if takes_kernels(activations, backend) else "torch")
@@ -170,22 +199,24 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):
-    """pytorch-grad-cam's maps from the layers' grids: each scaled and resized, their mean scaled again; (B, H, W).
+    """pytorch-grad-cam's maps from the layers' grids: each scaled and resized, their mean scaled again.
 
     To scale is (x - min) / (1e-7 + max(x - min)), image by image; a map without a range becomes zeros.
 
     Args:
-        grids: list of non-negative (B, h, w), a layer each, of any sizes.
+        grids: list of non-negative (B, h, w) or (B, K, h, w), a layer each, of any sizes.
         output_size: (H, W).
         scale_mean: False leaves the mean as it is, which of one layer is its own map.
         backend: as for `cf_cam`; "reference" is "torch" here.
 
     Returns:
-        float32, or float64 for float64 grids.
+        (B, H, W) or (B, K, H, W), float32, or float64 for float64 grids.
     """
+    images, grids = grids[0].shape[:-2], [grid.flatten(0, -3) for grid in grids]
     kernels = all(takes_kernels(grid[:, None], backend) for grid in grids)
     with plain_arithmetic(grids[0].device):
-        return _module("triton" if kernels else "torch").grad_cam_maps(grids, tuple(output_size), scale_mean)
+        maps = _module("triton" if kernels else "torch").grad_cam_maps(grids, tuple(output_size), scale_mean)
+    return maps.unflatten(0, images)
 
 
 def takes_kernels(activations, backend="auto"):

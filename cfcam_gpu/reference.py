@@ -17,24 +17,29 @@ def cf_cam(activations, gradients, output_size, config, guide=None):
     """All stages for a batch.
 
     Args:
-        activations, gradients: array_like (B, C, h, w).
+        activations: array_like (B, C, h, w).
+        gradients: array_like (B, C, h, w), or of K classes an image (B, K, C, h, w).
         output_size: (H, W).
         config: `CFCAMConfig`.
         guide: array_like (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
-        maps float64 (B, H, W), labels int32 (B, C), weights float64 (B, C), eps float64 (B,).
+        maps float64 (B, H, W), labels int32 (B, C), weights float64 (B, C), eps float64 (B,); of K classes an image
+        maps (B, K, H, W) and weights (B, K, C).
     """
     activations = np.asarray(activations, np.float64)
     gradients = np.asarray(gradients, np.float64)
     guides = [None] * len(activations) if guide is None else np.asarray(guide, np.float64)
-    results = []
+    several, results = gradients.ndim == 5, []
     for image_activations, image_gradients, image_guide in zip(activations, gradients, guides):
         labels, eps = cluster_channels(image_activations, config)
-        filtered = filter_gradients(image_gradients, labels, config)
-        weights = channel_weights(filtered, labels, config)
-        image_map = class_map(image_activations, weights, output_size, config, image_guide)
-        results.append((image_map, labels, weights, eps))
+        of_classes = []
+        for class_gradients in image_gradients if several else [image_gradients]:
+            filtered = filter_gradients(class_gradients, labels, config)
+            weights = channel_weights(filtered, labels, config)
+            of_classes.append((class_map(image_activations, weights, output_size, config, image_guide), weights))
+        maps, weights = map(np.stack, zip(*of_classes)) if several else of_classes[0]
+        results.append((maps, labels, weights, eps))
     return tuple(np.stack(column) for column in zip(*results))
 
 

@@ -5,6 +5,7 @@ float16, bfloat16 and float32 inputs, in float64 for float64. Function names are
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +17,39 @@ from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import coverage, filter_matrix, pooling_weights, window_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
+ROWS_AT_ONCE = 4
+"""Of a product of matrices on a CPU."""
+
+MAP_BYTES_ON_CPU = 2**20
+"""Maps that are resized and scaled at once, so that they stay in the cache in between."""
+
 AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
 """Memory the affinities between cells may take; a block of them less on a CPU, where it stays in the cache."""
+
+
+class PooledGradients(NamedTuple):
+    """What the weights need of gradients (B, K, C, h, w)."""
+
+    plain: torch.Tensor
+    """(B, K, C), the mean over the cells."""
+    filtered: torch.Tensor
+    """(B, K, C), the mean over the cells of the filtered gradient."""
 
 
 def cf_cam(activations, gradients, output_size, config, engine, guide=None):
     """All stages for a batch.
 
     Args:
-        activations, gradients: (B, C, h, w) on one device.
+        activations: (B, C, h, w).
+        gradients: (B, C, h, w) on the same device; of K classes an image (B, K, C, h, w), or their `PooledGradients`.
         output_size: (H, W).
         config: `CFCAMConfig`.
         engine: a name in `cfcam_gpu.clustering.ENGINES`.
         guide: (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
-        maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device.
+        maps (B, H, W), labels int32 (B, C), weights (B, C), eps (B,), on that device; of K classes an image maps
+        (B, K, H, W) and weights (B, K, C).
     """
     activations = as_computed(activations)
     labels, weights, eps = cluster_and_weigh(activations, gradients, config, engine)
@@ -39,7 +57,7 @@ def cf_cam(activations, gradients, output_size, config, engine, guide=None):
 
 
 def cluster_and_weigh(activations, gradients, config, engine):
-    """Stages 1 to 4: labels int32 (B, C), weights (B, C) and eps (B,)."""
+    """Stages 1 to 4: labels int32 (B, C), weights (B, C) or (B, K, C), and eps (B,)."""
     labels, eps = cluster_channels(activations, config, engine)
     return labels, channel_weights(gradients, labels, config), eps
 
@@ -116,18 +134,34 @@ def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
 
 
 def channel_weights(gradients, labels, config):
-    """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (B, C)."""
-    gradients = as_computed(gradients)
-    flat = gradients.flatten(2)
-    arguments = (*gradients.shape[2:], config.sigma, config.boundary)
-    pooling = constant(pooling_weights, arguments, flat.device, flat.dtype)
-    of_cluster = _cluster_mean((flat * pooling.flatten()).sum(2, keepdim=True), labels)[:, :, 0]
-    weights = torch.where(labels == DOMINANT, flat.mean(2), of_cluster)
+    """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (B, C).
+
+    Of gradients (B, K, C, h, w), or of their `PooledGradients`, (B, K, C).
+    """
+    several = isinstance(gradients, PooledGradients) or gradients.ndim == 5
+    pooled = gradients if isinstance(gradients, PooledGradients) else pool_gradients(gradients, config)
+    plain, filtered = pooled if several else (each[:, None] for each in pooled)
+    of_cluster = _cluster_mean(filtered.transpose(1, 2), labels).transpose(1, 2)
+    labels = labels[:, None]
+    weights = torch.where(labels == DOMINANT, plain, of_cluster)
     kept = labels != NOISE
     if config.weighting == "softmax":
         # An image without a kept channel gives a softmax of nothing (NaN), which the line below drops.
-        weights = weights.masked_fill(~kept, -torch.inf).softmax(1)
-    return torch.where(kept, weights, 0)
+        weights = weights.masked_fill(~kept, -torch.inf).softmax(2)
+    weights = torch.where(kept, weights, 0)
+    return weights if several else weights[:, 0]
+
+
+def pool_gradients(gradients, config):
+    """The `PooledGradients` of gradients (B, C, h, w) or (B, K, C, h, w): (B, C) or (B, K, C)."""
+    turned = gradients.ndim == 5 and not gradients.is_contiguous()
+    if turned:  # as a backward of several classes leaves them: the classes first
+        gradients = gradients.transpose(0, 1)
+    flat = as_computed(gradients).flatten(-2)
+    arguments = (*gradients.shape[-2:], config.sigma, config.boundary)
+    pooling = constant(pooling_weights, arguments, flat.device, flat.dtype).flatten()
+    pooled = PooledGradients(flat.mean(-1), flat @ pooling)
+    return PooledGradients(*(each.transpose(0, 1) for each in pooled)) if turned else pooled
 
 
 def _cluster_mean(values, labels):
@@ -148,7 +182,7 @@ def balance(grids, shape, config):
     """Signed sums with the evidence against the class scaled down to the evidence for it; see `reference.balance`.
 
     Args:
-        grids: (B, h, w).
+        grids: (B, h, w) or (B, K, h, w).
         shape: (hg, wg) of the guide.
     """
     if not config.averages:
@@ -157,13 +191,13 @@ def balance(grids, shape, config):
 
 
 def evidence_factors(grids, shape, config):
-    """What `balance` multiplies each cell by: 1, or less where the cell speaks against the class; (B, h, w)."""
+    """What `balance` multiplies each cell by: 1, or less where the cell speaks against the class; as grids."""
     rows, columns = (
         constant(coverage, (old, new, config.affinity_sigma), grids.device, grids.dtype)
-        for old, new in zip(grids.shape[1:], shape)
+        for old, new in zip(grids.shape[-2:], shape)
     )
     weighted = grids * (rows[:, None] * columns)
-    evidence_for, evidence_against = (each.clamp_min(0).sum((1, 2), True) for each in (weighted, -weighted))
+    evidence_for, evidence_against = (each.clamp_min(0).sum((-2, -1), True) for each in (weighted, -weighted))
     outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
     share = torch.where(outweighed, evidence_for / evidence_against, 1)
     return torch.where(grids < 0, share, 1)
@@ -186,7 +220,7 @@ def average_alike_cells(grids, guide, config):
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
     values = F.interpolate(grids.to(dtype).reshape(batch, -1, *target_shape), shape, mode="bilinear").flatten(2)
     values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
-    # On a CPU image by image: the rounding of a product of matrices depends on how many go in at once.
+    # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
     n_bytes = values.shape[2] * n_others * values.element_size()
     images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // n_bytes)
@@ -199,9 +233,10 @@ def average_alike_cells(grids, guide, config):
             sums = torch.zeros_like(values[chunk])
             for start, affinity in kept or affinities(*arguments):
                 stop, end = start + affinity.shape[1], start + affinity.shape[2]
-                sums[:, :, start:stop] += values[chunk, :, start:end] @ affinity.transpose(1, 2)
+                sums[:, :, start:stop] += row_products(values[chunk, :, start:end], affinity.transpose(1, 2))
                 if stop < end:  # the cells behind are as alike to these as these to them
-                    sums[:, :, stop:end] += values[chunk, :, start:stop] @ affinity[:, :, stop - start :]
+                    behind = affinity[:, :, stop - start :]
+                    sums[:, :, stop:end] += row_products(values[chunk, :, start:stop], behind)
             mass = sums[:, -1:]
             # 0 for a cell without features, which keeps its own value.
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
@@ -265,10 +300,15 @@ def _block_of_cells(target_shape, shape, sigma, values):
 
 
 def class_map(activations, weights, output_size, config, guide=None):
-    """The normalised maps of a batch: (B, H, W) in [0, 1]."""
+    """The normalised maps of a batch: (B, H, W) in [0, 1]; (B, K, H, W) of weights (B, K, C)."""
     # As published, the positive part is resized; an averaged sum is resized with its sign.
     grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
-    return normalize(resize(grid, output_size).relu_(), config)
+    grids = grid.flatten(0, -3)
+    maps = grids.new_empty(len(grids), *output_size)
+    at_once = max(1, MAP_BYTES_ON_CPU // maps[0].nbytes) if maps.device.type == "cpu" else len(maps)
+    for of_maps, part in zip(maps.split(at_once), grids.split(at_once)):
+        of_maps.copy_(normalize(resize(part, output_size).relu_(), config))
+    return maps.view(*grid.shape[:-2], *output_size)
 
 
 def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
@@ -276,7 +316,7 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
 
     Args:
         activations: (B, C, h, w).
-        weights: (B, C), or (B, C, h, w) for a weight of each cell's own.
+        weights: (B, C); (B, C, h, w) for a weight of each cell's own; (B, K, C) for K sums, (B, K, h, w).
         skip_nan: leave out the terms that are NaN.
         config: with an average over alike cells in it, the sum is balanced (`balance`) and averaged.
         guide: (B, Cg, hg, wg), whose grid the average is on; None: the activations.
@@ -287,15 +327,32 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         grid = terms.nansum(1) if skip_nan else terms.sum(1)
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)
-        if cells.device.type == "cpu":  # the rounding of a batched product depends on the size of the batch
-            grid = torch.stack([of_image @ image_cells for of_image, image_cells in zip(weights, cells)])
+        rows = weights if weights.ndim == 3 else weights[:, None]
+        if cells.device.type == "cpu":  # as in `row_products`, the rounding depends on how many images go in at once
+            grid = torch.stack([row_products(of_image, image_cells) for of_image, image_cells in zip(rows, cells)])
         else:
-            grid = torch.bmm(weights[:, None, :], cells)
-        grid = grid.view(len(grid), *activations.shape[2:])
+            grid = torch.bmm(rows, cells)
+        grid = grid if weights.ndim == 3 else grid[:, 0]
+        grid = grid.unflatten(-1, activations.shape[2:])
     if config is not None:
         guide = activations if guide is None else guide
         grid = average_alike_cells(balance(grid, guide.shape[2:], config), guide, config)
     return grid.relu_() if relu else grid
+
+
+def row_products(rows, matrix):
+    """``rows @ matrix``, each row rounded on a CPU as if it were alone; (..., K, N) and (..., N, M).
+
+    The rounding of a product of matrices depends on how many rows go in at once; so here it is always as many.
+    """
+    if rows.device.type != "cpu":
+        return rows @ matrix
+    n_rows = rows.shape[-2]
+    missing = -n_rows % ROWS_AT_ONCE
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(*rows.shape[:-2], missing, rows.shape[-1])], dim=-2)
+    products = [part @ matrix for part in rows.split(ROWS_AT_ONCE, dim=-2)]
+    return (products[0] if len(products) == 1 else torch.cat(products, dim=-2))[..., :n_rows, :]
 
 
 def resize(grid, output_size):
@@ -322,10 +379,13 @@ def scale_as_grad_cam(images):
 
 
 def normalize(images, config):
-    """Scale non-negative maps (B, H, W) to [0, 1] each; zeros where one has no positive value."""
+    """Scale non-negative maps (B, H, W), in place, to [0, 1] each; zeros where one has no positive value."""
     low, high = images.amin((1, 2), True), images.amax((1, 2), True)
     flat = high - low <= FLAT_RANGE * high
-    base, span = (0, high) if config.normalize == "max" else (low, high - low)
-    scaled = (images - base) / torch.where(flat, 1, span)
-    of_flat = (high > 0).to(images.dtype) if config.normalize == "max" else torch.zeros_like(high)
-    return torch.where(flat, of_flat, scaled)
+    if config.normalize == "max":
+        images /= torch.where(flat, torch.inf, high)
+        images += flat & (high > 0)
+    else:
+        images -= low
+        images /= torch.where(flat, torch.inf, high - low)
+    return images

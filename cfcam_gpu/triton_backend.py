@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import torch_backend
 from cfcam_gpu.clustering import ENGINES
@@ -18,8 +19,9 @@ from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
 from cfcam_gpu.kernels.affinity_sum import affinity_sum
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
+from cfcam_gpu.kernels.channel_statistics import pool_gradients as kernels_pool_gradients
 from cfcam_gpu.kernels.channel_weights import channel_weights
-from cfcam_gpu.kernels.class_map import resize_as_grad_cam, resize_normalize, weighted_sum
+from cfcam_gpu.kernels.class_map import class_sums, resize_as_grad_cam, resize_normalize, weighted_sum
 from cfcam_gpu.kernels.connected_components import connected_components
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
 from cfcam_gpu.kernels.gaussian_filter import gaussian_filter
@@ -37,22 +39,24 @@ def cf_cam(activations, gradients, output_size, config, engine, guide=None):
     """All stages for a batch.
 
     Args:
-        activations, gradients: (B, C, h, w), float16, bfloat16 or float32, on one CUDA or ROCm device; any strides.
+        activations: (B, C, h, w), float16, bfloat16 or float32, on a CUDA or ROCm device; any strides.
+        gradients: (B, C, h, w), likewise; of K classes an image (B, K, C, h, w), or their `PooledGradients`.
         output_size: (H, W).
         config: `CFCAMConfig`.
         engine: a name in `cfcam_gpu.clustering.ENGINES`; one that is not in the kernels labels their distances.
         guide: (B, Cg, hg, wg), the features that say which cells are alike; None: the activations.
 
     Returns:
-        maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,).
+        maps float32 (B, H, W), labels int32 (B, C), weights float32 (B, C), eps float32 (B,); of K classes an image
+        maps (B, K, H, W) and weights (B, K, C).
     """
-    arguments = (activations.detach(), gradients.detach(), output_size, config, engine, guide)
+    arguments = (activations.detach(), gradients, output_size, config, engine, guide)
     return _in_chunks(_cf_cam, len(activations), _chunk(activations, config), arguments)
 
 
 def cluster_and_weigh(activations, gradients, config, engine):
-    """Stages 1 to 4: labels int32 (B, C), weights float32 (B, C) and eps float32 (B,)."""
-    arguments = (activations.detach(), gradients.detach(), config, engine)
+    """Stages 1 to 4: labels int32 (B, C), weights float32 (B, C) or (B, K, C), and eps float32 (B,)."""
+    arguments = (activations.detach(), gradients, config, engine)
     return _in_chunks(_without_cells, len(activations), _chunk(activations, config), arguments)
 
 
@@ -96,7 +100,8 @@ def _in_chunks(function, batch, chunk, arguments):
         return function(*arguments)
     results = []
     for start in range(0, batch, chunk):
-        cut = (value[start : start + chunk] if isinstance(value, torch.Tensor) else value for value in arguments)
+        rows = slice(start, start + chunk)
+        cut = tree_map_only(torch.Tensor, lambda tensor, rows=rows: tensor[rows], arguments)
         results.append(function(*cut))
     return tuple(torch.cat(column) for column in zip(*results))
 
@@ -106,17 +111,35 @@ def _cf_cam(activations, gradients, output_size, config, engine, guide):
     cells = cells.unflatten(2, activations.shape[2:])
     # As published, the positive part is resized; an averaged sum is resized with its sign.
     grid = class_grid(cells, weights, relu=not config.averages, config=config, guide=guide)
-    return resize_normalize(grid, output_size, FLAT_RANGE, config.normalize), labels, weights, eps
+    maps = resize_normalize(grid.flatten(0, -3), output_size, FLAT_RANGE, config.normalize)
+    return maps.unflatten(0, grid.shape[:-2]), labels, weights, eps
 
 
 def _cluster_and_weigh(activations, gradients, config, engine):
     """The activations float32 (B, C, h * w), neighbours in memory along C, and labels, weights and eps."""
-    arguments = (*activations.shape[2:], config.sigma, config.boundary)
-    pooling = constant(pooling_weights, arguments, activations.device, torch.float32).flatten()
-    transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients, pooling)
+    if isinstance(gradients, torch_backend.PooledGradients) or gradients.ndim == 5:
+        pooled = (
+            gradients if isinstance(gradients, torch_backend.PooledGradients) else pool_gradients(gradients, config)
+        )
+        plain, filtered = (each.contiguous() for each in pooled)
+        transposed, squared_norm, _, _ = channel_statistics(activations)
+    else:
+        pooling = _pooling(gradients, config)
+        transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients.detach(), pooling)
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
     return transposed.transpose(1, 2), labels, weights, eps
+
+
+def pool_gradients(gradients, config):
+    """The `PooledGradients`, float32 (B, K, C), of gradients (B, K, C, h, w)."""
+    pooled = kernels_pool_gradients(gradients.detach(), _pooling(gradients, config))
+    return torch_backend.PooledGradients(*pooled)
+
+
+def _pooling(gradients, config):
+    arguments = (*gradients.shape[-2:], config.sigma, config.boundary)
+    return constant(pooling_weights, arguments, gradients.device, torch.float32).flatten()
 
 
 def _without_cells(*arguments):
@@ -125,11 +148,14 @@ def _without_cells(*arguments):
 
 def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
     """The weighted sum over channels, averaged as the configuration says, as `torch_backend.class_grid`, by kernels."""
-    weights = weights.detach()
-    weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, activations[0, 0].numel())
+    weights, cells = weights.detach(), activations.detach().flatten(2)
     averages = config is not None and config.averages
-    grid = weighted_sum(activations.detach().flatten(2), weights, relu and not averages, skip_nan)
-    grid = grid.view(-1, *activations.shape[2:])
+    if weights.ndim == 3:
+        grid = class_sums(cells, weights.float().contiguous(), relu and not averages)
+    else:
+        weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, cells.shape[2])
+        grid = weighted_sum(cells, weights, relu and not averages, skip_nan)
+    grid = grid.unflatten(-1, activations.shape[2:])
     if not averages:
         return grid
     guide = (activations if guide is None else guide).detach()

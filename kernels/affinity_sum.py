@@ -12,8 +12,10 @@ f_p . f_q and the norms come from one pass over the channels, and no matrix of a
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
 
-Floor: C * hg * wg reads; 2 * C operations for each pair of cells within reach, at most (hg * wg)^2 of them. To balance,
-each program of the first step reads all of S: h * w values, which stay in the cache.
+Of K classes an image, sixteen share a program and its affinities, which are multiplied by their S in the same way.
+
+Floor: C * hg * wg reads; 2 * (C + K) operations for each pair of cells within reach, at most (hg * wg)^2 of them. To
+balance, each program of the first step reads all of S: K * h * w values, which stay in the cache.
 """
 
 import math
@@ -35,6 +37,16 @@ def high_part(x):
 
 
 @triton.jit
+def add_product(a, b, total):
+    """a @ b + total, close to float32's accuracy."""
+    a_high = high_part(a)
+    b_high = high_part(b)
+    total = tl.dot(a - a_high, b_high, total, input_precision="tf32")
+    total = tl.dot(a_high, b - b_high, total, input_precision="tf32")
+    return tl.dot(a_high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
 def log2_likeness(product, square, other_square, power):
     """How much cells count for each other by their features, and which do at all: log2 of it, and where it is not 0.
 
@@ -47,24 +59,56 @@ def log2_likeness(product, square, other_square, power):
 
 
 @triton.jit
-def share_of_evidence(grid_ptr, rows_ptr, columns_ptr, height, width, BLOCK: tl.constexpr):
-    """What the negative cells are multiplied by: the positive ones' total over theirs; at most 1, and 1 without any."""
-    speaks_for = tl.zeros([BLOCK], tl.float32)
-    speaks_against = tl.zeros([BLOCK], tl.float32)
+def share_of_evidence(
+    grid_ptr, k, in_classes, rows_ptr, columns_ptr, height, width, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """What the negative cells of classes k are multiplied by: the positive ones' total over theirs.
+
+    At most 1, and 1 without any. (BLOCK_K,), or a scalar of one class.
+    """
+    speaks_for = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    speaks_against = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     first = 0
     while first < height * width:
         cell = first + tl.arange(0, BLOCK)
         inside = cell < height * width
         weight = tl.load(rows_ptr + cell // width, mask=inside, other=0.0)
         weight = weight * tl.load(columns_ptr + cell % width, mask=inside, other=0.0)
-        weighted = tl.load(grid_ptr + cell, mask=inside, other=0.0) * weight
+        offset = k[None, :] * (height * width) + cell[:, None]
+        value = tl.load(grid_ptr + offset, mask=inside[:, None] & in_classes[None, :], other=0.0)
+        weighted = value * weight[:, None]
         speaks_for += tl.maximum(weighted, 0.0)
         speaks_against += tl.maximum(-weighted, 0.0)
         first += BLOCK
-    evidence_for = tl.sum(speaks_for, axis=0)
-    evidence_against = tl.sum(speaks_against, axis=0)
+    if BLOCK_K == 1:
+        evidence_for = tl.sum(speaks_for)
+        evidence_against = tl.sum(speaks_against)
+    else:
+        evidence_for = tl.sum(speaks_for, axis=0)
+        evidence_against = tl.sum(speaks_against, axis=0)
     outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
     return tl.where(outweighed, evidence_for / tl.where(outweighed, evidence_against, 1.0), 1.0)
+
+
+@triton.jit
+def grid_value(
+    grid_ptr,
+    cell,
+    inside,
+    grid_height,
+    grid_width,
+    width,
+    scale_y,
+    scale_x,
+    share,
+    RESIZE: tl.constexpr,
+    BALANCE: tl.constexpr,
+):
+    """The sum at cells of the guide."""
+    if RESIZE:
+        return bilinear(grid_ptr, cell, inside, grid_height, grid_width, width, scale_y, scale_x, 0.0, share, True)
+    else:
+        return scaled_below_zero(tl.load(grid_ptr + cell, mask=inside, other=0.0), share, BALANCE)
 
 
 @triton.jit
@@ -74,6 +118,7 @@ def affinity_sum_kernel(
     rows_ptr,
     columns_ptr,
     averaged_ptr,
+    n_classes,
     n_channels,
     height,
     width,
@@ -94,26 +139,46 @@ def affinity_sum_kernel(
     RESIZE: tl.constexpr,
     BALANCE: tl.constexpr,
     N_STEPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n_cells = height * width
-    blocks_per_image = tl.cdiv(n_cells, BLOCK_P)
-    image = (tl.program_id(0) // blocks_per_image).to(tl.int64)
-    start = (tl.program_id(0) % blocks_per_image) * BLOCK_P
+    blocks_of_cells = tl.cdiv(n_cells, BLOCK_P)
+    blocks_of_classes = tl.cdiv(n_classes, BLOCK_K)
+    block = tl.program_id(0) // blocks_of_cells
+    image = (block // blocks_of_classes).to(tl.int64)
+    k = ((block % blocks_of_classes) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    in_classes = k < n_classes
+    start = (tl.program_id(0) % blocks_of_cells) * BLOCK_P
     cell = start + tl.arange(0, BLOCK_P)
     in_cells = cell < n_cells
     y = cell // width
     x = cell % width
     f_ptr += image * f_stride_b
-    grid_ptr += image * grid_height * grid_width
+    grid_ptr += image * n_classes * grid_height * grid_width
+    averaged_ptr += image * n_classes * n_cells
     share = 1.0
     if BALANCE:
-        share = share_of_evidence(grid_ptr, rows_ptr, columns_ptr, grid_height, grid_width, BLOCK_Q)
+        share = share_of_evidence(
+            grid_ptr, k, in_classes, rows_ptr, columns_ptr, grid_height, grid_width, BLOCK_Q, BLOCK_K
+        )
+    # Of one class a program, cells are one-dimensional; of several, (cells, classes).
+    if BLOCK_K == 1:
+        total = tl.zeros([BLOCK_P], tl.float32)
+        own_cell = cell
+        own_inside = in_cells
+        grids = grid_ptr
+    else:
+        total = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+        own_cell = cell[:, None]
+        own_inside = in_cells[:, None] & in_classes[None, :]
+        grids = grid_ptr + k[None, :] * (grid_height * grid_width)
+        if BALANCE:
+            share = share[None, :]
     of_p = y.to(tl.int64) * f_stride_y + x.to(tl.int64) * f_stride_x
 
-    total = tl.zeros([BLOCK_P], tl.float32)
     mass = tl.zeros([BLOCK_P], tl.float32)
     first = tl.maximum(start // width - reach_y, 0) * width
     end = tl.minimum((start + BLOCK_P - 1) // width + reach_y + 1, height) * width
@@ -135,11 +200,7 @@ def affinity_sum_kernel(
             b_offset = channel[:, None] * f_stride_c + of_q[None, :]
             a = tl.load(f_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
             b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & in_others[None, :], other=0.0).to(tl.float32)
-            a_high = high_part(a)
-            b_high = high_part(b)
-            product = tl.dot(a - a_high, b_high, product, input_precision="tf32")
-            product = tl.dot(a_high, b - b_high, product, input_precision="tf32")
-            product = tl.dot(a_high, b_high, product, input_precision="tf32")
+            product = add_product(a, b, product)
             squares += a * a
             other_squares += b * b
         exponent, alike = log2_likeness(product, tl.sum(squares, axis=1), tl.sum(other_squares, axis=0), power)
@@ -148,40 +209,60 @@ def affinity_sum_kernel(
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
         exponent -= decay_y * (apart_y * apart_y).to(tl.float32) + decay_x * (apart_x * apart_x).to(tl.float32)
         affinity = tl.where(alike & near, tl.exp2(exponent), 0.0)
-        if RESIZE:
-            value = bilinear(
-                grid_ptr, other, in_others, grid_height, grid_width, width, scale_y, scale_x, 0.0, share, True
-            )
+        if BLOCK_K == 1:
+            other_cell = other
+            other_inside = in_others
         else:
-            value = scaled_below_zero(tl.load(grid_ptr + other, mask=in_others, other=0.0), share, BALANCE)
-        total += tl.sum(affinity * value[None, :], axis=1)
+            other_cell = other[:, None]
+            other_inside = in_others[:, None] & in_classes[None, :]
+        value = grid_value(
+            grids,
+            other_cell,
+            other_inside,
+            grid_height,
+            grid_width,
+            width,
+            scale_y,
+            scale_x,
+            share,
+            RESIZE,
+            BALANCE,
+        )
+        if BLOCK_K == 1:
+            total += tl.sum(affinity * value[None, :], axis=1)
+        else:
+            total = add_product(affinity, value, total)
         mass += tl.sum(affinity, axis=1)
         first += BLOCK_Q
 
-    if RESIZE:
-        own = bilinear(grid_ptr, cell, in_cells, grid_height, grid_width, width, scale_y, scale_x, 0.0, share, True)
+    own = grid_value(
+        grids, own_cell, own_inside, grid_height, grid_width, width, scale_y, scale_x, share, RESIZE, BALANCE
+    )
+    if BLOCK_K == 1:
+        out = cell
     else:
-        own = scaled_below_zero(tl.load(grid_ptr + cell, mask=in_cells, other=0.0), share, BALANCE)
+        mass = mass[:, None]
+        out = k[None, :] * n_cells + cell[:, None]
     averaged = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), own)
     if RELU:
         averaged = tl.maximum(averaged, 0.0)
-    tl.store(averaged_ptr + image * n_cells + cell, averaged, mask=in_cells)
+    tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
 def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
-    """The signed sum balanced and averaged over alike cells, by default its positive part: float32 (B, hg, wg).
+    """The signed sum balanced and averaged over alike cells, by default its positive part.
 
-    A launch a step.
+    A launch a step; float32 (B, hg, wg), or (B, K, hg, wg).
 
     Args:
-        grid: float32 (B, h, w), contiguous.
+        grid: float32 (B, h, w), or of K classes an image (B, K, h, w); contiguous.
         guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides.
         power, sigma_cells: as in `CFCAMConfig`, the power above 0.
         steps: how often, at least 1.
     """
     batch, n_channels, *shape = guide.shape
     n_cells = shape[0] * shape[1]
-    target_shape = grid.shape[1:]
+    classes, target_shape = grid.shape[1:-2], grid.shape[-2:]
     reach = [window_reach(size, target, sigma_cells) for size, target in zip(shape, target_shape)]
     decay = [window_decay(size, target, sigma_cells) * math.log2(math.e) for size, target in zip(shape, target_shape)]
     weights = [
@@ -192,27 +273,32 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
     # twice the conflicts in shared memory (simulated) where cells, not channels, are neighbours in memory. No supported
     # version of the compiler spills registers for these blocks; of 32 x 64 and 16 x 128 cells some do.
     block_p, block_c = 16, 16
-    block_q, num_warps = (256, 8) if n_cells > 128 else (max(16, min(next_power_of_2(n_cells), 64)), 4)
+    n_classes = math.prod(classes)
+    block_k = 16 if classes else 1
+    block_q = 256 if n_cells > 128 and not classes else max(16, min(next_power_of_2(n_cells), 64))
+    num_warps = 8 if block_q == 256 or classes else 4
     for step in range(steps):
-        averaged = torch.empty(batch, *shape, dtype=torch.float32, device=guide.device)
-        affinity_sum_kernel[(batch * cdiv(n_cells, block_p),)](
+        averaged = torch.empty(batch, *classes, *shape, dtype=torch.float32, device=guide.device)
+        affinity_sum_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
             guide,
             grid,
             *weights,
             averaged,
+            n_classes,
             n_channels,
             *shape,
-            *grid.shape[1:],
-            grid.shape[1] / shape[0],
-            grid.shape[2] / shape[1],
+            *grid.shape[-2:],
+            grid.shape[-2] / shape[0],
+            grid.shape[-1] / shape[1],
             *reach,
             *decay,
             float(power),
             *guide.stride(),
             RELU=relu and step == steps - 1,
-            RESIZE=tuple(grid.shape[1:]) != tuple(shape),
+            RESIZE=tuple(grid.shape[-2:]) != tuple(shape),
             BALANCE=step == 0,
             N_STEPS=cdiv(n_channels, block_c),
+            BLOCK_K=block_k,
             BLOCK_P=block_p,
             BLOCK_Q=block_q,
             BLOCK_C=block_c,

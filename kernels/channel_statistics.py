@@ -7,7 +7,10 @@ filtered grid is one dot product, so that no convolution is needed for the weigh
 A and G as they come, in any strides and dtype; what follows reads the float32 transpose (B, h * w, C), in which
 neighbouring channels are neighbours in memory.
 
-Floor: 2 * C * h * w reads in the input dtype and C * h * w float32 writes; 5 operations a value.
+Of K classes an image, the pooled gradients are a launch of their own, which reads all of them once.
+
+Floor: 2 * C * h * w reads in the input dtype and C * h * w float32 writes; 5 operations a value. Of K classes an image
+(K + 1) * C * h * w reads.
 """
 
 import torch
@@ -18,6 +21,14 @@ from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 VALUES_PER_STEP = 2048
 """Of an image's channels and cells, in one step of a program."""
+
+
+@triton.jit
+def load_tile(ptr, channel, y, x, inside, stride_c, stride_y, stride_x):
+    """Values of an image at channels and cells, cast before any arithmetic: the interpreter computes wrongly in
+    bfloat16."""
+    offset = channel.to(tl.int64)[:, None] * stride_c + (y * stride_y + x * stride_x)[None, :]
+    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -60,15 +71,12 @@ def channel_statistics_kernel(
         inside = in_channels[:, None] & in_cells[None, :]
         y = cell // width
         x = cell % width
-        a_offset = channel.to(tl.int64)[:, None] * a_stride_c + (y * a_stride_y + x * a_stride_x)[None, :]
-        # Cast before any arithmetic: the interpreter computes wrongly in bfloat16.
-        a = tl.load(a_ptr + image * a_stride_b + a_offset, mask=inside, other=0.0).to(tl.float32)
+        a = load_tile(a_ptr + image * a_stride_b, channel, y, x, inside, a_stride_c, a_stride_y, a_stride_x)
         squared_norm += tl.sum(a * a, axis=1)
         transposed = (image * n_cells + cell.to(tl.int64))[None, :] * n_channels + channel[:, None]
         tl.store(transposed_ptr + transposed, a, mask=inside)
         if HAS_GRADIENTS:
-            g_offset = channel.to(tl.int64)[:, None] * g_stride_c + (y * g_stride_y + x * g_stride_x)[None, :]
-            g = tl.load(g_ptr + image * g_stride_b + g_offset, mask=inside, other=0.0).to(tl.float32)
+            g = load_tile(g_ptr + image * g_stride_b, channel, y, x, inside, g_stride_c, g_stride_y, g_stride_x)
             pooling = tl.load(pooling_ptr + cell, mask=in_cells, other=0.0)
             plain += tl.sum(g, axis=1)
             filtered += tl.sum(g * pooling[None, :], axis=1)
@@ -79,6 +87,81 @@ def channel_statistics_kernel(
     if HAS_GRADIENTS:
         tl.store(plain_ptr + out, plain / n_cells, mask=in_channels)
         tl.store(filtered_ptr + out, filtered, mask=in_channels)
+
+
+@triton.jit
+def pool_gradients_kernel(
+    g_ptr,
+    pooling_ptr,
+    plain_ptr,
+    filtered_ptr,
+    n_classes,
+    n_channels,
+    width,
+    n_cells,
+    g_stride_b,
+    g_stride_k,
+    g_stride_c,
+    g_stride_y,
+    g_stride_x,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    blocks_per_class = tl.cdiv(n_channels, BLOCK_C)
+    row = (tl.program_id(0) // blocks_per_class).to(tl.int64)
+    channel = (tl.program_id(0) % blocks_per_class) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channel < n_channels
+    g_ptr += (row // n_classes) * g_stride_b + (row % n_classes) * g_stride_k
+
+    plain = tl.zeros([BLOCK_C], tl.float32)
+    filtered = tl.zeros([BLOCK_C], tl.float32)
+    start = 0
+    while start < n_cells:
+        cell = start + tl.arange(0, BLOCK_P)
+        in_cells = cell < n_cells
+        inside = in_channels[:, None] & in_cells[None, :]
+        g = load_tile(g_ptr, channel, cell // width, cell % width, inside, g_stride_c, g_stride_y, g_stride_x)
+        pooling = tl.load(pooling_ptr + cell, mask=in_cells, other=0.0)
+        plain += tl.sum(g, axis=1)
+        filtered += tl.sum(g * pooling[None, :], axis=1)
+        start += BLOCK_P
+
+    out = row * n_channels + channel
+    tl.store(plain_ptr + out, plain / n_cells, mask=in_channels)
+    tl.store(filtered_ptr + out, filtered, mask=in_channels)
+
+
+def pool_gradients(gradients, pooling):
+    """The pooled gradients plain and filtered, float32 (B, K, C), of gradients (B, K, C, h, w), any strides.
+
+    Args:
+        gradients: float16, bfloat16 or float32.
+        pooling: float32 (h * w,), the weights of the filtered mean.
+    """
+    batch, n_classes, n_channels, height, width = gradients.shape
+    plain, filtered = torch.empty(2, batch, n_classes, n_channels, dtype=torch.float32, device=gradients.device)
+    block_c, block_p = _blocks(height * width)
+    pool_gradients_kernel[(batch * n_classes * cdiv(n_channels, block_c),)](
+        gradients,
+        pooling,
+        plain,
+        filtered,
+        n_classes,
+        n_channels,
+        width,
+        height * width,
+        *gradients.stride(),
+        BLOCK_C=block_c,
+        BLOCK_P=block_p,
+        num_warps=4,
+    )
+    return plain, filtered
+
+
+def _blocks(n_cells):
+    """Channels and cells in one step of a program."""
+    block_p = min(next_power_of_2(n_cells), 64)
+    return max(16, VALUES_PER_STEP // block_p), block_p
 
 
 def channel_statistics(activations, gradients=None, pooling=None):
@@ -102,8 +185,7 @@ def channel_statistics(activations, gradients=None, pooling=None):
         plain, filtered = torch.empty(2, batch, n_channels, **options)
     else:  # pointers that the kernel never follows
         gradients, pooling = activations, squared_norm
-    block_p = min(next_power_of_2(n_cells), 64)
-    block_c = max(16, VALUES_PER_STEP // block_p)
+    block_c, block_p = _blocks(n_cells)
     channel_statistics_kernel[(batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,

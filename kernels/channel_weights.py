@@ -2,8 +2,8 @@
 
     w_c = plain_c (dominant),   mean of filtered_m over the members m of c's cluster,   0 (noise)
 
-and with "softmax" a softmax over the kept channels. One program an image; the sums run over a block of channels in a
-fixed order, so that the weights are the same in every run.
+and with "softmax" a softmax over the kept channels. One program an image, or a class of an image; the sums run over a
+block of channels in a fixed order, so that the weights are the same in every run.
 
 Floor: 3 * C reads and C writes; C operations a cluster.
 """
@@ -22,14 +22,16 @@ def channel_weights_kernel(
     plain_ptr,
     filtered_ptr,
     weights_ptr,
+    n_classes,
     n_channels,
     SOFTMAX: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel = tl.arange(0, BLOCK_C)
     inside = channel < n_channels
-    offset = tl.program_id(0).to(tl.int64) * n_channels + channel
-    label = tl.load(labels_ptr + offset, mask=inside, other=NOISE)
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * n_channels + channel
+    label = tl.load(labels_ptr + (row // n_classes) * n_channels + channel, mask=inside, other=NOISE)
     filtered = tl.load(filtered_ptr + offset, mask=inside, other=0.0)
     weights = tl.where(label == DOMINANT, tl.load(plain_ptr + offset, mask=inside, other=0.0), 0.0)
     last = tl.max(label, axis=0)
@@ -50,14 +52,20 @@ def channel_weights_kernel(
 
 
 def channel_weights(labels, plain, filtered, softmax):
-    """Weights float32 (B, C) from labels int32 (B, C) and the pooled gradients plain and filtered, float32 (B, C)."""
+    """Weights float32 (B, C) or (B, K, C) from labels int32 (B, C) and the pooled gradients.
+
+    Args:
+        plain, filtered: float32 (B, C) or (B, K, C), contiguous.
+    """
     batch, n_channels = labels.shape
-    weights = torch.empty(batch, n_channels, dtype=torch.float32, device=labels.device)
-    channel_weights_kernel[(batch,)](
+    weights = torch.empty_like(plain)
+    n_classes = plain.numel() // labels.numel()
+    channel_weights_kernel[(batch * n_classes,)](
         labels,
         plain,
         filtered,
         weights,
+        n_classes,
         n_channels,
         SOFTMAX=softmax,
         BLOCK_C=next_power_of_2(n_channels),

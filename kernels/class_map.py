@@ -6,7 +6,7 @@ with W_cp = w_c for CF-CAM and Grad-CAM, and a weight of each cell's own for ele
 stride of 0 broadcasts. In the pipeline it reads the transposed activations, in which the channels of a cell are
 neighbours; each cell is one program's sum in a fixed order. The second kernel looks at every output pixel twice, once
 for the extremes and once to write, because the largest value of a resized map need not lie on the grid; the grid is
-small and stays in the cache.
+small and stays in the cache. Of K classes an image, the sums of sixteen classes share a program's reads of A.
 
 The second kernel scales as `CFCAMConfig.normalize` says, or as pytorch-grad-cam does: the grid to
 (x - min) / (e + max(x - min)), and the mean of the layers' resized maps again. That is one launch a layer, each of
@@ -66,6 +66,49 @@ def weighted_sum_kernel(
     if RELU:
         total = tl.maximum(total, 0.0)
     tl.store(grid_ptr + image * n_cells + cell, total, mask=in_cells)
+
+
+@triton.jit
+def class_sums_kernel(
+    a_ptr,
+    w_ptr,
+    grid_ptr,
+    n_classes,
+    n_channels,
+    n_cells,
+    a_stride_b,
+    a_stride_c,
+    a_stride_p,
+    RELU: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    blocks_of_cells = tl.cdiv(n_cells, BLOCK_P)
+    blocks_of_classes = tl.cdiv(n_classes, BLOCK_K)
+    block = tl.program_id(0) // blocks_of_cells
+    image = (block // blocks_of_classes).to(tl.int64)
+    k = ((block % blocks_of_classes) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    in_classes = k < n_classes
+    cell = ((tl.program_id(0) % blocks_of_cells) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    in_cells = cell < n_cells
+    a_ptr += image * a_stride_b
+    w_ptr += image * n_classes * n_channels
+    total = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    start = 0
+    while start < n_channels:
+        channel = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
+        in_channels = channel < n_channels
+        a_offset = cell[:, None] * a_stride_p + channel[None, :] * a_stride_c
+        a = tl.load(a_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+        w_offset = k[None, :] * n_channels + channel[:, None]
+        w = tl.load(w_ptr + w_offset, mask=in_channels[:, None] & in_classes[None, :], other=0.0)
+        total += tl.sum(a[:, :, None] * w[None, :, :], axis=1)
+        start += BLOCK_C
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    offset = (image * n_classes + k[None, :]) * n_cells + cell[:, None]
+    tl.store(grid_ptr + offset, total, mask=in_cells[:, None] & in_classes[None, :])
 
 
 @triton.jit
@@ -274,6 +317,34 @@ def weighted_sum(activations, weights, relu=True, skip_nan=False):
         *weights.stride(),
         RELU=relu,
         SKIP_NAN=skip_nan,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return grid
+
+
+def class_sums(activations, weights, relu=True):
+    """K weighted sums over the channels, by default their positive parts: float32 (B, K, N).
+
+    Args:
+        activations: (B, C, N), float16, bfloat16 or float32, any strides.
+        weights: float32 (B, K, C), contiguous.
+    """
+    batch, n_channels, n_cells = activations.shape
+    n_classes = weights.shape[1]
+    grid = torch.empty(batch, n_classes, n_cells, dtype=torch.float32, device=activations.device)
+    block_k, block_p, block_c = 16, 4, 64
+    class_sums_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
+        activations,
+        weights,
+        grid,
+        n_classes,
+        n_channels,
+        n_cells,
+        *activations.stride(),
+        RELU=relu,
+        BLOCK_K=block_k,
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,

@@ -5,7 +5,8 @@ import torch
 from captured import margins
 from compare import assert_close
 
-from cfcam_gpu.capture import HeadCapture, margin_cotangent
+from cfcam_gpu.capture import HeadCapture
+from cfcam_gpu.targets import margin_cotangent
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10, 1000])

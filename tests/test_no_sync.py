@@ -17,14 +17,15 @@ from cfcam_gpu import CFCAMConfig, torch_backend
     [CFCAMConfig(), CFCAMConfig.stable(), CFCAMConfig.paper(), CFCAMConfig(descriptor="unit")],
 )
 @pytest.mark.parametrize("guide", [None, (3, 20, 9, 10)])
-def test_device_path_never_waits(config, guide, seed):
+@pytest.mark.parametrize("classes", [(), (4,)])
+def test_device_path_never_waits(config, guide, classes, seed):
     guide = guide and torch.rand(guide)
-    activations, gradients = activations_like((3, 60, 5, 5)), torch.randn(3, 60, 5, 5)
+    activations, gradients = activations_like((3, 60, 5, 5)), torch.randn(3, *classes, 60, 5, 5)
     arguments = (activations, gradients, (32, 32), config)
     torch_backend.cf_cam(*arguments, "batched", guide)  # constants are made once, outside the hot path
     with NoSynchronisation():
         result = torch_backend.cf_cam(*arguments, "batched", guide)
-        torch_backend.grad_cam_maps([torch_backend.class_grid(activations, gradients)] * 2, (32, 32))
+        torch_backend.grad_cam_maps([torch_backend.class_grid(activations, activations)] * 2, (32, 32))
     for actual, expected in zip(result, torch_backend.cf_cam(*arguments, "host", guide)):
         torch.testing.assert_close(actual, expected)
 

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GuideLayer, eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.capture import GuideLayer, eager_without_grad, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.guides import AUTO
+from cfcam_gpu.targets import margin_cotangent
 
 try:
     import captum.attr as original

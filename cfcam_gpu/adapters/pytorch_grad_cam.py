@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend, weights
 from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GuideLayer, HeadCapture, check_targets
+from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.targets import check_targets
 
 try:
     import pytorch_grad_cam as original

@@ -42,9 +42,10 @@ from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import pipeline
 from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GraphRoot, GuideLayer, eager_without_grad, make_guides, margin_cotangent, named_modules
+from cfcam_gpu.capture import GraphRoot, GuideLayer, eager_without_grad, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.targets import margin_cotangent
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:

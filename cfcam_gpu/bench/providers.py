@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from cfcam_gpu import CFCAM, CFCAMConfig, accelerate, cf_cam, pipeline
 from cfcam_gpu.bench.trunk import Unavailable
-from cfcam_gpu.capture import margin_cotangent
 from cfcam_gpu.checks import needs
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.layers import channels_last_to_map
+from cfcam_gpu.targets import margin_cotangent
 
 CF_CAM, CF_CAM_CALL, GRAD_CAM, SCORES = "CF-CAM", "CF-CAM as pytorch-grad-cam scales", "Grad-CAM", "scores"
 

@@ -5,8 +5,8 @@ from numbers import Integral
 import torch
 
 from cfcam_gpu.arrays import as_tensor
-from cfcam_gpu.capture import check_targets, classes_on
 from cfcam_gpu.checks import check_values
+from cfcam_gpu.targets import check_targets, classes_on
 
 RANGE_SLACK = 1e-6
 """How far outside [0, 1] a map may be: bilinear interpolation rounds."""

@@ -1,0 +1,245 @@
+"""What is explained: targets as callers give them, and the scores that are differentiated."""
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map_only
+
+Target: TypeAlias = int | Callable[[Any], torch.Tensor]
+"""A class index, or a callable that gets the image's output and returns a scalar."""
+
+Targets: TypeAlias = torch.Tensor | np.ndarray | Sequence[Target] | Sequence[Sequence[Target]] | None
+"""What to explain: one target an image, or K an image, either all indices or all callables; None for each image's top
+class."""
+
+
+# Targets as callers give them.
+
+
+def check_targets(targets, batch, several=False):
+    """``targets`` as None, int64 indices (B,) on whatever device, or a tuple of B callables.
+
+    Args:
+        targets: as for a call of `HeadCapture`.
+        batch: B.
+        several: K targets an image may be given: int64 indices (B, K), or a tuple of B tuples of K callables.
+
+    Raises:
+        TypeError, ValueError: they are of another kind, or not B, or not the same number for each image.
+    """
+    if targets is None:
+        return None
+    expected = f"({batch},) or ({batch}, K)" if several else f"({batch},)"
+    if isinstance(targets, np.ndarray) and targets.ndim > 1:
+        if targets.dtype.kind not in "iu":
+            raise TypeError(f"targets must be an integer array, got {targets.dtype}")
+        targets = torch.from_numpy(targets.astype(np.int64))
+    if isinstance(targets, torch.Tensor):
+        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+            raise TypeError(f"targets must be an integer tensor, got {targets.dtype}")
+        if targets.ndim not in ((1, 2) if several else (1,)) or len(targets) != batch:
+            raise ValueError(f"targets must have shape {expected}, got {tuple(targets.shape)}")
+        if targets.ndim == 2 and not targets.shape[1]:
+            raise ValueError(f"targets must hold at least one target per image, got shape {tuple(targets.shape)}")
+        return targets.to(torch.int64, copy=True)  # a copy: autograd refuses a tensor made in inference mode
+    if not isinstance(targets, (list, tuple, np.ndarray)):
+        hint = "; for one image write [target]" if isinstance(targets, (Integral, Callable)) else ""
+        raise TypeError(
+            "targets must be None, a list of class indices or of callables, or an integer tensor, got"
+            f" {_type(targets)}{hint}"
+        )
+    targets = tuple(targets)
+    if len(targets) != batch:
+        raise ValueError(f"targets must hold one target per image: expected {batch}, got {len(targets)}")
+    if several and any(isinstance(of_image, (list, tuple, np.ndarray)) for of_image in targets):
+        return _check_several(targets)
+    if all(callable(target) for target in targets):
+        return targets
+    return torch.tensor(_indices(targets, "targets"))
+
+
+def _check_several(targets):
+    """K targets of each of B images, in B lists, as indices (B, K) or a tuple of B tuples of K callables."""
+    for image, of_image in enumerate(targets):
+        if not isinstance(of_image, (list, tuple, np.ndarray)):
+            raise TypeError(f"targets must be all lists or none, got {_type(of_image)} at [{image}]")
+        if len(of_image) != len(targets[0]):
+            raise ValueError(
+                f"targets must hold as many targets for each image: {len(targets[0])} at [0],"
+                f" got {len(of_image)} at [{image}]"
+            )
+    if not len(targets[0]):
+        raise ValueError("targets must hold at least one target per image, got empty lists")
+    if all(callable(target) for of_image in targets for target in of_image):
+        return tuple(map(tuple, targets))
+    return torch.tensor([_indices(of_image, f"targets[{image}]") for image, of_image in enumerate(targets)])
+
+
+def _indices(targets, name):
+    for index, target in enumerate(targets):
+        if isinstance(target, bool) or not isinstance(target, Integral):
+            raise TypeError(f"{name} must be all class indices or all callables, got {_type(target)} at [{index}]")
+    return [int(target) for target in targets]
+
+
+def check_top(top, targets):
+    """``top`` as an int of at least 1, or None."""
+    if top is None:
+        return None
+    if isinstance(top, bool) or not isinstance(top, Integral):
+        raise TypeError(f"top must be None or a number of classes, got {_type(top)}")
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    if targets is not None:
+        raise ValueError("top chooses the classes itself: targets must be None")
+    return int(top)
+
+
+def classes_on(device, classes, n_classes):
+    """Class indices, int64 of any shape, on the device; their range is checked where they are on the host."""
+    if device.type == "cpu":
+        classes = classes.cpu()
+    if classes.device.type == "cpu":
+        outside = classes[(classes < 0) | (classes >= n_classes)]
+        if outside.numel():
+            raise ValueError(f"targets must be class indices in [0, {n_classes}), got {outside[0].item()}")
+        if device.type == "cuda":
+            classes = classes.pin_memory()  # a copy from pageable memory makes the host wait
+    return classes.to(device, non_blocking=True)
+
+
+# The scores.
+
+
+class Scores(NamedTuple):
+    """What is differentiated: tensors ``roots``, with cotangents."""
+
+    roots: list[torch.Tensor]
+    classes: torch.Tensor | None
+    """int64 (B,) or (B, K) on the outputs' device; None where the targets are callables."""
+    n_classes: int | None
+    """K; None for one score an image, all of which are differentiated at once with cotangents of 1."""
+    cotangents: Callable[[slice], torch.Tensor] | None = None
+    """Of the one root, for k of the K scores: (k, *root.shape)."""
+
+
+def scores(outputs, targets, batch, margin_temperature=0.0, top=None):
+    """The `Scores` of the model's outputs.
+
+    Args:
+        targets: as `check_targets` returns them.
+        batch: B.
+        margin_temperature: of the scores of class indices, as for `HeadCapture`.
+        top: the number of classes of highest score to explain, where ``targets`` are None.
+    """
+    if isinstance(targets, tuple):
+        images = (_image_output(outputs, i, batch) for i in range(batch))
+        if not isinstance(targets[0], tuple):
+            found = (
+                _one_score(f"targets[{i}]", target, image) for i, (target, image) in enumerate(zip(targets, images))
+            )
+            return Scores(list(found), None, None)
+        rows = [
+            torch.stack([_differentiable(f"targets[{i}][{k}]", target, image) for k, target in enumerate(of_image)])
+            for i, (of_image, image) in enumerate(zip(targets, images))
+        ]
+        total = torch.stack(rows).sum(0)
+        each = torch.eye(len(total), dtype=total.dtype, device=total.device)
+        return Scores([total], None, len(total), each.__getitem__)
+    if not isinstance(outputs, torch.Tensor):
+        raise TypeError(
+            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and"
+            f" None need a ({batch}, n_classes) tensor"
+        )
+    if outputs.dim() != 2 or len(outputs) != batch:
+        raise ValueError(
+            f"targets must be one callable per image for a model that returns shape {tuple(outputs.shape)}: class"
+            f" indices and None need ({batch}, n_classes)"
+        )
+    logits = outputs.detach()
+    if top is not None:
+        if top > outputs.shape[1]:
+            raise ValueError(f"top must be at most the model's {outputs.shape[1]} classes, got {top}")
+        classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    elif targets is None:
+        classes = logits.argmax(dim=1)
+    else:
+        classes = classes_on(outputs.device, targets, n_classes=outputs.size(1))
+    margin = margin_temperature > 0 and outputs.shape[1] > 1
+    if classes.ndim == 1:
+        if margin:
+            return Scores([(outputs * margin_cotangent(logits, classes, margin_temperature)).sum()], classes, None)
+        return Scores([outputs.gather(1, classes[:, None]).sum()], classes, None)
+
+    def cotangents(chosen):
+        chosen = classes[:, chosen].T
+        rows = logits.expand(len(chosen), -1, -1).flatten(0, 1)
+        if margin:
+            found = margin_cotangent(rows, chosen.flatten(), margin_temperature)
+        else:
+            found = torch.zeros_like(rows).scatter_(1, chosen.reshape(-1, 1), 1)
+        return found.view(len(chosen), *logits.shape)
+
+    return Scores([outputs], classes, classes.shape[1], cotangents)
+
+
+def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The gradient of the classes' margins with respect to the logits: (B, n), dtype of the logits.
+
+    The margin of class c is z_c - T logsumexp_{k != c}(z_k / T), what speaks for it and not for the classes that it is
+    confused with; T is ``temperature`` standard deviations of the other classes' logits and counts as a constant. So
+    the gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
+    uniform over the other classes where their logits are equal. The class itself has no part in the deviation: of few
+    classes, one that stands out would flatten the softmax over the others.
+
+    Args:
+        logits: (B, n), n > 1, floating point.
+        classes: int64 (B,).
+        temperature: above 0.
+
+    >>> margin_cotangent(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]), 1.5)
+    tensor([[ 1.0000, -0.5000, -0.5000]])
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = classes[:, None]
+    # Counted from the largest of the others: equal logits are exactly 0 then, and the softmax uniform.
+    z = z - z.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
+    z = z.scatter(1, chosen, 0)
+    n_others = z.shape[1] - 1
+    deviations = (z - z.sum(1, keepdim=True) / n_others).scatter(1, chosen, 0)
+    scale = temperature * (deviations.square().sum(1, keepdim=True) / n_others).sqrt()
+    z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
+    others = z.scatter(1, chosen, -torch.inf).softmax(1)
+    return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
+
+
+def _image_output(outputs, index, batch):
+    """Image ``index``'s part of the model's outputs."""
+    if isinstance(outputs, list) and len(outputs) == batch:
+        return outputs[index]
+    return tree_map_only(torch.Tensor, lambda t: t[index] if t.dim() and len(t) == batch else t, outputs)
+
+
+def _one_score(name, target, output):
+    score = target(output)
+    if not isinstance(score, torch.Tensor):
+        raise TypeError(f"{name} must return a one-element tensor, got {_type(score)}")
+    if score.numel() != 1:
+        raise ValueError(f"{name} must return a one-element tensor, got shape {tuple(score.shape)}")
+    return score.reshape(())
+
+
+def _differentiable(name, target, output):
+    score = _one_score(name, target, output)
+    if not score.requires_grad:
+        raise ValueError(
+            f"{name} must return a score that a gradient flows back from, got one without (detach, argmax?)"
+        )
+    return score
+
+
+def _type(value):
+    return type(value).__name__

@@ -39,7 +39,7 @@ def images(seed):
 
 @pytest.fixture
 def classes(seed):
-    return torch.randint(1000, (3, 5))
+    return torch.randint(1000, (3, 12))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def classes(seed):
 def test_each_class_as_if_alone(resnet18, images, classes, config):
     cam = CFCAM(resnet18, [resnet18.layer4[-1]], config=config)
     maps = assert_each_as_if_alone(cam, images, classes)
-    assert maps.shape == (3, 5, 96, 64) and maps.dtype == torch.float32
-    assert config == CFCAMConfig.paper() or (maps[:, 0] - maps[:, 1]).abs().max() > 1e-3, "the classes differ"
+    assert maps.shape == (3, 12, 96, 64) and maps.dtype == torch.float32
+    assert config == CFCAMConfig.paper() or maps.std(1).max() > 1e-3, "the classes differ"
     assert_same_maps(
         CFCAM(resnet18, [resnet18.layer4[-1]], config=config)(images, classes.tolist()), cam(images, classes)
     )
@@ -203,7 +203,7 @@ def test_bad_targets(resnet18, images, arguments, error, message):
 
 
 def test_other_captures_take_one_target_an_image(resnet18, images, classes):
-    with pytest.raises(ValueError, match=r"targets must have shape \(3,\), got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"targets must have shape \(3,\), got \(3, 12\)"):
         HeadCapture(resnet18, [resnet18.layer4])(images, classes)
 
 
@@ -212,8 +212,8 @@ def test_other_captures_take_one_target_an_image(resnet18, images, classes):
 
 @pytest.fixture
 def problem(seed):
-    activations = activations_like((2, 96, 6, 5), dead=0.3)
-    gradients, guide = torch.randn(2, 17, 96, 6, 5) * 1e-3, activations_like((2, 40, 12, 9))
+    activations = activations_like((2, 48, 6, 5), dead=0.3)
+    gradients, guide = torch.randn(2, 17, 48, 6, 5) * 1e-3, activations_like((2, 20, 9, 8))
     return activations.to(DEVICE), gradients.to(DEVICE), guide.to(DEVICE)
 
 
@@ -231,16 +231,16 @@ def test_of_gradients(problem, backend, config, guided):
     expected = cf_cam(activations, gradients, (31, 24), config, "reference", guide=guide)
     assert result.maps.shape == (*gradients.shape[:2], 31, 24) and result.weights.shape == gradients.shape[:3]
     assert torch.equal(result.labels, expected.labels)
-    for image in range(2):
-        for k in range(gradients.shape[1]):
+    for k in (0, gradients.shape[1] - 1):
+        one = cf_cam(activations, gradients[:, k], (31, 24), config, backend, guide=guide)
+        assert torch.equal(result.labels, one.labels) and torch.equal(result.eps, one.eps)
+        assert_close(result.weights[:, k], one.weights)
+        for image in range(2):
             features = None if guide is None else guide[image]
             weights = expected.weights[image, k]
             stretch = stretch_of_map(activations[image], weights, (31, 24), config, features)
             assert_close(result.maps[image, k], expected.maps[image, k], stretch=stretch)
-            one = cf_cam(activations, gradients[:, k], (31, 24), config, backend, guide=guide)
             assert_close(result.maps[image, k], one.maps[image], stretch=stretch)
-            assert torch.equal(result.labels, one.labels) and torch.equal(result.eps, one.eps)
-            assert_close(result.weights[:, k], one.weights)
 
 
 def test_any_strides(problem):

@@ -163,33 +163,28 @@ class Subject:
         """`Captured` by the score: of the top class ("top") and the next ("next"), under input noise ("noisy"), and of
         each cell's class of the mosaics (0 to 3)."""
         if score not in self.of_scores:
-            top, second = self.classes.T
-            found = {
-                "top": self._captured(score, self.images, top),
-                "next": self._captured(score, self.images, second),
-                "noisy": self._captured(score, self.noisy_images, top),
-                **{
-                    cell: self._captured(score, self.mosaics.images, self.mosaics.classes[:, cell]) for cell in range(4)
-                },
-            }
-            self.of_scores[score] = found
+            top, second = self._captured(score, self.images, self.classes)
+            (noisy,) = self._captured(score, self.noisy_images, self.classes[:, :1])
+            cells = self._captured(score, self.mosaics.images, self.mosaics.classes)
+            self.of_scores[score] = {"top": top, "next": second, "noisy": noisy, **dict(enumerate(cells))}
         return self.of_scores[score]
 
     def _captured(self, score, images, classes):
+        """`Captured` of each of the K classes (N, K)."""
         temperature = 0.0 if callable(score) else score
         capture = HeadCapture(self.model, [self.layer], guide_layer="auto", margin_temperature=temperature)
         parts = []
         for x, targets in zip(images.split(BATCH), classes.split(BATCH)):
             if callable(score):
-                cotangents = score(self.model(x), targets)
-                targets = [lambda row, of_image=of_image: (row * of_image).sum() for of_image in cotangents]
-            parts.append(capture(x, targets))
+                outputs = self.model(x)
+                cotangents = torch.stack([score(outputs, of_images) for of_images in targets.T], dim=1)
+                targets = [[lambda row, of=of: (row * of).sum() for of in of_image] for of_image in cotangents]
+            parts.append(capture(x, targets, several=True))
         guides = [part.guides[0] for part in parts]
-        return Captured(
-            torch.cat([part.activations[0] for part in parts]),
-            None if guides[0] is None else torch.cat(guides),
-            torch.cat([part.gradients[0] for part in parts]),
-        )
+        activations = torch.cat([part.activations[0] for part in parts])
+        guide = None if guides[0] is None else torch.cat(guides)
+        gradients = torch.cat([part.gradients[0] for part in parts])
+        return [Captured(activations, guide, of_class) for of_class in gradients.unbind(1)]
 
     def answers(self, maps):
         """Insertion, deletion, average drop and increase of the top class's maps, (N,) each."""

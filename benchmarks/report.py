@@ -37,6 +37,14 @@ GPU_PEERS = ("cfcam", "pytorch-grad-cam")
 GATES = {
     "test_end_to_end[1]": "`cam.maps` over the plain forward, ResNet-50, batch 1",
     "test_end_to_end[8]": "`cam.maps` over the plain forward, ResNet-50, batch 8",
+    "test_several_classes[1-10]": "ten classes in one pass over the plain forward, batch 1",
+    "test_several_classes[8-10]": "ten classes in one pass over the plain forward, batch 8",
+    "test_several_classes[1-100]": "a hundred classes in one pass over the plain forward, batch 1",
+    "test_ten_classes_against_ten_calls[pytorch-grad-cam:accelerated]": (
+        "ten classes in one pass over ten calls of accelerated pytorch-grad-cam, batch 1"
+    ),
+    "test_ten_classes_against_ten_calls[torch-cam]": "ten classes in one pass over ten calls of torch-cam, batch 1",
+    "test_ten_classes_against_ten_calls[captum]": "ten classes in one pass over ten calls of captum, batch 1",
     "test_grad_cam[1]": "accelerated GradCAM over pytorch-grad-cam's, batch 1",
     "test_grad_cam[8]": "accelerated GradCAM over pytorch-grad-cam's, batch 8",
     "test_pipeline_against_the_authors_approach": "pipeline over the authors' approach, 2048 channels, 7 x 7",

@@ -404,22 +404,19 @@ class Subject:
                 guide_layer="auto",
                 margin_temperature=margin_temperature,
             )
-            single, pair = self.single.classes[:, 0], self.pair.classes
+            single, pair = self.single.classes, self.pair.classes
             self.seen[margin_temperature] = [
-                self._seen(capture, images, classes)
-                for images, classes in (
-                    (self.single.images, single),
-                    (self.noisy, single),
-                    (self.pair.images, pair[:, 0]),
-                    (self.pair.images, pair[:, 1]),
-                )
+                seen
+                for images, classes in ((self.single.images, single), (self.noisy, single), (self.pair.images, pair))
+                for seen in self._seen(capture, images, classes)
             ]
         return self.seen[margin_temperature]
 
     @staticmethod
     def _seen(capture, images, classes):
-        captured = capture(images, classes)
-        return faithfulness.Captured(captured.activations[0], captured.guides[0], captured.gradients[0])
+        captured = capture(images, classes, several=True)
+        activations, guide, gradients = captured.activations[0], captured.guides[0], captured.gradients[0]
+        return [faithfulness.Captured(activations, guide, of_class) for of_class in gradients.unbind(1)]
 
 
 def measured(subject, method):

@@ -20,6 +20,10 @@ from cfcam_gpu.checks import needs
 PANEL_PIXELS = 448
 """Height of the photograph and of each overlay in a picture."""
 
+FAINT_DIFFERENCE = 0.05
+"""The colours of --versus reach as far as the largest difference, but at least to this: equal maps would show their
+rounding."""
+
 
 class Source(NamedTuple):
     """One image to explain."""
@@ -70,15 +74,16 @@ def _parser():
     )
     add = explain.add_argument
     add("inputs", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="a folder gives its images, not its subfolders'")
-    _add_options(explain, out="cfcam-out")
+    _add_options(explain, out="cfcam-out", versus=False)
     explain.set_defaults(run=lambda args: explain_images(args, find_sources(args.inputs)))
 
     demo = commands.add_parser(
         "demo",
         help="explain a photograph of a cat that comes with scikit-image",
-        description="Explain scikit-image's photograph of the cat Chelsea: writes OUT/chelsea.png, without a download.",
+        description="Explain scikit-image's photograph of the cat Chelsea: writes OUT/chelsea.png, without a download. "
+        "The last panel is that of --versus, where there are two classes to compare.",
     )
-    _add_options(demo, out="demo")
+    _add_options(demo, out="demo", versus=None)
     demo.set_defaults(run=lambda args: explain_images(args, [Source("chelsea", _chelsea, "chelsea")]))
 
     _add_bench(commands)
@@ -89,7 +94,7 @@ def _parser():
     return parser
 
 
-def _add_options(parser, out):
+def _add_options(parser, out, versus):
     add = parser.add_argument
     specs = (
         "demo (EfficientNet-Lite0, the default), torchvision:NAME, timm:NAME (pretrained; NAME:random or NAME:FILE.pth "
@@ -100,13 +105,25 @@ def _add_options(parser, out):
     which = parser.add_mutually_exclusive_group().add_argument
     which("--top", type=_positive, default=2, metavar="N", help="explain the N classes of highest score (default: 2)")
     which("--classes", type=_indices, metavar="I,J,...", help="explain these class indices instead")
+    add(
+        "--versus",
+        action=argparse.BooleanOptionalAction,
+        help="add a panel with the first class's map minus the second's, red where the first is hotter and blue where "
+        "the second is; its colours reach as far as the largest difference, which the caption gives",
+    )
+    parser.set_defaults(versus=versus)  # not above: the help of Python below 3.13 would add "(default: False)"
     add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
     add("--paper", action="store_true", help="the published procedure: softmax weights, division by the maximum")
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--batch-size", type=_positive, default=16, metavar="N", help="images per forward pass (default: 16)")
     add("--colormap", default="inferno", metavar="NAME", help="any of matplotlib's, such as jet (default: inferno)")
-    add("--raw", action="store_true", help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1]")
+    add(
+        "--raw",
+        action="store_true",
+        help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1]; and with --versus OUT/NAME_I-J.npy: "
+        "the map of class I minus that of class J, in [-1, 1]",
+    )
 
 
 def _add_bench(commands):
@@ -279,6 +296,7 @@ def explain_images(args, sources):
     if args.out.exists() and not args.out.is_dir():
         raise _Refused(f"--out must be a folder, got the file {args.out}")
     images.get_colormap(args.colormap)
+    versus = _versus(args)
     device = _default_device(args)
     pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
     loaded = models.load_model(args.model, device)
@@ -308,8 +326,10 @@ def explain_images(args, sources):
             if not announced and cam.guide_names != cam.target_names:
                 bar.write(f"guide layer: {cam.guide_names[0]}")
             for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
-                captions = [f"{loaded.class_name(i, target.n_classes)} {score:.2f}" for i, score in zip(*result[:2])]
-                _write(args, source, seen, captions, result[0], result[2])
+                names = [loaded.class_name(index, target.n_classes) for index in result[0]]
+                captions = [f"{name} {score:.2f}" for name, score in zip(names, result[1])]
+                caption = f"{names[0]}, not {names[1]}" if versus else None
+                _write(args, source, seen, captions, result[0], result[2], caption)
                 bar.write(f"{source.label} -> {_picture(args, source)}: {', '.join(captions)}")
                 bar.update()
     return 1 if failed else 0
@@ -325,6 +345,15 @@ def _check_classes(args, n_classes):
             raise _Refused(f"--classes must be in [0, {n_classes}) for {args.model}, got {index}")
     if args.classes is None and args.top > n_classes:
         raise _Refused(f"--top must be at most {n_classes} for {args.model}, got {args.top}")
+
+
+def _versus(args):
+    """Whether to compare the first two classes. ``args.versus`` of None: where there are two."""
+    n_classes = len(args.classes) if args.classes else args.top
+    if args.versus and n_classes < 2:
+        given = f"--classes {args.classes[0]}" if args.classes else f"--top {args.top}"
+        raise _Refused(f"--versus needs two classes or more, got {given}")
+    return args.versus is not False and n_classes > 1
 
 
 def _batches(sources, loaded, batch_size, report):
@@ -352,25 +381,29 @@ def _batch(group):
 
 def _explain_batch(cam, inputs, args):
     """Per image: its classes [K], their scores [K] and their maps (K, H, W), on the host."""
-    n_images = len(inputs)
-    first = cam.maps(inputs, args.classes and [args.classes[0]] * n_images)
-    outputs = cam.outputs.float()
-    if args.classes:
-        classes = torch.tensor(args.classes).expand(n_images, -1)
-    else:
-        classes = outputs.sort(dim=1, descending=True, stable=True).indices[:, : args.top].cpu()
-    rest = [cam.maps(inputs, column.tolist()) for column in classes.T[1:]]
-    scores = outputs.softmax(1).cpu().gather(1, classes)
-    return classes.tolist(), scores.tolist(), torch.stack([first, *rest], dim=1).float().cpu().numpy()
+    targets = args.classes and [args.classes] * len(inputs)
+    maps = cam.maps(inputs, targets, top=None if targets else args.top)
+    scores = cam.outputs.float().softmax(1).gather(1, cam.classes)
+    return cam.classes.tolist(), scores.tolist(), maps.float().cpu().numpy()
 
 
-def _write(args, source, seen, captions, classes, maps):
+def _write(args, source, seen, captions, classes, maps, versus):
+    """``versus`` is the caption of the panel that compares the first two classes; None for no such panel."""
     from PIL.Image import Resampling
 
     photograph = seen.resize((max(1, round(seen.width * PANEL_PIXELS / seen.height)), PANEL_PIXELS), Resampling.LANCZOS)
-    overlays = [images.overlay(photograph, heat, args.colormap) for heat in maps]
-    images.save_image(images.side_by_side([photograph, *overlays], [source.stem, *captions]), _picture(args, source))
+    panels = [photograph, *(images.overlay(photograph, heat, args.colormap) for heat in maps)]
+    captions = [source.stem, *captions]
+    raw = {str(index): heat for index, heat in zip(classes, maps)}
+    if versus is not None:
+        difference = maps[0] - maps[1]
+        largest = np.abs(difference).max()
+        # Maps of classes that are confused differ little: as it is, their difference would hardly show.
+        panels.append(images.overlay_difference(photograph, difference / max(largest, FAINT_DIFFERENCE)))
+        captions.append(f"{versus} \u00b1{largest:.2f}")
+        raw[f"{classes[0]}-{classes[1]}"] = difference
+    images.save_image(images.side_by_side(panels, captions), _picture(args, source))
     if args.raw:
-        for index, heat in zip(classes, maps):
-            with images.atomic_write(args.out / f"{source.stem}_{index}.npy") as file:
-                np.save(file, heat)
+        for name, values in raw.items():
+            with images.atomic_write(args.out / f"{source.stem}_{name}.npy") as file:
+                np.save(file, values)

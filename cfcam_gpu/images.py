@@ -125,30 +125,63 @@ def overlay(image: "Image", heatmap: Any, colormap: str = "inferno", alpha: floa
     >>> overlay(photo, maps[0]).size == photo.size
     True
     """
+    return _overlay(image, "heatmap", heatmap, 0, colormap, alpha)
+
+
+def overlay_difference(image: "Image", difference: Any, colormap: str = "RdBu_r", alpha: float = 0.7) -> "Image":
+    """The difference of two heat maps over the photograph: one hue where the first is hotter, another where the second.
+
+    A pixel of difference d becomes (1 - a) * photograph + a * colour((1 + d) / 2), with the opacity a = alpha * |d|:
+    where the two agree, the photograph stays as it is.
+
+    Args:
+        image: PIL image; the result has its size.
+        difference: (h, w) array or tensor of floats in [-1, 1], the first map minus the second; resized bilinearly to
+            the image.
+        colormap: name of a matplotlib colour map, best a diverging one; default "RdBu_r", red where the first is
+            hotter and blue where the second is, which colour-blind people can tell apart.
+        alpha: opacity where the difference is 1 or -1, in [0, 1]; default 0.7.
+
+    Returns:
+        PIL image, mode "RGB".
+
+    Raises:
+        TypeError: difference is not an array of real numbers.
+        ValueError: difference is not 2-D, is empty or leaves [-1, 1]; alpha leaves [0, 1]; colormap is unknown.
+        ImportError: Pillow or matplotlib is not installed.
+
+    >>> overlay_difference(photo, maps[0] - maps[1]).size == photo.size
+    True
+    """
+    return _overlay(image, "difference", difference, -1, colormap, alpha)
+
+
+def _overlay(image, name, values, low, colormap, alpha):
+    """Values in [low, 1] over the photograph: their size is the opacity, and the colours span their whole range."""
     PIL = _pillow()
-    heat = _checked_heat(heatmap)
+    values = _checked_values(name, values, low)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     colors = get_colormap(colormap)
-    heat = np.asarray(PIL.Image.fromarray(heat).resize(image.size, PIL.Image.Resampling.BILINEAR)).clip(0.0, 1.0)
-    opacity = alpha * heat[..., None]
+    values = np.asarray(PIL.Image.fromarray(values).resize(image.size, PIL.Image.Resampling.BILINEAR)).clip(low, 1.0)
+    opacity = alpha * np.abs(values)[..., None]
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
-    mixed = (1.0 - opacity) * photo + opacity * 255.0 * colors(heat)[..., :3]
+    mixed = (1.0 - opacity) * photo + opacity * 255.0 * colors((values - low) / (1 - low))[..., :3]
     return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def _checked_heat(heatmap):
-    if hasattr(heatmap, "detach"):
-        heatmap = heatmap.detach().cpu().float().numpy()
-    heat = np.asarray(heatmap)
-    if heat.dtype.kind not in "fiub":
-        raise TypeError(f"heatmap must be an array of real numbers, got {type(heatmap).__name__} of {heat.dtype}")
-    if heat.ndim != 2 or not heat.size:
-        raise ValueError(f"heatmap must have shape (h, w), got {heat.shape}")
-    heat = heat.astype(np.float32)
-    if not (heat.min() >= 0.0 and heat.max() <= 1.0):  # also refuses NaN
-        raise ValueError(f"heatmap must be in [0, 1], got values from {heat.min()} to {heat.max()}")
-    return heat
+def _checked_values(name, values, low):
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().float().numpy()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be an array of real numbers, got {type(values).__name__} of {array.dtype}")
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name} must have shape (h, w), got {array.shape}")
+    array = array.astype(np.float32)
+    if not (array.min() >= low and array.max() <= 1.0):  # also refuses NaN
+        raise ValueError(f"{name} must be in [{low}, 1], got values from {array.min()} to {array.max()}")
+    return array
 
 
 def get_colormap(name: str) -> Any:

@@ -101,9 +101,9 @@ def class_sums_kernel(
         in_channels = channel < n_channels
         a_offset = cell[:, None] * a_stride_p + channel[None, :] * a_stride_c
         a = tl.load(a_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-        w_offset = k[None, :] * n_channels + channel[:, None]
-        w = tl.load(w_ptr + w_offset, mask=in_channels[:, None] & in_classes[None, :], other=0.0)
-        total += tl.sum(a[:, :, None] * w[None, :, :], axis=1)
+        w_offset = k[:, None] * n_channels + channel[None, :]
+        w = tl.load(w_ptr + w_offset, mask=in_classes[:, None] & in_channels[None, :], other=0.0)
+        total += tl.sum(a[:, None, :] * w[None, :, :], axis=2)
         start += BLOCK_C
     if RELU:
         total = tl.maximum(total, 0.0)
@@ -348,6 +348,8 @@ def class_sums(activations, weights, relu=True):
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,
+        # Several threads end with each sum. Fused with its first product it would not be the same in all of them.
+        enable_fp_fusion=False,
     )
     return grid
 

@@ -326,6 +326,26 @@ def test_cf_cam_with_its_guides_and_margins(resnet18, images):
     assert np.abs(cam(images, margin_targets(classes, CFCAMConfig.paper())) - expected).max() > 1e-3
 
 
+def test_cf_cam_of_several_classes(resnet18, images):
+    """Whatever is the package's own; that library's methods take one target an image, and say so."""
+    resnet18, images = resnet18.double(), images.double()
+    layers, classes = [resnet18.layer3[-1], resnet18.layer4[-1]], torch.randint(1000, (2, 12))
+    cam, expected = adapter.CFCAM(resnet18, layers), cfcam_gpu.CFCAM(resnet18, layers)(images, classes)
+    assert expected.shape == (2, 12, *images.shape[2:]) and expected.any()
+    for targets in (classes, classes.tolist(), [categories(*row) for row in classes.tolist()]):
+        assert_same(cam(images, targets), expected, 2e-6)
+    cam.batch_size = 1
+    assert_same(cam(images, classes), expected, 2e-6)
+    with pytest.raises(ValueError, match="eigen_smooth takes one target per image, got several"):
+        cam(images, classes, eigen_smooth=True)
+    for refused in (
+        lambda: cam(images, classes, aug_smooth=True),
+        lambda: adapter.GradCAM(resnet18, layers)(images, classes),
+    ):
+        with pytest.raises(ValueError, match=r"targets must have shape \(2,\), got \(2, 12\)"):
+            refused()
+
+
 def test_cf_cam_options(small, images):
     with pytest.raises(TypeError, match="config must be a CFCAMConfig"):
         adapter.CFCAM(small, [small[2]], config="paper")

@@ -79,9 +79,10 @@ def test_demo(run, tmp_path):
         "target layer: _swish (1280 x 7 x 7)\nguide layer: _blocks.10\n"
         f"chelsea -> {picture}: Egyptian cat 0.38, tiger cat 0.33\n"
     )  # fmt: skip
-    assert names(tmp_path / "demo") == ["chelsea.png", "chelsea_282.npy", "chelsea_285.npy"]
+    maps = ["chelsea_282.npy", "chelsea_285-282.npy", "chelsea_285.npy"]
+    assert names(tmp_path / "demo") == ["chelsea.png", *maps]
     width, height = Image.open(picture).size
-    assert 2.5 < width / height < 3  # three squares and the captions
+    assert 3.4 < width / height < 4  # four squares and the captions
 
     for index in (TIGER_CAT, EGYPTIAN_CAT):
         heat = np.load(tmp_path / "demo" / f"chelsea_{index}.npy")
@@ -135,6 +136,86 @@ def test_a_batch_gives_what_its_images_give_alone(run, folder, tiny, tmp_path):
     assert names(tmp_path / "1") == names(tmp_path / "2") and len(names(tmp_path / "1")) == 8
     for path in (tmp_path / "1").glob("*.npy"):
         assert np.abs(np.load(path) - np.load(tmp_path / "2" / path.name)).max() < 1e-3
+
+
+@pytest.mark.parametrize("which", [["--top", 3], ["--classes", "2,0,1"]])
+def test_one_pass_a_batch_explains_every_class(run, folder, tiny, tmp_path, monkeypatch, which):
+    load, batches = cli.models.load_model, []
+
+    def counted(*args):
+        loaded = load(*args)
+        loaded.model.register_forward_pre_hook(lambda model, inputs: batches.append(len(inputs[0])))
+        return loaded
+
+    monkeypatch.setattr(cli.models, "load_model", counted)
+    inputs = [folder / "b_cat.png", folder / "c_cup.JPG", folder / "sub" / "deep.png"]
+    common = ["explain", *inputs, "--model", tiny, "--raw"]
+    status, out, _ = run(*common, *which, "--batch-size", 2, "--out", tmp_path / "all")
+    assert status == 0 and batches == [1, 2, 1]  # the search for the layer, then two batches
+    if which[0] == "--classes":
+        assert all(found in out for found in (": cup 0.", ", cat 0.", ", dog 0."))
+    for index in range(3):
+        assert run(*common, "--classes", index, "--out", tmp_path / "alone")[0] == 0
+    assert len(list((tmp_path / "all").glob("*.npy"))) == 9
+    for path in (tmp_path / "all").glob("*.npy"):
+        assert np.abs(np.load(path) - np.load(tmp_path / "alone" / path.name)).max() < 1e-4
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels and the captions of every picture that is written."""
+    pictures, side_by_side = [], cli.images.side_by_side
+
+    def recorded(panels, captions):
+        pictures.append((panels, captions))
+        return side_by_side(panels, captions)
+
+    monkeypatch.setattr(cli.images, "side_by_side", recorded)
+    return pictures
+
+
+def test_versus_adds_the_first_class_minus_the_second(run, folder, tiny, tmp_path, drawn):
+    common = ["explain", folder / "b_cat.png", "--model", tiny, "--classes", "2,0,1", "--raw"]
+    assert run(*common, "--out", tmp_path / "plain")[0] == 0
+    assert run(*common, "--out", tmp_path / "versus", "--versus")[0] == 0
+    (_, before), (panels, captions) = drawn
+    plain, versus = (Image.open(tmp_path / way / "b_cat.png") for way in ("plain", "versus"))
+    assert versus.height == plain.height
+    assert versus.width - plain.width == panels[0].width + round(cli.images.MARGIN * cli.PANEL_PIXELS)
+    assert set(names(tmp_path / "versus")) - set(names(tmp_path / "plain")) == {"b_cat_2-0.npy"}
+
+    cup, cat, difference = (np.load(tmp_path / "versus" / f"b_cat_{name}.npy") for name in ("2", "0", "2-0"))
+    assert difference.dtype == np.float32 and (difference == cup - cat).all()
+    largest = np.abs(difference).max()
+    assert largest > cli.FAINT_DIFFERENCE
+    assert captions == [*before, f"cup, not cat \u00b1{largest:.2f}"]
+    expected = cli.images.overlay_difference(panels[0], difference / largest)
+    assert (np.asarray(panels[-1]) == np.asarray(expected)).all()
+    assert (np.asarray(panels[-1]) != np.asarray(panels[0])).any()
+
+
+@pytest.mark.parametrize("step, shift", [(0, 0), (1e-6, 1), (cli.FAINT_DIFFERENCE, 255)])
+def test_versus_does_not_blow_up_rounding(run, folder, tiny, tmp_path, monkeypatch, drawn, step, shift):
+    explain = cli._explain_batch
+
+    def nearly_equal(*args):
+        classes, scores, maps = explain(*args)
+        maps[:, 0], maps[:, 1] = 0.5 + step, 0.5
+        return classes, scores, maps
+
+    monkeypatch.setattr(cli, "_explain_batch", nearly_equal)
+    assert run("explain", folder / "b_cat.png", "--model", tiny, "--versus", "--out", tmp_path / "out")[0] == 0
+    ((panels, captions),) = drawn
+    assert captions[-1].endswith(f" \u00b1{step:.2f}")
+    moved = np.abs(np.asarray(panels[-1], int) - np.asarray(panels[0], int)).max()
+    assert moved <= shift and (moved > 100) == (shift > 100)
+
+
+def test_demo_compares_where_there_are_two_classes(run, tiny, drawn):
+    for options in ([], ["--top", 1], ["--classes", 1], ["--no-versus"]):
+        assert run("demo", "--model", tiny, *options)[0] == 0
+    assert [len(panels) for panels, _ in drawn] == [4, 2, 2, 3]
+    assert ", not " in drawn[0][1][-1]
 
 
 def test_files_named_by_pattern_or_twice_are_written_once(run, folder, tiny, tmp_path):
@@ -203,6 +284,9 @@ def test_a_transformer(run, folder, tmp_path):
         (["explain", "x", "--batch-size", "-1"], "argument --batch-size: expected"),
         (["explain", "x", "--classes", "cat"], "argument --classes: expected class indices such as 285,282, got 'cat'"),
         (["explain", "x", "--classes", "1", "--top", "1"], "not allowed with argument"),
+        (["explain", "x", "--versus", "--top", "1"], "--versus needs two classes or more, got --top 1"),
+        (["explain", "x", "--versus", "--classes", "7,7"], "--versus needs two classes or more, got --classes 7"),
+        (["demo", "--versus", "--top", "1"], "--versus needs two classes or more, got --top 1"),
         (["explain", "x", "--device", "abacus"], "expected a device such as cpu or cuda:0, got 'abacus'"),
         (["explain", "x", "--device", "cuda:99"], "argument --device: 'cuda:99' asked for, but"),
         (["explain", "x", "--backend", "numpy"], "argument --backend: invalid choice: 'numpy'"),

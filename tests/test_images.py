@@ -162,6 +162,53 @@ def test_overlay_refuses(noise, change, error, message):
         images.overlay(**{"image": noise, "heatmap": np.zeros((2, 2)), **change})
 
 
+def test_a_difference_of_zero_leaves_the_photograph(noise):
+    for shape in ((20, 30), (4, 6), (1, 1), (50, 7)):
+        assert (pixels(images.overlay_difference(noise, np.zeros(shape), alpha=1.0)) == pixels(noise)).all()
+
+
+def test_overlay_difference_mixes_by_its_formula(noise, rng):
+    difference = rng.uniform(-1, 1, (20, 30))
+    difference.flat[:2] = 1, -1
+    opacity = 0.6 * np.abs(difference)[..., None]
+    expected = (1 - opacity) * pixels(noise) + opacity * 255 * colormaps["PuOr"]((1 + difference) / 2)[..., :3]
+    result = pixels(images.overlay_difference(noise, torch.from_numpy(difference), "PuOr", alpha=0.6))
+    # Half a level of rounding, and a colour of the map's 256 that float32 may round to its neighbour.
+    assert np.abs(result - expected).max() < 5
+    assert np.abs(result - expected).mean() < 0.5
+
+
+def test_overlay_difference_tells_the_signs_apart_and_stretches_to_the_photograph():
+    gray = Image.new("RGB", (30, 20), (128, 128, 128))
+    difference = np.zeros((4, 6), np.float32)
+    difference[0, 0], difference[-1, -1] = 1, -1
+    result = pixels(images.overlay_difference(gray, difference))
+    assert result.shape == (20, 30, 3)
+    (first_red, _, first_blue), (second_red, _, second_blue) = result[0, 0], result[-1, -1]
+    assert first_red > first_blue + 40 and second_blue > second_red + 40  # red against blue
+    assert (result[:5, 15:] == 128).all() and (result[15:, :15] == 128).all()
+    ends = pixels(images.overlay_difference(gray, difference, "coolwarm", alpha=1.0))[[0, -1], [0, -1]]
+    assert (ends == np.rint(255 * colormaps["coolwarm"]([1.0, 0.0])[:, :3])).all()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"difference": np.full((2, 2), np.nan)}, ValueError, r"difference must be in \[-1, 1\], got values from nan"),
+        ({"difference": np.full((2, 2), 1.5)}, ValueError, r"difference must be in \[-1, 1\], got .* 1.5 to 1.5"),
+        ({"difference": np.full((2, 2), -1.5)}, ValueError, r"difference must be in \[-1, 1\], got .* -1.5 to -1.5"),
+        ({"difference": np.zeros((1, 2, 2))}, ValueError, r"difference must have shape \(h, w\), got \(1, 2, 2\)"),
+        ({"difference": np.zeros((0, 2))}, ValueError, r"difference must have shape \(h, w\), got \(0, 2\)"),
+        ({"difference": "hot"}, TypeError, "difference must be an array of real numbers, got str"),
+        ({"alpha": -0.1}, ValueError, r"alpha must be in \[0, 1\], got -0.1"),
+        ({"colormap": "coolworm"}, ValueError, "colormap must be one of matplotlib's, .* did you mean coolwarm"),
+    ],
+)
+def test_overlay_difference_refuses(noise, change, error, message):
+    with pytest.raises(error, match=message):
+        images.overlay_difference(**{"image": noise, "difference": np.zeros((2, 2)), **change})
+
+
 def test_panels_keep_their_pixels_and_captions_stay_in_their_columns(noise):
     panels = [noise.resize((120, 100)), noise.resize((240, 200))]
     row = images.side_by_side(panels, ["cat 0.38", "an endlessly long name of a class that nobody can read 0.25"])

@@ -95,6 +95,11 @@ def test_class_sensitivity(seed):
     assert result.ssim_distance[3] > 0.5 and result.rank_distance[3] > 0.5
     assert_close(1 - result.ssim_distance[3:], metrics.ssim(maps, other)[3:])
     assert metrics.bootstrap_ci(result.ssim_distance).n == 2
+    of_two = metrics.class_sensitivity(torch.stack([maps, other], dim=1))
+    torch.testing.assert_close(of_two, result, equal_nan=True)
+    for bad in (maps, torch.stack([maps] * 3, dim=1)):
+        with pytest.raises(ValueError, match=r"maps must have shape \(B, 2, H, W\) without other_maps, got"):
+            metrics.class_sensitivity(bad)
 
 
 def test_without_torchmetrics_the_extra_is_named(monkeypatch):

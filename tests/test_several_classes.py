@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close, stretch_of_map
-from device import DEVICE
+from device import DEVICE, launched
 from problems import activations_like
 from torch import nn
 
@@ -263,6 +263,16 @@ def test_of_gradients(problem, backend, config, guided):
             stretch = stretch_of_map(activations[image], weights, (31, 24), config, features)
             assert_close(result.maps[image, k], expected.maps[image, k], stretch=stretch)
             assert_close(result.maps[image, k], one.maps[image], stretch=stretch)
+
+
+def test_launches_do_not_grow_with_the_classes(problem, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    activations, gradients, guide = problem
+    names = launched(monkeypatch, run=False)
+    for n_classes in (1, 2, 17):
+        cf_cam(activations, gradients[:, :n_classes], backend="triton", check_finite=False, guide=guide)
+        assert len(names) == 13 and names.count("pool_gradients_kernel") == 1
+        names.clear()
 
 
 def test_any_strides(problem):

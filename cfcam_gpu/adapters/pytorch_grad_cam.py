@@ -9,6 +9,7 @@ import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from numbers import Integral
 from typing import Any
@@ -114,8 +115,11 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
             outputs = self.model(x)
         return tree_map_only(torch.Tensor, _as_leaf, outputs)
 
-    def capture(self, input_tensor, targets):
+    def capture(self, input_tensor, targets, **several):
         """The `Capture` of one pass, the model in eval mode meanwhile.
+
+        Args:
+            several: what `HeadCapture` is called with for several classes of an image.
 
         Returns:
             outputs; and for each layer (activations, gradients, shape, guide): both (B, C, h, w) and shape (h, w), or
@@ -128,7 +132,7 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
             layers, transform = captured.target_layers, self._flattening(volumes)
             captured = HeadCapture(captured.model, layers, transform, margin_temperature=temperature)
         with self._undisturbed():
-            capture = captured(input_tensor, targets)
+            capture = captured(input_tensor, targets, **several)
         self._warn_of_repeated_layers(captured)
         self.activations, self.gradients = list(capture.activations), list(capture.gradients)
         shapes = volumes or [activations.shape[2:] for activations in capture.activations]
@@ -207,6 +211,8 @@ class HeadOnlyCAM:
     _grid_options: dict[str, Any] = {"config": None, "backend": "auto"}
 
     _capture_options: dict[str, Any] = {}
+    _several: dict[str, Any] = {}
+    """How the capture takes several classes of an image; empty where it takes one."""
 
     def __init__(self, model, target_layers, reshape_transform=None):
         hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform, **self._capture_options)
@@ -262,7 +268,7 @@ class HeadOnlyCAM:
         """Of one pass, each layer's non-negative map on its own grid: list of (B, h, w) or (B, d, h, w)."""
         passes = []
         for images, chosen in self._chunks(input_tensor, targets):
-            outputs, layers = self.activations_and_grads.capture(images, chosen)
+            outputs, layers = self.activations_and_grads.capture(images, chosen, **self._several)
             passes.append((outputs, [self._grid(*layer, eigen_smooth) for layer in layers]))
         outputs, grids = zip(*passes)
         self.outputs = outputs[0] if len(outputs) == 1 else _join(outputs)
@@ -283,7 +289,7 @@ class HeadOnlyCAM:
     def _chunks(self, input_tensor, targets):
         if self.batch_size is None or len(input_tensor) <= self.batch_size:
             return [(input_tensor, targets)]
-        targets = check_targets(targets, len(input_tensor))
+        targets = check_targets(targets, len(input_tensor), several=bool(self._several))
         starts = range(0, len(input_tensor), self.batch_size)
         rows = [slice(start, start + self.batch_size) for start in starts]
         return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
@@ -344,6 +350,9 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
     The score of a class is its margin (``config.margin_temperature``): of an index, of None, and of
     ``ClassifierOutputTarget``, which is this library's way to write an index. Other targets are taken as they are.
 
+    Several targets of each image, a list of lists or a LongTensor (B, K), give (B, K, H, W) in one pass; without
+    ``aug_smooth`` and ``eigen_smooth``, and not for volumes.
+
     >>> cam = CFCAM(model, [model.layer4[-1]])
     >>> cam(images, targets=[ClassifierOutputTarget(285)] * 2, aug_smooth=True).shape  # images (2, 3, 224, 224)
     (2, 224, 224)
@@ -367,6 +376,7 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
             "guided": self.config.averages,
             "margin_temperature": self.config.margin_temperature,
         }
+        self._several = {"several": True, "pool": partial(pipeline.pool_gradients, config=self.config, **self._choices)}
         super().__init__(model, target_layers, reshape_transform)
 
     @property
@@ -375,7 +385,19 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         return self.activations_and_grads.guide_names
 
     def _grids(self, input_tensor, targets, eigen_smooth):
-        return super()._grids(input_tensor, _indices(targets), eigen_smooth)
+        targets = _indices(targets)
+        if isinstance(targets, (list, tuple)):
+            targets = [_indices(of_image) for of_image in targets]
+        return super()._grids(input_tensor, targets, eigen_smooth)
+
+    def _grid(self, activations, gradients, shape, guide, eigen_smooth):
+        if isinstance(gradients, torch.Tensor) and gradients.ndim == 4:
+            return super()._grid(activations, gradients, shape, guide, eigen_smooth)
+        if eigen_smooth or len(shape) > 2:
+            refused = "eigen_smooth takes" if eigen_smooth else "volumes take"
+            raise ValueError(f"{refused} one target per image, got several")
+        of_channels = self._weights_of(activations, gradients)
+        return pipeline.class_grid(activations, of_channels, guide=guide, **self._grid_options)
 
     def channel_weights(self, activations, gradients):
         """CF-CAM's weights (B, C), 0 for noise. Source: arXiv 2504.00060."""

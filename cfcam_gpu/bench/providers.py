@@ -16,14 +16,15 @@ from cfcam_gpu.layers import channels_last_to_map
 from cfcam_gpu.targets import margin_cotangent
 
 CF_CAM, CF_CAM_CALL, GRAD_CAM, SCORES = "CF-CAM", "CF-CAM as pytorch-grad-cam scales", "Grad-CAM", "scores"
+CF_CAM_OF_TEN, GRAD_CAM_OF_TEN = "CF-CAM, ten classes", "Grad-CAM, ten classes"
 
 
 class Provider(NamedTuple):
     """Something to measure.
 
     ``build(subject)`` prepares it outside the clock and returns the function that is timed: without arguments, it
-    gives the maps (B, H, W) at the size of the images, or the model's scores (B, K). It raises `Unavailable`, or what
-    the package raises, when it cannot run.
+    gives the maps (B, H, W) or (B, K, H, W) at the size of the images, or the model's scores (B, K). It raises
+    `Unavailable`, or what the package raises, when it cannot run.
     """
 
     name: str
@@ -75,6 +76,21 @@ def _maps(backend="auto", engine="auto"):
         return lambda: cam.maps(images, targets)
 
     return build
+
+
+def _maps_of_ten(subject):
+    cam, images = _cam(subject), subject.images
+    return lambda: cam.maps(images, subject.top_ten)
+
+
+def _ten_calls(build):
+    """Of a provider that explains one class of each image: one call after the other for each of the ten."""
+
+    def build_all(subject):
+        calls = [build(subject.with_targets(of_images)) for of_images in subject.top_ten.T.tolist()]
+        return lambda: torch.stack([torch.as_tensor(call()) for call in calls], dim=1)
+
+    return build_all
 
 
 def _call(backend="auto"):
@@ -242,12 +258,24 @@ PROVIDERS = {
         Provider("torch-cam:accelerated", GRAD_CAM, _torchcam(accelerate)),
         Provider("captum", GRAD_CAM, _captum(_as_it_is)),
         Provider("captum:accelerated", GRAD_CAM, _captum(accelerate)),
+        Provider("cfcam:top10", CF_CAM_OF_TEN, _maps_of_ten),
+        *(
+            Provider(f"{name}:ten calls", method, _ten_calls(build))
+            for name, method, build in (
+                ("cfcam", CF_CAM_OF_TEN, _maps()),
+                ("pytorch-grad-cam", GRAD_CAM_OF_TEN, _pytorch_grad_cam),
+                ("pytorch-grad-cam:accelerated", GRAD_CAM_OF_TEN, _accelerated_grad_cam),
+                ("torch-cam", GRAD_CAM_OF_TEN, _torchcam(_as_it_is)),
+                ("captum", GRAD_CAM_OF_TEN, _captum(_as_it_is)),
+            )
+        ),
         Provider("pipeline", CF_CAM, _pipeline(), "pipeline"),
         *(Provider(f"pipeline:{name}", CF_CAM, _pipeline(*choice), "pipeline") for name, choice in BACKENDS.items()),
     )
 }
 """By name: "cfcam" is ``CFCAM.maps``, "cfcam:numpy" the call that returns NumPy, "cfcam:capture" a CUDA graph,
-":compile" has the trunk compiled by torch.compile, ":accelerated" is the peer's object after `accelerate`, and
+":compile" has the trunk compiled by torch.compile, ":accelerated" is the peer's object after `accelerate`,
+"cfcam:top10" explains the ten best classes of each image in one pass, ":ten calls" explains one after the other, and
 "pipeline" is ``cf_cam`` alone, on the layer's activations and gradients and its guide's output."""
 
 JUDGES = {
@@ -255,6 +283,8 @@ JUDGES = {
     CF_CAM: ("pipeline:reference", "pipeline:torch+batched"),
     CF_CAM_CALL: ("cfcam:numpy:reference",),
     GRAD_CAM: ("pytorch-grad-cam", "torch-cam", "captum"),
+    CF_CAM_OF_TEN: ("cfcam:ten calls",),
+    GRAD_CAM_OF_TEN: ("pytorch-grad-cam:ten calls", "torch-cam:ten calls", "captum:ten calls"),
 }
 """With whose results the others' of a method are compared: the first of these that can run."""
 

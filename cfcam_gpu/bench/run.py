@@ -93,7 +93,7 @@ def measure(
                 **quantiles,
                 "rounds": len(times[name]),
                 "ratio": median_ms / unit_ms,
-                "maps_per_s": 1e3 * len(subject.images) / median_ms,
+                "maps_per_s": 1e3 * found[name].pop("n_maps") / median_ms,
                 **found[name],
             }
     return [{**_point(subject, PROVIDERS[name]), **found[name]} for name in names]
@@ -156,10 +156,12 @@ def _prepare(subject, provider, judges, time_limit_s):
     first_s = timing.seconds(lambda: results.append(function()), subject.device)
     if first_s > time_limit_s:  # compiling and choosing algorithms may cost as much, but not more
         raise _NoNumber(_too_slow(first_s, time_limit_s))
-    row = {}
+    result = results.pop()
+    shape = getattr(result, "shape", ())
+    row = {"n_maps": len(subject.images) * (shape[1] if len(shape) == 4 else 1)}  # of several classes (B, K, H, W)
     if provider.method is not None:
-        row = _agreement(subject, provider, results.pop(), judges)
-    results.clear()
+        row |= _agreement(subject, provider, result, judges)
+    del result
     warm_s = timing.seconds(function, subject.device)
     if warm_s * timing.MIN_ROUNDS > time_limit_s:
         raise _NoNumber(_too_slow(warm_s, time_limit_s))
@@ -205,14 +207,14 @@ def _judge(subject, method, n_images):
 
 
 def scaled(result):
-    """Maps (B, H, W) or scores (B, K) of any kind as float64 on the host, each from 0 to 1; flat ones as zeros.
+    """Maps (B, H, W) or (B, K, H, W), or scores (B, K), as float64 on the host, each from 0 to 1; flat ones as zeros.
 
     The libraries scale differently, and captum not at all: its maps may be as small as 1e-8.
     """
     result = torch.as_tensor(result).detach().double().cpu()
-    flat = result.flatten(1)
-    flat = flat - flat.amin(1, True)
-    return (flat / flat.amax(1, True).clamp_min(torch.finfo(flat.dtype).tiny)).view_as(result)
+    flat = result.flatten(-2) if result.ndim > 2 else result
+    flat = flat - flat.amin(-1, True)
+    return (flat / flat.amax(-1, True).clamp_min(torch.finfo(flat.dtype).tiny)).view_as(result)
 
 
 def reason_of(error):

@@ -43,6 +43,13 @@ class Subject:
         with torch.no_grad():
             return self.model(self.images).argmax(1).tolist()
 
+    @cached_property
+    def top_ten(self):
+        """The ten best classes of each image, int64 (B, 10); fewer where the model has fewer."""
+        with torch.no_grad():
+            outputs = self.model(self.images)
+        return outputs.topk(min(10, outputs.shape[1]), dim=1).indices
+
     @property
     def device(self):
         return self.images.device
@@ -83,6 +90,12 @@ class Subject:
             targets=self.targets[:n], captured=tuple(each if each is None else each[:n] for each in self.captured)
         )
         return part
+
+    def with_targets(self, targets):
+        """The same with another class of each image to explain."""
+        other = replace(self)
+        vars(other).update(targets=targets)
+        return other
 
     def with_batch(self, batch):
         """The same model with another batch size; images come in the same order."""

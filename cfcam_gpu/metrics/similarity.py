@@ -92,13 +92,14 @@ class ClassSensitivity(NamedTuple):
 
 
 @torch.no_grad()
-def class_sensitivity(maps: Any, other_maps: Any) -> ClassSensitivity:
+def class_sensitivity(maps: Any, other_maps: Any = None) -> ClassSensitivity:
     """How much the maps of two classes of the same images differ.
 
     Pairs with a map of zeros are left out, not averaged in: ``zero`` marks them and their distances are NaN.
 
     Args:
-        maps, other_maps: (B, H, W), floating point, in [0, 1]: the same images, another class.
+        maps: (B, 2, H, W), floating point, in [0, 1]: of two classes of each image; or (B, H, W) of one class.
+        other_maps: (B, H, W), the same images, another class; None: ``maps`` are of two.
 
     Returns:
         `ClassSensitivity`: ssim_distance, rank_distance, zero, all (B,).
@@ -106,10 +107,15 @@ def class_sensitivity(maps: Any, other_maps: Any) -> ClassSensitivity:
     Raises:
         TypeError, ValueError, ImportError: as for `ssim`.
 
-    >>> result = class_sensitivity(cam.maps(images, cats), cam.maps(images, dogs))
+    >>> result = class_sensitivity(cam.maps(images, top=2))
     >>> bootstrap_ci(result.ssim_distance).mean, int(result.zero.sum())
     (0.68, 0)
     """
+    if other_maps is None:
+        shape = tuple(getattr(maps, "shape", ()))
+        if len(shape) != 4 or shape[1] != 2:
+            raise ValueError(f"maps must have shape (B, 2, H, W) without other_maps, got {shape}")
+        maps, other_maps = maps[:, 0], maps[:, 1]
     maps, other_maps = checks.check_pair(maps, other_maps, unit_range=True)
     zero = checks.is_zero(maps) | checks.is_zero(other_maps)
     by_ssim = (1 - ssim(maps, other_maps)).masked_fill(zero, torch.nan)

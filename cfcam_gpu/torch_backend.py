@@ -154,14 +154,13 @@ def channel_weights(gradients, labels, config):
 
 def pool_gradients(gradients, config):
     """The `PooledGradients` of gradients (B, C, h, w) or (B, K, C, h, w): (B, C) or (B, K, C)."""
-    turned = gradients.ndim == 5 and not gradients.is_contiguous()
-    if turned:  # as a backward of several classes leaves them: the classes first
-        gradients = gradients.transpose(0, 1)
+    if gradients.ndim == 5 and gradients.device.type == "cpu":  # as in `row_products`
+        of_classes = [pool_gradients(of_class, config) for of_class in gradients.unbind(1)]
+        return PooledGradients(*(torch.stack(each, dim=1) for each in zip(*of_classes)))
     flat = as_computed(gradients).flatten(-2)
     arguments = (*gradients.shape[-2:], config.sigma, config.boundary)
     pooling = constant(pooling_weights, arguments, flat.device, flat.dtype).flatten()
-    pooled = PooledGradients(flat.mean(-1), flat @ pooling)
-    return PooledGradients(*(each.transpose(0, 1) for each in pooled)) if turned else pooled
+    return PooledGradients(flat.mean(-1), flat @ pooling)
 
 
 def _cluster_mean(values, labels):
@@ -218,7 +217,7 @@ def average_alike_cells(grids, guide, config):
         return grids
     batch, target_shape, shape = len(grids), grids.shape[-2:], guide.shape[2:]
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
-    values = F.interpolate(grids.to(dtype).reshape(batch, -1, *target_shape), shape, mode="bilinear").flatten(2)
+    values = resize(grids.to(dtype).flatten(0, -3), shape).view(batch, -1, math.prod(shape))
     values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
     # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)

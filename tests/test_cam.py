@@ -263,19 +263,23 @@ def test_capture_needs_a_device(resnet18, arguments, error, message):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("with_targets", [False, True])
-def test_capture_replays(resnet18, images, with_targets):
+@pytest.mark.parametrize(
+    "targets, top", [(None, None), (None, 4), ([3, 7, 11], None), ([[3, 7], [11, 2], [5, 999]], None)]
+)
+def test_capture_replays(resnet18, images, targets, top):
     resnet18.cuda()
     images = images.cuda()
-    targets = torch.tensor([3, 7, 11], device="cuda") if with_targets else None
+    with_targets = targets is not None
+    targets = torch.tensor(targets, device="cuda") if with_targets else None
     cam = CFCAM(resnet18, [resnet18.layer4[-1]])
-    replay = cam.capture(images, targets)
+    replay = cam.capture(images, targets, top)
     for _ in range(3):
         images = torch.rand_like(images)
         targets = targets.roll(1) if with_targets else None
         maps = replay(images, targets).clone()
-        assert_close(maps.cpu(), cam.maps(images, targets).cpu())
+        assert_close(maps.cpu(), cam.maps(images, targets, top).cpu())
         torch.testing.assert_close(replay.outputs, cam.outputs)
+        assert torch.equal(replay.classes, cam.classes)
     with pytest.raises(ValueError, match="captured shape"):
         replay(images[:2], targets)
     with pytest.raises(ValueError, match="targets must be"):

@@ -28,6 +28,16 @@ from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import coverage, window_decay, window_reach
 from cfcam_gpu.kernels.class_map import bilinear, scaled_below_zero
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
+from cfcam_gpu.kernels.order_statistic import tile_of
+
+STORED_CELLS = 1024
+"""Most cells of a guide whose products are stored: of more, an image's would take over 4 MiB."""
+
+STORED_CELLS_AT_ONCE = 2
+"""Cells of a program where the products are stored: few, so that one image alone fills many multiprocessors."""
+
+STORED_BYTES = 2**30
+"""Device memory the products of one launch may take; larger batches go in chunks."""
 
 
 @triton.jit
@@ -91,6 +101,57 @@ def share_of_evidence(
 
 
 @triton.jit
+def cell_products_kernel(
+    f_ptr,
+    products_ptr,
+    n_channels,
+    width,
+    n_cells,
+    f_stride_b,
+    f_stride_c,
+    f_stride_y,
+    f_stride_x,
+    SHARES: tl.constexpr,
+    N_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    columns = tl.cdiv(n_cells, BLOCK)
+    n_tiles = columns * (columns + 1) // 2
+    image_and_share = (tl.program_id(0) // n_tiles).to(tl.int64)
+    tile_row, tile_column = tile_of(tl.program_id(0) % n_tiles)
+    p = tile_row * BLOCK + tl.arange(0, BLOCK)
+    q = tile_column * BLOCK + tl.arange(0, BLOCK)
+    f_ptr += (image_and_share // SHARES) * f_stride_b
+    of_p = (p // width).to(tl.int64) * f_stride_y + (p % width) * f_stride_x
+    of_q = (q // width).to(tl.int64) * f_stride_y + (q % width) * f_stride_x
+    first = (image_and_share % SHARES) * N_STEPS * BLOCK_C
+    product = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for step in range(N_STEPS):
+        channel = first + step * BLOCK_C + tl.arange(0, BLOCK_C)
+        in_channels = channel < n_channels
+        a_offset = channel[:, None] * f_stride_c + of_p[None, :]
+        b_offset = channel[:, None] * f_stride_c + of_q[None, :]
+        a = tl.load(f_ptr + a_offset, mask=in_channels[:, None] & (p < n_cells)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & (q < n_cells)[None, :], other=0.0).to(tl.float32)
+        product = add_product(tl.trans(a), b, product)
+    products_ptr += image_and_share * n_cells * n_cells
+    inside = (p < n_cells)[:, None] & (q < n_cells)[None, :]
+    tl.store(products_ptr + p[:, None] * n_cells + q[None, :], product, mask=inside)
+    if tile_row != tile_column:
+        tl.store(products_ptr + q[None, :] * n_cells + p[:, None], product, mask=inside)
+
+
+@triton.jit
+def squares_of(products_ptr, cell, inside, n_cells, SHARES: tl.constexpr):
+    """The features' squared norms, from the stored products."""
+    square = tl.load(products_ptr + cell * n_cells + cell, mask=inside, other=0.0)
+    for part in tl.static_range(1, SHARES):
+        square += tl.load(products_ptr + (part * n_cells + cell) * n_cells + cell, mask=inside, other=0.0)
+    return square
+
+
+@triton.jit
 def grid_value(
     grid_ptr,
     cell,
@@ -114,6 +175,7 @@ def grid_value(
 @triton.jit
 def affinity_sum_kernel(
     f_ptr,
+    products_ptr,
     grid_ptr,
     rows_ptr,
     columns_ptr,
@@ -138,6 +200,7 @@ def affinity_sum_kernel(
     RELU: tl.constexpr,
     RESIZE: tl.constexpr,
     BALANCE: tl.constexpr,
+    SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -157,6 +220,9 @@ def affinity_sum_kernel(
     y = cell // width
     x = cell % width
     f_ptr += image * f_stride_b
+    products_ptr += image * SHARES * n_cells * n_cells
+    if SHARES > 0:
+        own_square = squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
     grid_ptr += image * n_classes * grid_height * grid_width
     averaged_ptr += image * n_classes * n_cells
     share = 1.0
@@ -187,23 +253,31 @@ def affinity_sum_kernel(
         in_others = other < end
         other_y = other // width
         other_x = other % width
-        of_q = other_y.to(tl.int64) * f_stride_y + other_x.to(tl.int64) * f_stride_x
         product = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-        # Added up over the channels behind the loop: in it, every sum across threads would be a barrier.
-        squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        other_squares = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
-        # Bounds known at compile time: only then are the loads of the next steps under way during this one.
-        for step in range(N_STEPS):
-            channel = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-            in_channels = channel < n_channels
-            a_offset = of_p[:, None] + channel[None, :] * f_stride_c
-            b_offset = channel[:, None] * f_stride_c + of_q[None, :]
-            a = tl.load(f_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
-            b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & in_others[None, :], other=0.0).to(tl.float32)
-            product = add_product(a, b, product)
-            squares += a * a
-            other_squares += b * b
-        exponent, alike = log2_likeness(product, tl.sum(squares, axis=1), tl.sum(other_squares, axis=0), power)
+        if SHARES > 0:
+            both = in_cells[:, None] & in_others[None, :]
+            for part in tl.static_range(SHARES):
+                row = (part * n_cells + cell) * n_cells
+                product += tl.load(products_ptr + row[:, None] + other[None, :], mask=both, other=0.0)
+            other_square = squares_of(products_ptr, other, in_others, n_cells, SHARES)
+            exponent, alike = log2_likeness(product, own_square, other_square, power)
+        else:
+            of_q = other_y.to(tl.int64) * f_stride_y + other_x.to(tl.int64) * f_stride_x
+            # Added up over the channels behind the loop: in it, every sum across threads would be a barrier.
+            squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            other_squares = tl.zeros([BLOCK_C, BLOCK_Q], tl.float32)
+            # Bounds known at compile time: only then are the loads of the next steps under way during this one.
+            for step in range(N_STEPS):
+                channel = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+                in_channels = channel < n_channels
+                a_offset = of_p[:, None] + channel[None, :] * f_stride_c
+                b_offset = channel[:, None] * f_stride_c + of_q[None, :]
+                a = tl.load(f_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+                b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & in_others[None, :], other=0.0).to(tl.float32)
+                product = add_product(a, b, product)
+                squares += a * a
+                other_squares += b * b
+            exponent, alike = log2_likeness(product, tl.sum(squares, axis=1), tl.sum(other_squares, axis=0), power)
         apart_y = tl.abs(y[:, None] - other_y[None, :])
         apart_x = tl.abs(x[:, None] - other_x[None, :])
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
@@ -252,7 +326,8 @@ def affinity_sum_kernel(
 def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
-    A launch a step; float32 (B, hg, wg), or (B, K, hg, wg).
+    A launch for the products of the cells, where they are stored, and one a step; float32 (B, hg, wg), or
+    (B, K, hg, wg).
 
     Args:
         grid: float32 (B, h, w), or of K classes an image (B, K, h, w); contiguous.
@@ -262,6 +337,57 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
     """
     batch, n_channels, *shape = guide.shape
     n_cells = shape[0] * shape[1]
+    if n_cells > STORED_CELLS:
+        return _averaged(grid, guide, None, power, sigma_cells, steps, relu)
+    n_shares = _shares(batch, n_channels, n_cells)
+    at_once = max(1, STORED_BYTES // (4 * n_shares * n_cells**2))
+    parts = []
+    for first in range(0, batch, at_once):
+        part = slice(first, first + at_once)
+        products = cell_products(guide[part], n_shares)
+        parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _shares(batch, n_channels, n_cells):
+    """How many programs share the channels of a tile of products: more where the tiles are few."""
+    columns = cdiv(n_cells, 32)
+    n_tiles = batch * columns * (columns + 1) // 2
+    return max(1, min(8, 256 // n_tiles, n_channels // 64))
+
+
+def cell_products(guide, n_shares):
+    """The products of the features of any two cells, over a share of the channels: float32 (B, n_shares, N, N).
+
+    Args:
+        guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides; N = hg * wg.
+        n_shares: how many parts of the channels, in order.
+    """
+    batch, n_channels, height, width = guide.shape
+    n_cells = height * width
+    products = torch.empty(batch, n_shares, n_cells, n_cells, dtype=torch.float32, device=guide.device)
+    block, block_c = (32 if n_cells > 16 else 16), 32
+    columns = cdiv(n_cells, block)
+    cell_products_kernel[(batch * n_shares * columns * (columns + 1) // 2,)](
+        guide,
+        products,
+        n_channels,
+        width,
+        n_cells,
+        *guide.stride(),
+        SHARES=n_shares,
+        N_STEPS=cdiv(n_channels, n_shares * block_c),
+        BLOCK=block,
+        BLOCK_C=block_c,
+        num_warps=2,
+        num_stages=1,
+    )
+    return products
+
+
+def _averaged(grid, guide, products, power, sigma_cells, steps, relu):
+    batch, n_channels, *shape = guide.shape
+    n_cells = shape[0] * shape[1]
     classes, target_shape = grid.shape[1:-2], grid.shape[-2:]
     reach = [window_reach(size, target, sigma_cells) for size, target in zip(shape, target_shape)]
     decay = [window_decay(size, target, sigma_cells) * math.log2(math.e) for size, target in zip(shape, target_shape)]
@@ -269,18 +395,21 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
         constant(coverage, (target, size, float(sigma_cells)), guide.device, torch.float32)
         for target, size in zip(target_shape, shape)
     ]
-    # Few cells p a program, so that one image alone does not wait for few multiprocessors. 16 channels at once: 32 have
-    # twice the conflicts in shared memory (simulated) where cells, not channels, are neighbours in memory. No supported
-    # version of the compiler spills registers for these blocks; of 32 x 64 and 16 x 128 cells some do.
-    block_p, block_c = 16, 16
-    n_classes = math.prod(classes)
-    block_k = 16 if classes else 1
-    block_q = 256 if n_cells > 128 and not classes else max(16, min(next_power_of_2(n_cells), 64))
-    num_warps = 8 if block_q == 256 or classes else 4
+    n_classes, block_k, block_c = math.prod(classes), 16 if classes else 1, 16
+    # The matrix units take at least 16 cells. No supported version of the compiler spills registers for these blocks;
+    # of 32 x 64 and 16 x 128 cells some do.
+    longest = next_power_of_2(n_cells)
+    if products is not None and not classes:
+        block_p, block_q = STORED_CELLS_AT_ONCE, min(longest, 256)
+        num_warps = max(1, block_q // 64)
+    else:
+        block_p, block_q = 16, 256 if n_cells > 128 and not classes else max(16, min(longest, 64))
+        num_warps = 8 if block_q == 256 or classes else 4
     for step in range(steps):
         averaged = torch.empty(batch, *classes, *shape, dtype=torch.float32, device=guide.device)
         affinity_sum_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
             guide,
+            guide if products is None else products,
             grid,
             *weights,
             averaged,
@@ -297,13 +426,15 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
             RELU=relu and step == steps - 1,
             RESIZE=tuple(grid.shape[-2:]) != tuple(shape),
             BALANCE=step == 0,
-            N_STEPS=cdiv(n_channels, block_c),
+            SHARES=0 if products is None else products.shape[1],
+            N_STEPS=0 if products is not None else cdiv(n_channels, block_c),
             BLOCK_K=block_k,
             BLOCK_P=block_p,
             BLOCK_Q=block_q,
             BLOCK_C=block_c,
             num_warps=num_warps,
             num_stages=2,
+            enable_fp_fusion=False,
         )
         grid = averaged
     return grid

@@ -154,7 +154,6 @@ def pool_gradients(gradients, pooling):
         BLOCK_C=block_c,
         BLOCK_P=block_p,
         num_warps=4,
-        # Several threads end with each sum. Fused with its first product it would not be the same in all of them.
         enable_fp_fusion=False,
     )
     return plain, filtered
@@ -205,5 +204,6 @@ def channel_statistics(activations, gradients=None, pooling=None):
         BLOCK_C=block_c,
         BLOCK_P=block_p,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return transposed, squared_norm, plain, filtered

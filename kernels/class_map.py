@@ -4,9 +4,9 @@
 
 with W_cp = w_c for CF-CAM and Grad-CAM, and a weight of each cell's own for element-wise methods: one kernel, since a
 stride of 0 broadcasts. In the pipeline it reads the transposed activations, in which the channels of a cell are
-neighbours; each cell is one program's sum in a fixed order. The second kernel looks at every output pixel twice, once
-for the extremes and once to write, because the largest value of a resized map need not lie on the grid; the grid is
-small and stays in the cache. Of K classes an image, the sums of sixteen classes share a program's reads of A.
+neighbours; each cell is one program's sum in a fixed order. The second kernel looks for the extremes first, which need
+not lie on the grid: of the pixels between four cells, at the four next to these. The grid is small and stays in the
+cache. Of K classes an image, the sums of sixteen classes share a program's reads of A.
 
 The second kernel scales as `CFCAMConfig.normalize` says, or as pytorch-grad-cam does: the grid to
 (x - min) / (e + max(x - min)), and the mean of the layers' resized maps again. That is one launch a layer, each of
@@ -22,7 +22,7 @@ import triton.language as tl
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 PARTS = 8
-"""Programs per image: each writes its share, but scans all pixels for the extremes."""
+"""Programs per image: each writes its share, and looks for the extremes itself."""
 
 
 @triton.jit
@@ -94,7 +94,8 @@ def class_sums_kernel(
     in_cells = cell < n_cells
     a_ptr += image * a_stride_b
     w_ptr += image * n_classes * n_channels
-    total = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
+    # Added up over the channels behind the loop: in it, every sum across threads would take longer than its terms.
+    sums = tl.zeros([BLOCK_P, BLOCK_K, BLOCK_C], tl.float32)
     start = 0
     while start < n_channels:
         channel = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -103,8 +104,9 @@ def class_sums_kernel(
         a = tl.load(a_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
         w_offset = k[:, None] * n_channels + channel[None, :]
         w = tl.load(w_ptr + w_offset, mask=in_classes[:, None] & in_channels[None, :], other=0.0)
-        total += tl.sum(a[:, None, :] * w[None, :, :], axis=2)
+        sums += a[:, None, :] * w[None, :, :]
         start += BLOCK_C
+    total = tl.sum(sums, axis=2)
     if RELU:
         total = tl.maximum(total, 0.0)
     offset = (image * n_classes + k[None, :]) * n_cells + cell[:, None]
@@ -159,6 +161,24 @@ def bilinear(
 
 
 @triton.jit
+def first_pixel(cell, scale):
+    """The first pixel of an axis that lies at the grid's ``cell`` or behind it; ``scale`` cells a pixel."""
+    pixel = tl.maximum(tl.ceil((cell.to(tl.float32) + 0.5) / scale - 0.5).to(tl.int32) - 1, 0)
+    # The quotient is rounded, and so is what `bilinear` computes: by the latter, at most two pixels further.
+    for _ in tl.static_range(2):
+        pixel += ((pixel.to(tl.float32) + 0.5) * scale - 0.5 < cell.to(tl.float32)).to(tl.int32)
+    return tl.where(cell > 0, pixel, 0)
+
+
+@triton.jit
+def corner(index, size, out_size, scale):
+    """Of an axis, the first pixel between a cell and the next (even ``index``), or the last of these (odd)."""
+    cell = index // 2
+    behind = tl.where(cell + 1 < size, first_pixel(cell + 1, scale), out_size)
+    return tl.where(index % 2 == 0, first_pixel(cell, scale), behind - 1)
+
+
+@triton.jit
 def map_value(
     grid_ptr,
     earlier_ptr,
@@ -205,6 +225,7 @@ def resize_normalize_kernel(
     SCALE_GRID: tl.constexpr,
     ADD_EARLIER: tl.constexpr,
     SCALING: tl.constexpr,
+    CORNERS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -223,10 +244,17 @@ def resize_normalize_kernel(
     if SCALING != "none":
         lowest = tl.full([BLOCK], float("inf"), tl.float32)
         highest = tl.zeros([BLOCK], tl.float32)
+        n_candidates = n_pixels
+        if CORNERS:
+            n_candidates = 4 * height * width
         start = 0
-        while start < n_pixels:
+        while start < n_candidates:
             pixel = start + tl.arange(0, BLOCK)
-            inside = pixel < n_pixels
+            inside = pixel < n_candidates
+            if CORNERS:
+                y = corner(pixel // (2 * width), height, n_pixels // out_width, scale_y)
+                x = corner(pixel % (2 * width), width, out_width, scale_x)
+                pixel = y * out_width + x
             value = map_value(
                 grid_ptr,
                 earlier_ptr,
@@ -284,7 +312,8 @@ def resize_normalize_kernel(
             ADD_EARLIER,
         )
         if SCALING != "none":
-            value = (value - base) / span
+            # Rounded division: the largest value becomes exactly 1. Between equal corners rounding may go beyond them.
+            value = tl.minimum(tl.maximum(tl.div_rn(value - base, span), 0.0), 1.0)
         if SCALING == "max" or SCALING == "minmax":
             value = tl.where(flat, of_flat, value)
         tl.store(maps_ptr + pixel, value, mask=inside)
@@ -320,6 +349,7 @@ def weighted_sum(activations, weights, relu=True, skip_nan=False):
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return grid
 
@@ -334,7 +364,7 @@ def class_sums(activations, weights, relu=True):
     batch, n_channels, n_cells = activations.shape
     n_classes = weights.shape[1]
     grid = torch.empty(batch, n_classes, n_cells, dtype=torch.float32, device=activations.device)
-    block_k, block_p, block_c = 16, 4, 64
+    block_k, block_p, block_c = 16, 1, 256
     class_sums_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
         activations,
         weights,
@@ -348,8 +378,6 @@ def class_sums(activations, weights, relu=True):
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=4,
-        # Several threads end with each sum. Fused with its first product it would not be the same in all of them.
-        enable_fp_fusion=False,
     )
     return grid
 
@@ -388,6 +416,9 @@ def _launch_resize(grid, output_size, scaling, flat_range=0.0, epsilon=None, ear
     n_pixels = out_height * out_width
     block = min(next_power_of_2(n_pixels), 1024)
     parts = min(PARTS, cdiv(n_pixels, block))
+    # Between four cells a bilinear map has its extremes at the corners; where it shrinks the grid, or adds to another
+    # layer's map, every pixel is looked at.
+    corners = earlier is None and height <= out_height and width <= out_width and 4 * height * width < n_pixels
     resize_normalize_kernel[(batch * parts,)](
         grid,
         grid if earlier is None else earlier,
@@ -404,8 +435,10 @@ def _launch_resize(grid, output_size, scaling, flat_range=0.0, epsilon=None, ear
         SCALE_GRID=epsilon is not None,
         ADD_EARLIER=earlier is not None,
         SCALING=scaling,
+        CORNERS=corners,
         PARTS=parts,
         BLOCK=block,
         num_warps=4,
+        enable_fp_fusion=False,  # the extremes are values of the map to the last bit
     )
     return maps

@@ -1,4 +1,9 @@
-"""What every launcher shares: the limits of the kernels and block sizes."""
+"""What every launcher shares: the limits of the kernels and block sizes.
+
+Kernels that add products up across threads are launched with ``enable_fp_fusion=False``. Every thread ends with the
+sum; had each fused the first addition with its own product, which is then not rounded, they would not end with the same
+bits, and which of them is stored is not defined.
+"""
 
 import torch
 

@@ -79,6 +79,28 @@ def resources(compiled, target):
     return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "spilled": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
+def fused_sums(ptx, fusion):
+    """How many sums across threads are fused with a product of the thread's own, or may be where ``fusion`` is on."""
+    shuffled, products, fused = set(), set(), 0
+    for line in ptx.splitlines():
+        found = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.]*)\s+(.*);", line)
+        if not found:
+            continue
+        operation, operands = found[1], re.findall(r"%\w+", found[2])
+        if operation.startswith("shfl.sync"):
+            shuffled.add(operands[0])
+        elif operation.startswith("mov.b32") and len(operands) == 2:
+            for kind in (shuffled, products):
+                kind |= {operands[0]} & ({operands[0]} if operands[1] in kind else set())
+        elif operation.startswith("mul") and operation.endswith("f32"):
+            products.add(operands[0])
+        elif operation.startswith(("fma.rn.f32", "add.f32", "add.rn.f32", "sub.f32")):
+            across = any(operand in shuffled for operand in operands[1:])
+            own = operation.startswith("fma") or (fusion and any(operand in products for operand in operands[1:]))
+            fused += across and own
+    return fused
+
+
 def launches(configurations):
     """A launch (kernel, source, options) of every block size, variant and dtype that the configurations make.
 
@@ -116,7 +138,13 @@ def launches(configurations):
 
 CONFIGURATIONS = [
     ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), (1, 1024, 14, 14)),  # a first, a middle and a last step
-    ((2, 512, 14, 14), torch.bfloat16, CFCAMConfig(descriptor="unit"), (2, 257, 29, 31)),
+    (
+        (2, 512, 14, 14),
+        torch.bfloat16,
+        CFCAMConfig(descriptor="unit"),
+        (2, 257, 40, 41),
+    ),  # products of cells not stored
+    ((2, 512, 7, 7), torch.float16, CFCAMConfig(affinity_steps=1), (2, 256, 14, 14)),
     ((2, 4096, 64, 64), torch.float32, CFCAMConfig(dominant_percentile=100.0, affinity_power=0.0), None),
     ((3, 2048, 7, 7), torch.float16, CFCAMConfig.paper(), None),
     ((1, 2048, 7, 7), torch.float32, CFCAMConfig(affinity_steps=1), None),  # the first step and the last in one
@@ -138,6 +166,8 @@ def main(targets):
             binary = triton.compile(source, target=target, options=options)
             constants = {k: v for k, v in sorted(source.constants.items(), key=str)}
             line = {"kernel": kernel.__name__, "target": name, "shared": binary.metadata.shared}
+            if target.backend == "cuda":
+                line["fused_sums"] = fused_sums(binary.asm["ptx"], options.get("enable_fp_fusion", True))
             line.update(resources(binary, target), constants=str(list(constants.values())))
             print(json.dumps(line), flush=True)
 

@@ -3,6 +3,7 @@
 import importlib
 import os
 import secrets
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,14 @@ def poisoned(monkeypatch):
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture(autouse=True)
+def fewer_programs(monkeypatch):
+    """In the interpreter a program takes milliseconds, so that what is many small programs on a GPU is fewer larger."""
+    module = sys.modules.get("cfcam_gpu.kernels.affinity_sum")
+    if module is not None and os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(module, "STORED_CELLS_AT_ONCE", 32)
 
 
 @pytest.fixture

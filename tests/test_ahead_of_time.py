@@ -32,4 +32,6 @@ def test_compiles_without_a_spill(target):
         assert line["target"] == target
         assert line["spilled"] == 0, line
         assert line["shared"] <= SHARED_BYTES[target], line
+        # Else threads that hold the same sum may hold different bits of it, and any of them may be stored.
+        assert line.get("fused_sums", 0) == 0, line
         print(line)

@@ -285,7 +285,12 @@ GRIDS = [
         (*GRIDS[3], 1, 1e-20, 3),
     ],
 )
-def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps, seed):
+@pytest.mark.parametrize("stored", [True, False])
+def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps, stored, seed, monkeypatch):
+    """With the products of cells stored, in chunks of one image; and computed in every step, as for large guides."""
+    monkeypatch.setattr(f"cfcam_gpu.kernels.affinity_sum.STORED_{'BYTES' if stored else 'CELLS'}", 1)
+    if shape == GRIDS[0][0]:
+        monkeypatch.setattr("cfcam_gpu.kernels.affinity_sum.STORED_CELLS_AT_ONCE", 2)
     config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps)
     activations = torch.randn(shape).relu()
     guide = fine and torch.randn(shape[0], *fine).relu()
@@ -431,18 +436,19 @@ def test_one_launch_a_layer(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("batch, steps", [(1, 0), (1, 2), (4, 3)])
-def test_ten_launches_a_batch_and_one_a_step(batch, steps, seed, monkeypatch):
+def test_ten_launches_a_batch_and_for_the_average_one_and_one_a_step(batch, steps, seed, monkeypatch):
     names = launched(monkeypatch)
     shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_steps=steps)
     activations, gradients = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
     guide = torch.rand(batch, 7, 5, 6, device=DEVICE)
     triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched", guide)
-    assert len(names) <= 10 + steps, names
+    of_average = steps + (steps > 0)
+    assert len(names) <= 10 + of_average, names
     assert names.count("affinity_sum_kernel") == steps
     with_maps = names.copy()
     names.clear()
     triton_backend.cluster_and_weigh(activations, gradients, config, "batched")
-    assert names == with_maps[: -2 - steps], "neither the sum, its average nor the maps"
+    assert names == with_maps[: -2 - of_average], "neither the sum, its average nor the maps"
 
 
 def test_launchers_never_wait(seed, monkeypatch):

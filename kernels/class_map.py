@@ -21,8 +21,9 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
-PARTS = 8
-"""Programs per image: each writes its share, and looks for the extremes itself."""
+PARTS, LAUNCH = 8, 256
+"""Least programs per image, each of which writes its share and looks for the extremes itself; and so many more that a
+launch has about ``LAUNCH``, because the time of a small batch is that of one program."""
 
 
 @triton.jit
@@ -415,7 +416,7 @@ def _launch_resize(grid, output_size, scaling, flat_range=0.0, epsilon=None, ear
     maps = torch.empty(batch, out_height, out_width, dtype=torch.float32, device=grid.device)
     n_pixels = out_height * out_width
     block = min(next_power_of_2(n_pixels), 1024)
-    parts = min(PARTS, cdiv(n_pixels, block))
+    parts = min(max(PARTS, LAUNCH // batch), cdiv(n_pixels, block))
     # Between four cells a bilinear map has its extremes at the corners; where it shrinks the grid, or adds to another
     # layer's map, every pixel is looked at.
     corners = earlier is None and height <= out_height and width <= out_width and 4 * height * width < n_pixels

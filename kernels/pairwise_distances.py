@@ -28,10 +28,10 @@ def pairwise_distances_kernel(
     n_rows_ptr,
     distances_ptr,
     histogram_ptr,
-    n_channels,
     n_cells,
     max_rows,
     n_tiles,
+    N_CHANNELS: tl.constexpr,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
     CELLS: tl.constexpr,
@@ -43,46 +43,51 @@ def pairwise_distances_kernel(
     tile_row, tile_column = tile_of(tile)
     # Tiles are numbered column by column: those of an image with fewer rows come first.
     if tile_column * TILE < n_rows:
-        row = tile_row * TILE + tl.arange(0, TILE)
-        column = tile_column * TILE + tl.arange(0, TILE)
+        # A thread owns squares of 4 x 4 pairs, for which it loads 8 values: the last two dimensions are shared between
+        # threads, the first two are not.
+        SIDE: tl.constexpr = TILE // 4
+        within = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, SIDE)[None, :]
+        row = tile_row * TILE + within
+        column = tile_column * TILE + within
         in_rows = row < n_rows
         in_columns = column < n_rows
         row_channel = tl.load(member_ptr + image * max_rows + row, mask=in_rows, other=0)
         column_channel = tl.load(member_ptr + image * max_rows + column, mask=in_columns, other=0)
-        row_scale = tl.full([TILE], 1.0, tl.float32)
-        column_scale = tl.full([TILE], 1.0, tl.float32)
+        row_scale = tl.full([4, SIDE], 1.0, tl.float32)
+        column_scale = tl.full([4, SIDE], 1.0, tl.float32)
         if UNIT:
-            row_norm = tl.load(squared_norm_ptr + image * n_channels + row_channel, mask=in_rows, other=1.0)
-            column_norm = tl.load(squared_norm_ptr + image * n_channels + column_channel, mask=in_columns, other=1.0)
+            row_norm = tl.load(squared_norm_ptr + image * N_CHANNELS + row_channel, mask=in_rows, other=1.0)
+            column_norm = tl.load(squared_norm_ptr + image * N_CHANNELS + column_channel, mask=in_columns, other=1.0)
             row_scale = 1.0 / tl.sqrt_rn(row_norm)
             column_scale = 1.0 / tl.sqrt_rn(column_norm)
 
-        base = transposed_ptr + image * n_cells * n_channels
-        squared = tl.zeros([TILE, TILE], tl.float32)
+        of_cell = transposed_ptr + image * n_cells * N_CHANNELS
+        squared = tl.zeros([4, 4, SIDE, SIDE], tl.float32)
         start = 0
         while start < n_cells:
             # Summed in short runs first: the error of one long float32 sum would grow with the grid.
-            partial = tl.zeros([TILE, TILE], tl.float32)
+            partial = tl.zeros([4, 4, SIDE, SIDE], tl.float32)
             for step in tl.static_range(CELLS):
-                cell = start + step + tl.zeros([TILE], tl.int32)
-                inside = cell < n_cells
-                of_cell = base + cell.to(tl.int64) * n_channels
-                x = tl.load(of_cell + row_channel, mask=in_rows & inside, other=0.0) * row_scale
-                y = tl.load(of_cell + column_channel, mask=in_columns & inside, other=0.0) * column_scale
-                difference = x[:, None] - y[None, :]
+                inside = start + step < n_cells
+                x = tl.load(of_cell + row_channel + step * N_CHANNELS, mask=in_rows & inside, other=0.0)
+                y = tl.load(of_cell + column_channel + step * N_CHANNELS, mask=in_columns & inside, other=0.0)
+                if UNIT:
+                    x *= row_scale
+                    y *= column_scale
+                difference = x[:, None, :, None] - y[None, :, None, :]
                 partial += difference * difference
             squared += partial
             start += CELLS
+            of_cell += CELLS * N_CHANNELS
         distances = tl.sqrt_rn(squared)
-        index = tl.arange(0, TILE)
-        offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
-        tl.store(distances_ptr + offset, distances)
+        offset = within[:, None, :, None] * TILE + within[None, :, None, :]
+        tl.store(distances_ptr + (image * n_tiles + tile) * TILE * TILE + offset, distances)
 
-        pair = (row[:, None] < column[None, :]) & in_columns[None, :]
+        pair = (row[:, None, :, None] < column[None, :, None, :]) & in_columns[None, :, None, :]
         digit = distances.to(tl.int32, bitcast=True) >> FIRST_SHIFT
-        n_others = tl.sum(tl.sum((~pair).to(tl.int32), axis=1), axis=0)
+        n_others = tl.sum(tl.reshape((~pair).to(tl.int32), [TILE * TILE], can_reorder=True), axis=0)
         bins = tl.arange(0, FIRST_BINS)
-        counts = tl.histogram(tl.reshape(tl.where(pair, digit, 0), [TILE * TILE]), FIRST_BINS)
+        counts = tl.histogram(tl.reshape(tl.where(pair, digit, 0), [TILE * TILE], can_reorder=True), FIRST_BINS)
         counts -= tl.where(bins == 0, n_others, 0)
         tl.atomic_add(histogram_ptr + image * HISTOGRAM_SIZE + bins, counts, mask=counts != 0, sem="relaxed")
 
@@ -109,15 +114,15 @@ def pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit
         n_rows,
         distances,
         histogram,
-        n_channels,
         n_cells,
         max_rows,
         n_tiles,
+        N_CHANNELS=n_channels,  # known to the compiler, the cells of a step are fixed distances from one address
         UNIT=unit,
         TILE=TILE,
         CELLS=7,  # divides 7 x 7 and 14 x 14
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
-        num_warps=8,  # four spill
+        num_warps=4,
     )
     return distances
 

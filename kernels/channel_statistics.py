@@ -19,7 +19,7 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
-VALUES_PER_STEP = 2048
+VALUES_PER_STEP = 512
 """Of an image's channels and cells, in one step of a program."""
 
 
@@ -162,7 +162,7 @@ def pool_gradients(gradients, pooling):
 def _blocks(n_cells):
     """Channels and cells in one step of a program."""
     block_p = min(next_power_of_2(n_cells), 64)
-    return max(16, VALUES_PER_STEP // block_p), block_p
+    return max(8, VALUES_PER_STEP // block_p), block_p
 
 
 def channel_statistics(activations, gradients=None, pooling=None):

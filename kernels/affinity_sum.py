@@ -1,4 +1,4 @@
-"""The average over the cells with alike features: one step of it a launch.
+"""The average over the cells with alike features: one step of it a launch, and before them one for their products.
 
     k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
@@ -6,16 +6,21 @@ with f_p = (F_1p ... F_Cp) the features of the guide's cell p, and q at most rea
 cell without features keeps S_p. In the first step S is the signed sum over the channels on the target layer's coarser
 grid, of which each program takes the bilinear value at q for itself, its negative cells scaled down to what the
 positive ones amount to (`reference.balance`); later it is what the step before has left on the guide's own grid. A
-program owns a block of cells p and walks over the cells q of the rows within reach, as attention does: the products
-f_p . f_q and the norms come from one pass over the channels, and no matrix of affinities reaches the memory.
+program owns a block of cells p and walks over the cells q of the rows within reach.
+
+The products f_p . f_q of a guide of up to `STORED_CELLS` cells are stored, each tile computed once for both of its
+halves, because every step needs them; where a batch has few tiles, several programs share the channels of one, and who
+reads the products adds their parts up in order. The products of more cells are computed in every step, as attention
+does it, together with the norms in one pass over the channels.
 
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
 
 Of K classes an image, sixteen share a program and its affinities, which are multiplied by their S in the same way.
 
-Floor: C * hg * wg reads; 2 * (C + K) operations for each pair of cells within reach, at most (hg * wg)^2 of them. To
-balance, each program of the first step reads all of S: K * h * w values, which stay in the cache.
+Floor: C * hg * wg reads and (hg * wg)^2 writes, once; C operations for each pair of cells. A step reads what was written,
+2 * K operations for each pair within reach. To balance, each program of the first step reads all of S: K * h * w values,
+which stay in the cache.
 """
 
 import math

@@ -7,7 +7,10 @@ STABILITY = "gradient_noise_10"
 NOT_WORSE = ("insertion_minus_deletion", "average_drop", STABILITY, "class_sensitivity", "energy")
 """Measures in which a candidate must not be worse than Grad-CAM."""
 
-LOWER_IS_BETTER = ("deletion", "average_drop")
+LOWER_IS_BETTER = (
+    *("deletion", "average_drop"),
+    *("pixel_flipping", "selectivity", "infidelity", "max_sensitivity"),
+)
 """Of all measures."""
 
 DECIDES = "insertion_minus_deletion"

@@ -163,13 +163,13 @@ class Subject:
         """`Captured` by the score: of the top class ("top") and the next ("next"), under input noise ("noisy"), and of
         each cell's class of the mosaics (0 to 3)."""
         if score not in self.of_scores:
-            top, second = self._captured(score, self.images, self.classes)
-            (noisy,) = self._captured(score, self.noisy_images, self.classes[:, :1])
-            cells = self._captured(score, self.mosaics.images, self.mosaics.classes)
+            top, second = self.captured(score, self.images, self.classes)
+            (noisy,) = self.captured(score, self.noisy_images, self.classes[:, :1])
+            cells = self.captured(score, self.mosaics.images, self.mosaics.classes)
             self.of_scores[score] = {"top": top, "next": second, "noisy": noisy, **dict(enumerate(cells))}
         return self.of_scores[score]
 
-    def _captured(self, score, images, classes):
+    def captured(self, score, images, classes):
         """`Captured` of each of the K classes (N, K)."""
         temperature = 0.0 if callable(score) else score
         capture = HeadCapture(self.model, [self.layer], guide_layer="auto", margin_temperature=temperature)
@@ -390,7 +390,7 @@ def interval(*values):
 
 def row_of(values, zero, grad_cam):
     """Means with intervals, and those of the paired differences from Grad-CAM."""
-    row = {**zero, "n": len(values["insertion"])}
+    row = {**zero, "n": len(next(iter(values.values())))}
     row["measures"] = {name: interval(of_images) for name, of_images in values.items()}
     if grad_cam is not None:
         row["minus_grad_cam"] = {name: interval(of_images, grad_cam[name]) for name, of_images in values.items()}

@@ -66,6 +66,8 @@ class Results:
         point = ("network", "layer", "half", "method")
         self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
         self.randomization = rows.latest(rows.read(folder / "randomization.jsonl"), *point)
+        self.outsiders = rows.latest(rows.read(folder / "outsiders.jsonl"), *point)
+        self.architectures = rows.latest(rows.read(folder / "architectures.jsonl"), "model")
         self.shapes = rows.latest(rows.read(folder / "shapes.jsonl"), "network", "classes", "seed", "method")
 
     def row(self, kind, model, batch, provider, size=224):
@@ -294,6 +296,8 @@ PAGES = {
             "elsewhere",
             "score-cam",
             "randomization",
+            "outsiders",
+            "architectures",
             "shapes",
         ),
         "shapes.jpg",

@@ -32,6 +32,16 @@ SHAPES = {
 }
 """The same of shapes.py."""
 
+OUTSIDERS = {
+    "pixel_flipping": "pixel flipping",
+    "selectivity": "selectivity",
+    "infidelity": "infidelity",
+    "faithfulness_correlation": "faithfulness correlation",
+    "max_sensitivity": "max-sensitivity",
+    "sparseness": "sparseness",
+}
+"""The same of outsiders.py."""
+
 COMPACT = ("insertion_minus_deletion", "average_drop", "class_sensitivity", choice.STABILITY, "energy", "hit")
 
 FOUR = ("insertion_minus_deletion", "class_sensitivity", choice.STABILITY, "energy")
@@ -83,7 +93,8 @@ def about(found):
     """One line: how many photographs, device, versions, dates and commits of the rows."""
     of = lambda field: list(dict.fromkeys(str(row[field]) for row in found if row.get(field)))
     n = sorted({row["n"] for row in found})
-    versions = [f"{package} {', '.join(of(package))}" for package in ("torch", "grad-cam", "torchmetrics")]
+    packages = ("torch", "grad-cam", "torchmetrics", "quantus", "captum", "timm")
+    versions = [f"{package} {', '.join(of(package))}" for package in packages if of(package)]
     counts = f"{n[0]} photographs" if len(n) == 1 else f"{n[0]} to {n[-1]} photographs"
     commits = f"commit {', '.join(of('commit')) or 'unknown'}"
     return f"{'; '.join([counts, *of('device'), ', '.join(versions), ', '.join(of('date')), commits])}."
@@ -229,6 +240,35 @@ def randomization_table(results):
     return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
 
 
+def outsiders_table(results):
+    """The methods under other libraries' measures, on "confirm"."""
+    found = {key[3]: row for key, row in results.outsiders.items() if key[:3] == (*MAIN, "confirm")}
+    if not found:
+        return NOT_MEASURED
+    body = [[method, *(cell(row, measure) for measure in OUTSIDERS)] for method, row in found.items()]
+    header = ["method", *(title(measure, OUTSIDERS) for measure in OUTSIDERS)]
+    return f"{markdown(header, body)}\n\n{about([*found.values()])}"
+
+
+def architectures_table(results):
+    """The random networks of which some map is zero; of the others how many there are."""
+    measured = {model: row for (model,), row in results.architectures.items() if "n" in row}
+    if not measured:
+        return NOT_MEASURED
+    counts = ("grad_cam_zero", "cf_cam_zero", "only_cf_cam_zero")
+    body = [
+        [f"`{model}`", f"`{row['layer']}`", *(str(row[count]) for count in counts)]
+        for model, row in measured.items()
+        if any(row[count] for count in counts)
+    ]
+    body.append([f"the other {len(measured) - len(body)}", "", *("0" for _ in counts)])
+    body.append([f"all {len(measured)}", "", *(str(sum(row[count] for row in measured.values())) for count in counts)])
+    header = ["network", "layer", "zero maps, Grad-CAM ↓", "CF-CAM ↓", "CF-CAM alone ↓"]
+    failed = [f"`{model}` ({row['not_measured']})" for (model,), row in results.architectures.items() if "n" not in row]
+    failed = f"Without a map: {', '.join(failed)}.\n\n" if failed else ""
+    return f"{markdown(header, body)}\n\n{failed}{about([*measured.values()]).replace('photographs', 'noise images')}"
+
+
 def shapes_table(results):
     """A line a family, number of classes and method: the mean of its networks, bold where all of these agree."""
     families = dict.fromkeys(key[:2] for key in results.shapes)
@@ -276,6 +316,8 @@ TABLES = {
     "elsewhere": elsewhere_table,
     "score-cam": score_cam_table,
     "randomization": randomization_table,
+    "outsiders": outsiders_table,
+    "architectures": architectures_table,
 }
 
 

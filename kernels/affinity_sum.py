@@ -18,9 +18,9 @@ three of their products are added: close to float32's accuracy. Triton's own tf3
 
 Of K classes an image, sixteen share a program and its affinities, which are multiplied by their S in the same way.
 
-Floor: C * hg * wg reads and (hg * wg)^2 writes, once; C operations for each pair of cells. A step reads what was written,
-2 * K operations for each pair within reach. To balance, each program of the first step reads all of S: K * h * w values,
-which stay in the cache.
+Floor: C * hg * wg reads and (hg * wg)^2 writes, once; C operations for each pair of cells. A step reads what was
+written and does 2 * K operations for each pair within reach. To balance, each program of the first step reads all of S:
+K * h * w values, which stay in the cache.
 """
 
 import math

@@ -78,7 +78,8 @@ def connected_components_kernel(
 
     row = tl.arange(0, BLOCK_R)
     word = tl.arange(0, BLOCK_R // 32)
-    used_word = word < tl.cdiv(n_rows, TILE) * (TILE // 32)
+    # Of one row alone no neighbours were written.
+    used_word = (word < tl.cdiv(n_rows, TILE) * (TILE // 32)) & (n_rows > 1)
     is_core = (row < n_rows) & (tl.load(degree_ptr + row, mask=row < n_rows, other=0) >= min_samples)
     core_bits = tl.reshape(is_core.to(tl.int32), [BLOCK_R // 32, 32]) << tl.arange(0, 32)[None, :]
     core_word = tl.sum(core_bits, axis=1)

@@ -53,14 +53,14 @@ gradients = torch.randn({batch}, 2048, 7, 7)
 
 
 def test_a_thousand_classes():
-    """The maps, and little beside them: the gradients of all would take four times as much."""
+    """The maps, and little beside them: the gradients of all would take twice as much as the maps."""
     setup = """
 nn = torch.nn
 head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000)
 model = nn.Sequential(nn.Conv2d(3, 2048, 3, 32, 1), *head).eval()
-cam, images = CFCAM(model, [model[0]]), torch.rand(1, 3, 160, 160)
+cam, images = CFCAM(model, [model[0]]), torch.rand(1, 3, 192, 192)
 """
-    of_maps, of_gradients = (1000 * n * 4 / 2**20 for n in (160 * 160, 2048 * 5 * 5))
+    of_maps, of_gradients = (1000 * n * 4 / 2**20 for n in (192 * 192, 2048 * 6 * 6))
     extra_mib = peak_extra_mib(setup=setup, warm_up="cam.maps(images, top=2)", call="cam.maps(images, top=1000)")
     print(f"a thousand classes: {extra_mib:.0f} MiB, of which maps {of_maps:.0f}; gradients {of_gradients:.0f}")
-    assert of_maps / 2 < extra_mib < of_maps + 60
+    assert of_maps / 2 < extra_mib < of_maps + 110 < of_gradients

@@ -261,12 +261,24 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
     random = {"network": "demo", "layer": "_swish", "half": "choose", "method": "CF-CAM", "n": 20}
     random |= {"ssim": {"_fc": [0.3, 0.2, 0.4], "_conv_head": None}, "zero": {"_fc": 2, "_conv_head": 20}}
     list(rows.append(tmp_path / "randomization.jsonl", [random | rows.about(device="cpu")]))
+    judged = faithfulness_row("CF-CAM", "confirm") | {"measures": {}, "minus_grad_cam": {}}
+    for measure in ("infidelity", "sparseness"):  # of which lower and higher is better
+        judged["measures"][measure] = [0.5, 0.4, 0.6]
+        judged["minus_grad_cam"][measure] = [0.03, 0.02, 0.04]
+    list(rows.append(tmp_path / "outsiders.jsonl", [judged]))
+    random = {"layer": "norm", "n": 6} | rows.about("timm", device="cpu")
+    zero = lambda *counts: dict(zip(("grad_cam_zero", "cf_cam_zero", "only_cf_cam_zero"), counts))
+    models = [{"model": "timm:a", **zero(3, 1, 1), **random}, {"model": "timm:b", **zero(0, 0, 0), **random}]
+    list(rows.append(tmp_path / "architectures.jsonl", [*models, {"model": "timm:c", "not_measured": "why"}]))
     results = report.Results(tmp_path)
     tables = {name: make(results) for name, make in faithful.TABLES.items()}
     energies = lambda name: [text for text in ("0.811", "0.822", "0.833", "0.844", "0.855") if text in tables[name]]
     assert energies("faithfulness") == energies("four") == ["0.811"] and energies("choose") == ["0.822"]
     assert energies("elsewhere") == ["0.844", "0.855"]  # "choose" only where there is no "confirm"
     assert "| CF-CAM | 0.300 ± 0.1 (2 zero) | - (20 zero) |" in tables["randomization"]
+    assert "| CF-CAM | - | - | **0.500 ± 0.1 −** | - | - | **0.500 ± 0.1 +** |" in tables["outsiders"]
+    assert "| `timm:a` | `norm` | 3 | 1 | 1 |\n| the other 1 |  | 0 | 0 | 0 |" in tables["architectures"]
+    assert "Without a map: `timm:c` (why)." in tables["architectures"]
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
 
 

@@ -4,8 +4,8 @@
     python benchmarks/architectures.py
 
 A sum over channels that is negative in every cell, or the same, explains nothing. Random weights are hard on a method
-here: nothing has taught the head that features speak for a class. Each model of torchvision or timm gets noise images of
-its own size, and is explained for the top class at the layer that the package finds. One row a model is appended to
+here: nothing has taught the head that features speak for a class. Each model of torchvision or timm gets noise images
+of its own size, and is explained for the top class at the layer that the package finds. One row a model is appended to
 results/architectures.jsonl, with why where it could not be explained; a row that is there is not made again.
 """
 

@@ -101,6 +101,10 @@ def fused_sums(ptx, fusion):
     return fused
 
 
+SIZES = ("N_CHANNELS", "N_STEPS")
+"""Constants of a launch that are sizes."""
+
+
 def launches(configurations):
     """A launch (kernel, source, options) of every block size, variant and dtype that the configurations make.
 
@@ -111,7 +115,7 @@ def launches(configurations):
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         source, options = source_of(kernel, args, kwargs)
         pointers = [kind for kind in source.signature.values() if kind.startswith("*")]
-        variant = {name: value for name, value in kwargs.items() if name.isupper()}
+        variant = {name: value for name, value in kwargs.items() if name.isupper() and name not in SIZES}
         recorded.setdefault((kernel.__name__, str(pointers), str(variant), str(options)), (kernel, source, options))
 
     triton.runtime.jit.JITFunction.run = record
@@ -119,8 +123,9 @@ def launches(configurations):
         tensors = [torch.empty(shape, dtype=dtype, device="meta") for _ in range(2)]
         guide = guide and torch.empty(guide, dtype=dtype, device="meta")
         triton_backend.cf_cam(*tensors, (224, 224), config, "batched", guide)
-        several = tensors[1][:, None].expand(-1, 10, -1, -1, -1)  # classes an image
-        triton_backend.cf_cam(tensors[0], several, (224, 224), config, "batched", guide)
+        if guide is not None or not config.averages:
+            several = tensors[1][:, None].expand(-1, 10, -1, -1, -1)  # classes an image
+            triton_backend.cf_cam(tensors[0], several, (224, 224), config, "batched", guide)
         if dtype == torch.float32:
             triton_backend.cluster_channels(tensors[0], config, "batched")
         layers = [torch.empty(shape[0], n, m, device="meta") for n, m in (shape[2:], shape[2:3] * 2, (7, 5))]

@@ -260,7 +260,7 @@ def test_of_gradients(problem, backend, config, guided):
             weights = expected.weights[image, k]
             stretch = stretch_of_map(activations[image], weights, (31, 24), config, features)
             assert_close(result.maps[image, k], expected.maps[image, k], stretch=stretch)
-            assert_close(result.maps[image, k], one.maps[image], stretch=stretch)
+            assert_close(result.maps[image, k], one.maps[image], stretch=0.2 * stretch)  # 2e-6
 
 
 def test_launches_do_not_grow_with_the_classes(problem, monkeypatch):

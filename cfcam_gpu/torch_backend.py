@@ -17,10 +17,10 @@ from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import coverage, filter_matrix, pooling_weights, window_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
-ROWS_AT_ONCE = 4
-"""Of a product of matrices on a CPU."""
+ROWS_AT_ONCE = 2
+"""Of a product of matrices on a CPU: a map and the mass, so that one class alone pays nothing for others."""
 
-MAP_BYTES_ON_CPU = 2**20
+MAP_BYTES_ON_CPU = 2**21
 """Maps that are resized and scaled at once, so that they stay in the cache in between."""
 
 AFFINITY_BYTES, AFFINITY_BYTES_ON_CPU = 32 * 2**20, 2**20
@@ -302,11 +302,15 @@ def class_map(activations, weights, output_size, config, guide=None):
     """The normalised maps of a batch: (B, H, W) in [0, 1]; (B, K, H, W) of weights (B, K, C)."""
     # As published, the positive part is resized; an averaged sum is resized with its sign.
     grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
-    grids = grid.flatten(0, -3)
-    maps = grids.new_empty(len(grids), *output_size)
-    at_once = max(1, MAP_BYTES_ON_CPU // maps[0].nbytes) if maps.device.type == "cpu" else len(maps)
-    for of_maps, part in zip(maps.split(at_once), grids.split(at_once)):
-        of_maps.copy_(normalize(resize(part, output_size).relu_(), config))
+    grids, n_bytes = grid.flatten(0, -3), math.prod(output_size) * grid.element_size()
+    at_once = max(1, MAP_BYTES_ON_CPU // n_bytes) if grid.device.type == "cpu" else len(grids)
+    parts = (normalize(resize(part, output_size).relu_(), config) for part in grids.split(at_once))
+    if len(grids) <= at_once:
+        maps = next(parts)
+    else:
+        maps = grids.new_empty(len(grids), *output_size)
+        for of_maps, part in zip(maps.split(at_once), parts):
+            of_maps.copy_(part)
     return maps.view(*grid.shape[:-2], *output_size)
 
 
@@ -327,8 +331,9 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)
         rows = weights if weights.ndim == 3 else weights[:, None]
-        if cells.device.type == "cpu":  # as in `row_products`, the rounding depends on how many images go in at once
-            grid = torch.stack([row_products(of_image, image_cells) for of_image, image_cells in zip(rows, cells)])
+        if cells.device.type == "cpu":  # row by row, as in `row_products`
+            sums = [row @ of_image for of_rows, of_image in zip(rows, cells) for row in of_rows]
+            grid = torch.stack(sums).view(*rows.shape[:2], -1)
         else:
             grid = torch.bmm(rows, cells)
         grid = grid if weights.ndim == 3 else grid[:, 0]

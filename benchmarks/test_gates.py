@@ -28,34 +28,33 @@ NAIVE_SPEEDUP = 40
 """Smallest speed-up of the pipeline over the authors' approach."""
 
 
+@pytest.fixture
+def against_forward(gate):
+    """``against_forward(batch, at_most, **options)``: the gate of ``cam.maps`` over a ResNet-50's plain forward."""
+
+    def run(batch, at_most, **options):
+        torch.manual_seed(0)
+        model = torchvision.models.resnet50(weights=None).eval()
+        images = torch.randn(batch, 3, 224, 224)
+        cam = CFCAM(model, [model.layer4[-1]])
+
+        def forward():
+            with torch.no_grad():
+                model(images)
+
+        gate(lambda: cam.maps(images, **options), forward, rounds=20 if batch == 1 else 15, at_most=at_most)
+
+    return run
+
+
 @pytest.mark.parametrize("batch", END_TO_END)
-def test_end_to_end(gate, batch):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet50(weights=None).eval()
-    images = torch.randn(batch, 3, 224, 224)
-    cam = CFCAM(model, [model.layer4[-1]])
-
-    def forward():
-        with torch.no_grad():
-            model(images)
-
-    gate(lambda: cam.maps(images), forward, rounds=20 if batch == 1 else 15, at_most=END_TO_END[batch])
+def test_end_to_end(against_forward, batch):
+    against_forward(batch, END_TO_END[batch])
 
 
 @pytest.mark.parametrize("batch, n_classes", SEVERAL_CLASSES)
-def test_several_classes(gate, batch, n_classes):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet50(weights=None).eval()
-    images = torch.randn(batch, 3, 224, 224)
-    cam = CFCAM(model, [model.layer4[-1]])
-
-    def forward():
-        with torch.no_grad():
-            model(images)
-
-    rounds = 20 if batch == 1 else 15
-    at_most = SEVERAL_CLASSES[batch, n_classes]
-    gate(lambda: cam.maps(images, top=n_classes), forward, rounds=rounds, at_most=at_most)
+def test_several_classes(against_forward, batch, n_classes):
+    against_forward(batch, SEVERAL_CLASSES[batch, n_classes], top=n_classes)
 
 
 @pytest.mark.parametrize("peer", ["pytorch-grad-cam:accelerated", "torch-cam", "captum"])

@@ -29,7 +29,7 @@ def test_ssim_as_scikit_image(dtype, shape, rng):
         options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
         expected = skimage.structural_similarity(*padded, **options)
         assert abs(actual[index].item() - expected) < (1e-5 if dtype == torch.float32 else 1e-10)
-    assert abs(actual[0] - 1) < 1e-6 and actual[2] < 0.6
+    assert abs(actual[0] - 1) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+
+from cfcam_gpu.outputs import find_logits, image_part
 
 Target: TypeAlias = int | Callable[[Any], torch.Tensor]
 """A class index, or a callable that gets the image's output and returns a scalar."""
@@ -126,7 +127,7 @@ class Scores(NamedTuple):
     """Of the one root, for k of the K scores: (k, *root.shape)."""
 
 
-def scores(outputs, targets, batch, margin_temperature=0.0, top=None):
+def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_side=False):
     """The `Scores` of the model's outputs.
 
     Args:
@@ -134,9 +135,10 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None):
         batch: B.
         margin_temperature: of the scores of class indices, as for `HeadCapture`.
         top: the number of classes of highest score to explain, where ``targets`` are None.
+        chosen_side: of a single logit and no targets, the side that was chosen, as for `HeadCapture`.
     """
     if isinstance(targets, tuple):
-        images = (_image_output(outputs, i, batch) for i in range(batch))
+        images = (image_part(outputs, i, batch) for i in range(batch))
         if not isinstance(targets[0], tuple):
             found = (
                 _one_score(f"targets[{i}]", target, image) for i, (target, image) in enumerate(zip(targets, images))
@@ -149,16 +151,7 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None):
         total = torch.stack(rows).sum(0)
         each = torch.eye(len(total), dtype=total.dtype, device=total.device)
         return Scores([total], None, len(total), each.__getitem__)
-    if not isinstance(outputs, torch.Tensor):
-        raise TypeError(
-            f"targets must be one callable per image for a model that returns {_type(outputs)}: class indices and"
-            f" None need a ({batch}, n_classes) tensor"
-        )
-    if outputs.dim() != 2 or len(outputs) != batch:
-        raise ValueError(
-            f"targets must be one callable per image for a model that returns shape {tuple(outputs.shape)}: class"
-            f" indices and None need ({batch}, n_classes)"
-        )
+    outputs = find_logits(outputs, batch)
     logits = outputs.detach()
     if top is not None:
         if top > outputs.shape[1]:
@@ -172,7 +165,10 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None):
     if classes.ndim == 1:
         if margin:
             return Scores([(outputs * margin_cotangent(logits, classes, margin_temperature)).sum()], classes, None)
-        return Scores([outputs.gather(1, classes[:, None]).sum()], classes, None)
+        found = outputs.gather(1, classes[:, None])
+        if chosen_side and targets is None and outputs.shape[1] == 1:
+            found = torch.where(logits < 0, -found, found)
+        return Scores([found.sum()], classes, None)
 
     def cotangents(chosen):
         chosen = classes[:, chosen].T
@@ -214,13 +210,6 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
     others = z.scatter(1, chosen, -torch.inf).softmax(1)
     return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
-
-
-def _image_output(outputs, index, batch):
-    """Image ``index``'s part of the model's outputs."""
-    if isinstance(outputs, list) and len(outputs) == batch:
-        return outputs[index]
-    return tree_map_only(torch.Tensor, lambda t: t[index] if t.dim() and len(t) == batch else t, outputs)
 
 
 def _one_score(name, target, output):

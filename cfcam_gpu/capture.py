@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -19,9 +19,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
+from cfcam_gpu import obstacles
 from cfcam_gpu.guides import AUTO, Guides
+from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
+from cfcam_gpu.outputs import map_tensors
 from cfcam_gpu.targets import Targets, check_targets, check_top, scores
 
 GuideLayer: TypeAlias = nn.Module | str | None | Sequence[nn.Module | str | None]
@@ -39,8 +43,8 @@ class Capture:
     """What one pass gives: the model's outputs, and per target layer its activations and gradients.
 
     Attributes:
-        outputs: what the model returned, in the same structure (dicts, lists, tuples and what else is registered
-            with ``torch.utils._pytree``), every tensor detached; objects of other classes as they are.
+        outputs: what the model returned, in containers of the same types (tuples, dicts, dataclasses and others, see
+            `cfcam_gpu.outputs`), every tensor detached.
         activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype.
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
@@ -82,6 +86,8 @@ class HeadCapture:
         guided: False checks ``guide_layer`` and captures no guide.
         margin_temperature: of the score of class indices and of None; 0 (default) for the logit, above for the margin
             (`margin_cotangent`).
+        chosen_side: of a model with a single logit (B, 1), and without targets, explain the side that was chosen: the
+            logit where it is 0 or more, minus the logit where it is below. Default: the logit.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module`` or is scripted or traced; ``target_layers`` is no list of modules;
@@ -106,6 +112,7 @@ class HeadCapture:
         guide_layer: GuideLayer = None,
         guided: bool = True,
         margin_temperature: float = 0.0,
+        chosen_side: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
@@ -123,15 +130,21 @@ class HeadCapture:
             raise TypeError(f"reshape_transform must be None or callable, got {_type(reshape_transform)}")
         self.target_layers = tuple(_unwrap(layer) for layer in target_layers)
         if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.target_layers)):
-            raise TypeError("model and target_layers must be eager modules, got scripted or traced, which run no hooks")
+            raise TypeError(
+                "model and target_layers must be eager modules, got scripted or traced, which run no hooks; take the"
+                " module that they were made from"
+            )
         self.reshape_transform = reshape_transform
         self.margin_temperature = margin_temperature
+        self.chosen_side = chosen_side
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
         self._guides = guides if guided else None
         self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
         self._batched_backward = True
+        self._inference_weights = False
+        self._without_values = obstacles.without_values(self.model)
         self._calls: Counter[nn.Module] = Counter()
         self._taps: dict[nn.Module, _Tap] = {}
         self._rooted: list[torch.Tensor] = []
@@ -150,7 +163,7 @@ class HeadCapture:
 
     def __call__(
         self,
-        input_tensor: torch.Tensor,
+        input_tensor: ModelInput | Inputs,
         targets: Targets = None,
         *,
         several: bool = False,
@@ -160,14 +173,17 @@ class HeadCapture:
         """Run the model once and return a :class:`Capture`.
 
         Args:
-            input_tensor: (B, ...) floating-point tensor, B >= 1; moved to the model's device, its dtype is kept.
+            input_tensor: (B, ...) tensor, B >= 1; or a tuple of the model's arguments or a dict of its keyword
+                arguments, one of which is the batch of images (`check_inputs` says which). Tensors are moved to the
+                model's device, their dtypes are kept.
             targets: None for each image's top class; or one target per image: class indices in [0, n_classes) as a
                 list, tuple or array of ints or as an integer tensor (B,) on any device; or callables, each of which
                 gets its image's output and returns a one-element tensor (pytorch-grad-cam's target classes work
-                as they are). Indices and None need a (B, n_classes) output. From an output that is not one tensor,
-                image i's is the same structure with every tensor of B rows indexed at [i] and all else as it is;
-                but a list of length B holds one element per image, as detection models return it. Indices on an
-                accelerator are not range-checked, which would make the host wait for the device.
+                as they are). Indices and None need logits (B, n_classes): the output, what it calls logits, or its
+                only such tensor. From an output that is not one tensor, image i's is the same structure with every
+                tensor of B rows indexed at [i] and all else as it is; but a list of length B holds one element per
+                image, as detection models return it. Indices on an accelerator are not range-checked, which would
+                make the host wait for the device.
             several: allow K targets an image: an integer tensor or array (B, K), or B lists of K indices or of K
                 callables. The backward takes as many of the classes at once as fit into `HEAD_BYTES`, on a CPU
                 `HEAD_BYTES_ON_CPU`; through a head that cannot take several, one after the other.
@@ -177,33 +193,49 @@ class HeadCapture:
                 all be in memory. Default: the gradients themselves.
 
         Raises:
-            TypeError: ``input_tensor`` is no floating-point tensor; ``targets`` are not of the kinds above; a layer's
-                output is not of the kinds above; indices or None while the output is not one tensor.
-            ValueError: the batch is empty; a wrong number of targets; a class index out of range; a callable's result
-                without exactly one element; a layer did not run, has activations that are not (B, C, h, w) or
-                have a single grid cell, or does not influence the score; a score that no gradient flows back from.
+            TypeError: ``input_tensor`` is of another kind, or integers that the model does not take; ``targets`` are
+                not of the kinds above; a layer's output is not of the kinds above; an output whose images cannot be
+                told apart.
+            ValueError: there is no batch of images, or it is empty; a wrong number of targets; a class index out of
+                range; indices or None while the output has no logits, or several tensors that could be them; a
+                callable's result without exactly one element; a layer did not run, has activations that are not
+                (B, C, h, w) or have a single grid cell, or does not influence the score; a score that no gradient
+                flows back from; weights without values, quantised or sharded where that is what failed.
             RuntimeError: from autograd, where the head cannot be differentiated (reentrant checkpointing).
         """
-        batch = _check_input(input_tensor)
+        inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
+        batch = len(inputs.images)
         with eager_without_grad():
             targets, top = check_targets(targets, batch, several), check_top(top, targets)
             while True:
                 try:
-                    captured = self._pass(input_tensor, targets, batch, top, pool)
+                    with _normal_weights() if self._inference_weights else nullcontext():
+                        captured = self._pass(inputs, targets, batch, top, pool)
                     if self._guides is None or not self._guides.must_repeat():
                         return captured
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    if self._inference_weights or not obstacles.has_inference_weights(self.model):
+                        cause = obstacles.why_failed(self.model, inputs.images, error)
+                        if cause is None:
+                            raise
+                        raise cause from error
+                    self._inference_weights = True  # once more, with weights that autograd takes
                 finally:
                     self.release()
 
-    def _pass(self, input_tensor, targets, batch, top, pool):
+    def _pass(self, inputs, targets, batch, top, pool):
         """The `Capture` of one forward and one backward."""
         # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
         for layer in self._names:
             self._handles.append(layer.register_forward_hook(self._tap))
+        if not inputs.images.is_meta:
+            self._handles += [layer.register_forward_pre_hook(obstacles.refuse_meta) for layer in self._without_values]
         if self._guides is not None:
             # Behind the taps, so that a guide which is a target layer too is seen as the model goes on with it.
             self._handles += self._guides.register(named_modules(self.model))
-        outputs = self._forward(input_tensor)
+        outputs = self._forward(inputs)
         taps = [self._taps[layer] for layer in self.target_layers]
         activations = tuple(
             self._to_grid(layer, tap.activations, batch) for layer, tap in zip(self.target_layers, taps)
@@ -212,13 +244,13 @@ class HeadCapture:
         if self._guides is not None:
             guides = tuple(map(self._guides.of, range(len(taps)), self.target_names, activations))
         with torch.enable_grad():
-            found = scores(outputs, targets, batch, self.margin_temperature, top)
+            found = scores(outputs, targets, batch, self.margin_temperature, top, self.chosen_side)
         edges = [tap.edge for tap in taps]
         if found.n_classes is None:
             gradients = tuple(map(self._reshaped, self._differentiate(found.roots, edges)))
         else:
             gradients = self._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
-        outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        outputs = map_tensors(torch.Tensor.detach, outputs)
         return Capture(outputs, activations, gradients, guides, found.classes)
 
     def _reshaped(self, gradient):
@@ -244,17 +276,17 @@ class HeadCapture:
     def __exit__(self, *exception):
         self.release()
 
-    def _forward(self, input_tensor):
+    def _forward(self, inputs):
         """The model's raw outputs, from a pass in which every target layer was tapped at its last call."""
-        device = _device(self.model, input_tensor)
+        device = _device(self.model, inputs.images)
         while True:
             self._calls, self._taps = Counter(), {}
             if self._guides is not None:
                 self._guides.begin()
-            # A private copy: the model may change its input in place, and it may be needed again.
-            private = input_tensor.to(device, copy=True)
+            # Private copies: the model may change its input in place, and it may be needed again.
+            args, kwargs = inputs.copies(device)
             with torch.set_grad_enabled(self._grad_from_start):
-                outputs = self.model(private)
+                outputs = self.model(*args, **kwargs)
                 # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
                 # like, encloses the layer and has just restored what it found; it must find autograd on.
                 switched_off = not torch.is_grad_enabled()
@@ -262,7 +294,7 @@ class HeadCapture:
                 if not self._calls[layer]:
                     raise ValueError(
                         f"target layer {name!r} did not run in the forward pass (or ran where no hook sees it: its"
-                        " forward() called directly, or scripted code)"
+                        f" forward() called directly, or scripted code){obstacles.why_not_run(self.model, name)}"
                     )
             if len(self._taps) < len(self._names):
                 self._last_call = {}  # fewer calls than last time: tap every call
@@ -281,7 +313,12 @@ class HeadCapture:
         if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
             raise TypeError(
                 f"target layer {self._names[layer]!r} must return a floating-point tensor, or a tuple or list that"
-                f" starts with one, got {_describe(output)}"
+                f" starts with one, got {_describe(output)}{obstacles.why_not_floating(first)}"
+            )
+        if obstacles.is_sharded(first):
+            raise TypeError(
+                f"target layer {self._names[layer]!r} must return a plain tensor, got a DTensor, which is sharded: take"
+                " a layer whose output every rank has whole"
             )
         with torch.inference_mode(False), torch.enable_grad():
             # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
@@ -326,6 +363,7 @@ class HeadCapture:
             raise ValueError(
                 "the score must be differentiable, got one that no gradient flows back from (argmax, detach, integer"
                 " outputs, or torch.no_grad or reentrant checkpointing in the model?)"
+                f"{obstacles.why_no_gradient(self.model)}"
             )
         if cotangents is None:
             gradients = torch.autograd.grad(roots, edges, allow_unused=True)
@@ -336,6 +374,7 @@ class HeadCapture:
                 raise ValueError(
                     f"the score does not depend on target layer {self._names[layer]!r}: expected a layer on the way"
                     " to the score, outside what stops gradients (detach, torch.no_grad, reentrant checkpointing)"
+                    f"{obstacles.why_no_gradient(self.model)}"
                 )
         return gradients
 
@@ -478,21 +517,31 @@ def eager_without_grad():
         yield
 
 
-def _check_input(input_tensor):
-    """The batch size of a valid input."""
-    if not isinstance(input_tensor, torch.Tensor):
-        raise TypeError(f"input_tensor must be a torch.Tensor, got {_type(input_tensor)}")
-    if not input_tensor.is_floating_point():
-        raise TypeError(f"input_tensor must be floating point, got {input_tensor.dtype}")
-    if input_tensor.dim() == 0 or len(input_tensor) == 0:
-        raise ValueError(f"input_tensor must have shape (B, ...) with B >= 1, got {tuple(input_tensor.shape)}")
-    return len(input_tensor)
+class _normal_weights(TorchFunctionMode):
+    """Gives every operation normal tensors in the place of inference tensors, with the same memory.
+
+    Weights made under ``torch.inference_mode`` cannot be saved for a backward. The mode is the thread's own, and the
+    model is left alone. What asks whether a tensor is one of them gets the truth.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.is_inference:
+            args, kwargs = tree_map(_as_normal, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-def _device(model, input_tensor):
+def _as_normal(value):
+    if not (isinstance(value, torch.Tensor) and value.is_inference()):
+        return value
+    with torch.inference_mode(False):
+        memory = value.untyped_storage(), value.storage_offset(), value.shape, value.stride()
+        return torch.empty(0, dtype=value.dtype, device=value.device).set_(*memory)
+
+
+def _device(model, images):
     """Where the model's first parameter or buffer is; a model without any runs where its input is."""
     tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors if not tensor.is_meta), input_tensor.device)
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), images.device)
 
 
 def _unwrap(module):

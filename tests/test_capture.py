@@ -864,8 +864,12 @@ def test_bad_model_and_transform():
 @pytest.mark.parametrize(
     "x, error, message",
     [
-        (np.zeros((2, 3, 8, 8)), TypeError, "input_tensor must be a torch.Tensor, got ndarray"),
-        (torch.zeros(2, 3, 8, 8).byte(), TypeError, "input_tensor must be floating point, got torch.uint8"),
+        (np.zeros((2, 3, 8, 8)), TypeError, "input_tensor must be a torch.Tensor, or a tuple or dict .*, got ndarray"),
+        (
+            torch.zeros(2, 3, 8, 8).byte(),
+            TypeError,
+            "what the model takes, and it failed on torch.uint8; .* divide by 255",
+        ),
         (torch.zeros(0, 3, 8, 8), ValueError, r"B >= 1, got \(0, 3, 8, 8\)"),
         (torch.tensor(1.0), ValueError, r"B >= 1, got \(\)"),
     ],
@@ -913,8 +917,14 @@ def test_bad_targets(targets, error, message):
 @pytest.mark.parametrize(
     "wrap, error, message",
     [
-        (lambda t: {"logits": t}, TypeError, r"callable per image .* returns dict: .* a \(2, n_classes\) tensor"),
-        (lambda t: [t, t], TypeError, "returns list"),
+        (
+            lambda t: {"out": t[:, :, None, None]},
+            ValueError,
+            r"returns dict: .*, got out: \(2, 4, 1, 1\) torch.float32$",
+        ),
+        (lambda t: {"logits": t[:1]}, ValueError, r"need \(2, n_classes\), called logits .* got logits: \(1, 4\)"),
+        (lambda t: [t, t + 1], ValueError, r"returns list: .*, got \[0\]: \(2, 4\) torch.float32, \[1\]: \(2, 4\)"),
+        (lambda t: "text", TypeError, r"returns str: class indices and None need \(2, n_classes\)$"),
         (lambda t: t[:, :, None], ValueError, r"returns shape \(2, 4, 1\): .* need \(2, n_classes\)"),
         (lambda t: t.flatten()[:, None], ValueError, r"returns shape \(8, 1\)"),
         (lambda t: t.detach(), ValueError, "the score must be differentiable"),

@@ -12,6 +12,8 @@ from torch import nn
 from cfcam_gpu import checks, pipeline, torch_backend
 from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
+from cfcam_gpu.notices import Notices
 from cfcam_gpu.targets import Targets
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class CFCAM:
 
     Args:
         model: a ``torch.nn.Module``. It runs in the mode it is in: call ``model.eval()`` first. Nothing about it is
-            changed: no hook stays, no ``.grad`` is filled.
+            changed: no hook stays, no ``.grad`` is filled. Its output is logits (B, n_classes), or holds them, see
+            ``targets`` of `maps`.
         target_layers: list of the model's modules to explain; each gives (B, C, h, w). Of a layer that runs more
             than once in a forward pass, the last run counts.
         reshape_transform: turns a layer's output into (B, C, h, w), for transformers.
@@ -34,19 +37,27 @@ class CFCAM:
         config, backend, clustering, check_finite: as for `cf_cam`.
 
     Attributes:
-        outputs: the model's raw outputs of the latest call, detached; None before the first.
+        outputs: the model's raw outputs of the latest call, detached, in containers of the same types; None before the
+            first.
         classes: the class indices that the latest call explained, int64 (B,) or (B, K) on the outputs' device; None
-            before the first call, and where the targets are callables.
+            before the first call, and where the targets are callables. Of a single logit (B, 1) always 0.
         target_names: the target layers' names.
         guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
             of an object that is to find them.
 
     The score is the margin of the class over the classes that it is confused with (`CFCAMConfig.margin_temperature`)
-    for class indices and for None, on outputs of two classes or more. A callable target is taken as it is, and of a
-    model with one output the logit.
+    for class indices and for None, on outputs of two classes or more. A callable target is taken as it is. The classes
+    of a multi-label model do not compete: ``CFCAMConfig(margin_temperature=0)`` explains the plain logit. Of a single
+    logit (B, 1), index 0 is the positive class; None explains the side that was chosen, the logit where it is 0 or more
+    and minus the logit where it is below, so that the sign of `outputs` says which.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model.
+
+    Warns:
+        UserWarning: once per object, that the model is in training mode, where it has batch norm or dropout; and once,
+            that a map is zero everywhere, of which image and why. Of maps on a GPU that is said in a later call, or
+            when `outputs` is read, because the call does not wait for them.
 
     >>> with CFCAM(model, target_layers=[model.layer4[-1]]) as cam:
     ...     maps = cam.maps(images, targets=[285, 282])  # images (2, 3, 224, 224)
@@ -68,8 +79,9 @@ class CFCAM:
     ) -> None:
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self.outputs: Any = None
+        self._outputs: Any = None
         self.classes: torch.Tensor | None = None
+        self._notices = Notices()
         self._capture = HeadCapture(
             model,
             target_layers,
@@ -77,7 +89,13 @@ class CFCAM:
             guide_layer=guide_layer,
             guided=self.config.averages,
             margin_temperature=self.config.margin_temperature,
+            chosen_side=True,
         )
+
+    @property
+    def outputs(self) -> Any:
+        self._notices.poll(stacklevel=3)
+        return self._outputs
 
     @property
     def target_names(self) -> list[str]:
@@ -87,39 +105,57 @@ class CFCAM:
     def guide_names(self) -> list[str] | None:
         return self._capture.guide_names
 
-    def maps(self, input_tensor: torch.Tensor, targets: Targets = None, top: int | None = None) -> torch.Tensor:
+    def maps(
+        self, input_tensor: ModelInput | None = None, targets: Targets = None, top: int | None = None, **inputs: Any
+    ) -> torch.Tensor:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
-            input_tensor: (B, ..., H, W), floating point.
+            input_tensor: the images (B, ..., H, W), of any dtype that the model takes. Of a model with several inputs a
+                tuple of them, a dict by their names, or one of them with the rest as keywords. The images, which give B
+                and (H, W), are then this argument where it is a tensor of three dimensions or more, else the first
+                input (B, C, H, W); without such the first of most dimensions. For a model that takes one dict write
+                ``(inputs,)``.
             targets: None (the top class of each image), a list of class indices, a LongTensor (B,), or one callable
                 per image that gets the image's output and returns a scalar. K of them for each image, all explained in
-                one pass: a LongTensor (B, K), or a list of B lists of K indices or K callables.
+                one pass: a LongTensor (B, K), or a list of B lists of K indices or K callables. Indices and None need
+                logits (B, n_classes): the output itself, what it calls ``logits``, or the only such tensor that it
+                holds. A callable gets the output with every tensor of B rows, however it is held, indexed at its image.
             top: instead of targets, the K classes of highest score of each image, best first; `classes` has them.
+            inputs: further arguments of the model by their names; what it calls ``targets`` or ``top`` goes into a dict
+                as the first argument.
 
         Returns:
             (B, H, W) float32 in [0, 1] (float64 for a float64 model), scaled as ``config.normalize`` says; of K targets
             an image (B, K, H, W). Several layers: the mean of their maps, scaled again.
 
         Raises:
-            ValueError: a wrong number of targets, a class out of range, more classes than there are, a callable among
-                several whose score has no gradient, a layer that did not run or has no grid, NaN.
-            TypeError: the input or a target is of the wrong kind.
+            ValueError: a wrong number of targets, a class out of range, more classes than there are, an output without
+                logits or with several tensors that could be them, a callable among several whose score has no gradient,
+                a layer that did not run or has no grid, no batch of images among the inputs, NaN.
+            TypeError: the input or a target is of the wrong kind, or the model has no input of that name.
 
+        >>> cam.maps(pixel_values=images, input_ids=texts).shape  # images (2, 3, 224, 224), texts (2, 77)
+        torch.Size([2, 224, 224])
         >>> cam.maps(images, top=5).shape, cam.classes.shape  # images (2, 3, 224, 224)
         (torch.Size([2, 5, 224, 224]), torch.Size([2, 5]))
         """
-        size = input_tensor.shape[-2:]
+        checked = check_inputs(input_tensor, inputs, self._capture.model)
+        size, captured = checked.images.shape[-2:], self._run(checked, targets, top)
         layers = [
             pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices).maps
-            for activations, gradients, guide in self._run(input_tensor, targets, top)
+            for activations, gradients, guide in captured
         ]
-        if len(layers) == 1:
-            return layers[0]
-        mean = torch.stack(layers).mean(0)
-        return torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
+        maps = layers[0]
+        if len(layers) > 1:
+            mean = torch.stack(layers).mean(0)
+            maps = torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
+        self._notices.of_zero_maps(maps, captured, stacklevel=3)
+        return maps
 
-    def __call__(self, input_tensor: torch.Tensor, targets: Targets = None, top: int | None = None) -> np.ndarray:
+    def __call__(
+        self, input_tensor: ModelInput | None = None, targets: Targets = None, top: int | None = None, **inputs: Any
+    ) -> np.ndarray:
         """The maps as pytorch-grad-cam returns them: C-contiguous NumPy float32 (B, H, W), or (B, K, H, W).
 
         Args, Raises: as for `maps`. Each layer's map is scaled to (x - min) / (1e-7 + max) on its grid, resized and
@@ -127,12 +163,14 @@ class CFCAM:
 
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
-        grids, backend = [], self._choices["backend"]
-        for activations, gradients, guide in self._run(input_tensor, targets, top):
+        checked = check_inputs(input_tensor, inputs, self._capture.model)
+        grids, backend, captured = [], self._choices["backend"], self._run(checked, targets, top)
+        for activations, gradients, guide in captured:
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             grids.append(pipeline.class_grid(activations, weights, config=self.config, guide=guide, backend=backend))
-        maps = pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], backend=backend)
-        return maps.float().cpu().numpy()
+        maps = pipeline.grad_cam_maps(grids, checked.images.shape[-2:], backend=backend).float().cpu()
+        self._notices.of_zero_maps(maps, captured, stacklevel=3)
+        return maps.numpy()
 
     def capture(
         self, example_input: torch.Tensor, targets: torch.Tensor | None = None, top: int | None = None
@@ -140,7 +178,7 @@ class CFCAM:
         """One CUDA graph of `maps` for a fixed shape, for inference where every launch counts.
 
         Args:
-            example_input: (B, ..., H, W) on a CUDA or ROCm device.
+            example_input: (B, ..., H, W) on a CUDA or ROCm device; one tensor, the model's only input.
             targets: LongTensor (B,) or (B, K) on that device, to give the targets at every replay; or None, for the top
                 class.
             top: instead of targets, the number of classes of highest score to explain.
@@ -160,10 +198,12 @@ class CFCAM:
 
         return cuda_graph.capture(self, example_input, targets, top)
 
-    def _run(self, input_tensor, targets, top):
+    def _run(self, inputs: Inputs, targets, top):
+        self._notices.poll(stacklevel=4)
+        self._notices.of_training(self._capture.model, stacklevel=4)
         pool = partial(pipeline.pool_gradients, config=self.config, **self._choices)
-        capture = self._capture(input_tensor, targets, several=True, top=top, pool=pool)
-        self.outputs, self.classes = capture.outputs, capture.classes
+        capture = self._capture(inputs, targets, several=True, top=top, pool=pool)
+        self._outputs, self.classes = capture.outputs, capture.classes
         return list(zip(capture.activations, capture.gradients, capture.guides))
 
     def release(self) -> None:

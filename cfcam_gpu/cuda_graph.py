@@ -12,7 +12,7 @@ WARM_UP_CALLS = 3
 
 
 class CapturedCFCAM:
-    """What `CFCAM.capture` returns: call it with a batch of the captured shape.
+    """What `CFCAM.capture` returns: call it with a batch of the captured shape. It does not warn of maps of zeros.
 
     Attributes:
         maps: (B, H, W), or (B, K, H, W), the maps of the latest call; the next call overwrites them.

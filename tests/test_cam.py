@@ -178,10 +178,10 @@ def state(model):
         ({"targets": [1, 2]}, ValueError, "expected 3, got 2"),
         ({"targets": [1, 2, 1000]}, ValueError, r"class indices in \[0, 1000\), got 1000"),
         ({"targets": [lambda output: output] * 3}, ValueError, r"one-element tensor, got shape \(1000,\)"),
-        ({"input_tensor": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}, TypeError, "floating point, got torch.uint8"),
+        ({"input_tensor": torch.zeros(2, 3, 64, 64, dtype=torch.uint8)}, TypeError, "it failed on torch.uint8"),
         ({"input_tensor": torch.zeros(0, 3, 64, 64)}, ValueError, r"B >= 1, got \(0, 3, 64, 64\)"),
         ({"input_tensor": torch.full((1, 3, 64, 64), torch.nan)}, ValueError, "activations must be finite"),
-        ({"input_tensor": np.zeros((1, 3, 64, 64))}, TypeError, "input_tensor must be a torch.Tensor, got ndarray"),
+        ({"input_tensor": np.zeros((1, 3, 64, 64))}, TypeError, "input_tensor must be a torch.Tensor, .* got nd"),
     ],
 )
 def test_nothing_is_left_behind(resnet18, images, arguments, error, message):
@@ -245,8 +245,8 @@ def test_callable_targets_on_dictionaries(images):
     cam = CFCAM(model, [model[0]])
     maps = cam.maps(images, targets=[lambda output: output["logits"][2]] * 3)
     assert maps.shape == (3, 96, 64) and cam.outputs["logits"].shape == (3, 5)
-    with pytest.raises(TypeError, match="one callable per image for a model that returns dict"):
-        cam.maps(images, targets=[2, 2, 2])
+    plain = CFCAMConfig(margin_temperature=0)
+    assert torch.equal(CFCAM(model, [model[0]], config=plain).maps(images, targets=[2, 2, 2]), maps)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A block may have a comment on the line before it:
 - ``<!-- raises -->``: it raises what the next ``text`` block says, "ValueError: ...".
 - ``<!-- raises: without a GPU -->``: there it does; elsewhere it is not run.
 - ``<!-- logs -->``: it logs what the next ``text`` block says.
+- ``<!-- warns -->``: it gives the warning that the next ``text`` block says, "UserWarning: ...".
 
 All blocks of a page share a namespace, which begins as `namespace` makes it. Pretrained weights of torchvision are
 replaced by random ones.
@@ -123,6 +124,10 @@ def run_page(page, blocks, caplog):
             with pytest.raises(Exception) as caught:
                 exec(code, names)
             assert f"{caught.type.__name__}: {caught.value}\n" == said.body, where
+        elif block.note == "warns":
+            with pytest.warns() as given:
+                exec(code, names)
+            assert [f"{each.category.__name__}: {each.message}\n" for each in given] == [said.body], where
         else:
             caplog.clear()
             with caplog.at_level(logging.WARNING, "cfcam_gpu"):
@@ -146,7 +151,7 @@ def test_few_blocks_are_not_run_and_each_says_why():
     blocks = python_blocks()
     not_run = [block for block in blocks if block.reason is not None]
     assert all(block.reason.startswith(REASONS) for block in not_run)
-    assert all(re.fullmatch(r"not run: .+|raises(: without a GPU)?|logs|end|", block.note) for block in blocks), (
+    assert all(re.fullmatch(r"not run: .+|raises(: without a GPU)?|logs|warns|end|", block.note) for block in blocks), (
         "a note that means nothing"
     )
     assert len(blocks) > 30 and len(not_run) < 0.1 * len(blocks)
@@ -166,6 +171,10 @@ def test_a_block_that_fails_or_says_something_else_is_found(caplog):
         run((raising % "so").replace("raise ValueError('so')", "pass"))
     with pytest.raises(AssertionError, match="page.md:3"):
         run("<!-- logs -->\n```python\npass\n```\n\n```text\nso\n```\n")
+    warning = "<!-- warns -->\n```python\nimport warnings\nwarnings.warn('so')\n```\n\n```text\nUserWarning: %s\n```\n"
+    assert run(warning % "so") == 1
+    with pytest.raises(AssertionError, match="page.md:3"):
+        run(warning % "other")
     assert run("<!-- not run: downloads weights -->\n```python\n1 / 0\n```\n") == 0
     indented = textwrap.indent(raising % "so", "    ")
     assert run(f"- item\n\n{indented}") == 1

@@ -54,11 +54,10 @@ def adjacency_kernel(
         column = tile_column * TILE + index
         offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
         distances = tl.load(distances_ptr + offset)
-        inside = (row[:, None] < n_rows) & (column[None, :] < n_rows)
-        near = inside & (distances <= radius)
-        # The distance at the next rank: the other end of eps's interpolation.
+        near = tl.abs(distances) <= radius
+        # The distance at the next rank, of pairs alone: the other end of eps's interpolation.
         bits = distances.to(tl.int32, bitcast=True)
-        beyond = tl.where(inside & (row[:, None] != column[None, :]) & (bits > below_bits), bits, LARGEST_INT32)
+        beyond = tl.where(bits > below_bits, bits, LARGEST_INT32)
         tl.atomic_min(above_ptr + image, tl.min(tl.min(beyond, axis=1), axis=0), sem="relaxed")
 
         WORDS: tl.constexpr = TILE // 32

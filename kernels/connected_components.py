@@ -1,13 +1,13 @@
 """DBSCAN's labels from the bit masks: components of the core channels, numbered as scikit-learn does; and eps.
 
-One program an image. Trees grow by hooking: first every core points at its smallest core neighbour; then, in
-rounds, every core with a neighbour outside its own tree hooks the larger root of the two under the smaller one, until
-no core has any. What is outside a tree is one AND NOT with the tree's own mask, 32 channels at a time. Roots are the
-smallest of their trees, so that the order of the roots is the order of scikit-learn's clusters; a border channel
-takes the lowest-numbered cluster among its core neighbours. The result does not depend on the order of
-execution: hooking takes minima, masks are unions.
+One program an image. Trees grow by hooking: first every core points at its smallest core neighbour; then, while there is
+more than one tree, in rounds every core with a neighbour outside its own tree hooks the larger root of the two under
+the smaller one, until no core has any. The cores outside of a tree are a mask, so that a look for them is one AND of 32
+channels, and only the first word that is not 0 is looked at closer. Roots are the smallest of their trees, so that the
+order of the roots is the order of scikit-learn's clusters; a border channel takes the lowest-numbered cluster among its
+core neighbours. The result does not depend on the order of execution: hooking takes minima, masks are exclusive ORs.
 
-Floor: R^2 / 8 bytes read a round, of which the typical image needs three.
+Floor: R^2 / 8 bytes read for the first hooks and twice that a round, of which a dense graph needs none.
 """
 
 import torch
@@ -17,17 +17,37 @@ import triton.language as tl
 from cfcam_gpu.kernels.constants import LARGEST_FLOAT32_BITS, LARGEST_INT32, NOISE
 from cfcam_gpu.kernels.launch import next_power_of_2
 
-WORDS_PER_STEP = 8192
-"""Mask words that one step of a loop over rows holds in registers."""
+ROWS = {64: 64, 128: 128, 256: 256, 512: 256, 1024: 256, 2048: 128, 4096: 16}
+"""Rows of one step of a loop over rows, for every block of rows: what the registers hold."""
+
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+"""All that 16 warps can have: left to itself, the CUDA assembler takes fewer, for a second program, and spills some."""
+
+CHUNK = tl.constexpr(16)
+"""Words of a row in such a step."""
 
 
 @triton.jit
-def lowest_bit(words, word):
-    """Position of the lowest set bit of each row of words (R, W); the largest int32 where there is none."""
+def lowest_bit(words):
+    """Position of the lowest set bit of each word, which is not 0."""
     # The lowest bit alone is a power of two, whose float32 exponent is its position.
     alone = (words & (-words)).to(tl.uint32, bitcast=True).to(tl.float32)
-    position = word[None, :] * 32 + (alone.to(tl.int32, bitcast=True) >> 23) - 127
-    return tl.min(tl.where(words != 0, position, LARGEST_INT32), axis=1)
+    return (alone.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def first_words(bits_ptr, mask_ptr, mask_row, in_rows, start, n_used, ROWS: tl.constexpr, N_WORDS: tl.constexpr):
+    """Of the rows from ``start`` on, the first word that has a bit of the row's mask; N_WORDS where none has."""
+    row = start + tl.arange(0, ROWS)
+    first = tl.full([ROWS, CHUNK], N_WORDS, tl.int32)
+    # From the last word to the first, so that the first to be found is what stays.
+    for step in tl.static_range((N_WORDS + CHUNK - 1) // CHUNK):
+        word = (N_WORDS + CHUNK - 1) // CHUNK * CHUNK - CHUNK * (step + 1) + tl.arange(0, CHUNK)
+        wanted = in_rows[:, None] & (word < n_used)[None, :]
+        near = tl.load(bits_ptr + row[:, None] * N_WORDS + word[None, :], mask=wanted, other=0)
+        mask = tl.load(mask_ptr + mask_row[:, None] * N_WORDS + word[None, :], mask=wanted, other=0)
+        first = tl.where((near & mask) != 0, word[None, :], first)
+    return tl.min(first, axis=1)
 
 
 @triton.jit
@@ -40,27 +60,33 @@ def connected_components_kernel(
     fraction_ptr,
     below_ptr,
     above_ptr,
-    tree_ptr,
-    root_ptr,
-    hook_ptr,
+    others_ptr,
+    core_ptr,
+    scratch_ptr,
     labels_ptr,
     eps_ptr,
     eps_floor,
     n_channels,
-    max_rows,
-    n_words,
+    MAX_ROWS: tl.constexpr,
+    N_WORDS: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LOG_BLOCK_R: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    bits_ptr += image * max_rows * n_words
-    tree_ptr += image * max_rows * n_words
-    degree_ptr += image * max_rows
-    member_ptr += image * max_rows
-    root_ptr += image * max_rows
-    hook_ptr += image * max_rows
+    bits_ptr += image * MAX_ROWS * N_WORDS
+    others_ptr += image * MAX_ROWS * N_WORDS
+    core_ptr += image * N_WORDS
+    degree_ptr += image * MAX_ROWS
+    member_ptr += image * MAX_ROWS
+    # Known distances between them: one address of a row serves for all five.
+    root_ptr = scratch_ptr + image * 5 * MAX_ROWS
+    tree_ptr = root_ptr + MAX_ROWS
+    first_ptr = root_ptr + 2 * MAX_ROWS
+    hook_ptr = root_ptr + 3 * MAX_ROWS
+    word_ptr = root_ptr + 4 * MAX_ROWS
     labels_ptr += image * n_channels
     n_rows = tl.load(n_rows_ptr + image)
     min_samples = tl.load(min_samples_ptr + n_rows)
@@ -77,99 +103,121 @@ def connected_components_kernel(
     tl.store(eps_ptr + image, tl.maximum(eps, eps_floor))
 
     row = tl.arange(0, BLOCK_R)
-    word = tl.arange(0, BLOCK_R // 32)
+    in_image = row < n_rows
     # Of one row alone no neighbours were written.
-    used_word = (word < tl.cdiv(n_rows, TILE) * (TILE // 32)) & (n_rows > 1)
-    is_core = (row < n_rows) & (tl.load(degree_ptr + row, mask=row < n_rows, other=0) >= min_samples)
+    n_used = tl.where(n_rows > 1, tl.cdiv(n_rows, TILE) * (TILE // 32), 0)
+    is_core = in_image & (tl.load(degree_ptr + row, mask=in_image, other=0) >= min_samples)
+    word = tl.arange(0, BLOCK_R // 32)
     core_bits = tl.reshape(is_core.to(tl.int32), [BLOCK_R // 32, 32]) << tl.arange(0, 32)[None, :]
     core_word = tl.sum(core_bits, axis=1)
+    tl.store(core_ptr + word, core_word, mask=word < N_WORDS)
+    tl.debug_barrier()
 
-    # Every core under its smallest core neighbour, itself included.
+    # The smallest core neighbour of every row: a core's tree hooks there, a border row's first cluster is there.
     start = 0
     while start < n_rows:
         r = start + tl.arange(0, ROWS)
-        in_rows = r < n_rows
-        loaded = in_rows[:, None] & used_word[None, :]
-        near = tl.load(bits_ptr + r[:, None] * n_words + word[None, :], mask=loaded, other=0) & core_word[None, :]
-        core = in_rows & (tl.load(degree_ptr + r, mask=in_rows, other=0) >= min_samples)
-        tl.store(hook_ptr + r, tl.where(core, lowest_bit(near, word), r), mask=in_rows)
+        first_word = first_words(bits_ptr, core_ptr, r * 0, r < n_rows, start, n_used, ROWS, N_WORDS)
+        tl.store(word_ptr + r, first_word, mask=r < n_rows)
         start += ROWS
     tl.debug_barrier()
-    root = tl.load(hook_ptr + row, mask=row < n_rows, other=0)
-    root = tl.where(row < n_rows, root, row)
+    found = tl.load(word_ptr + row, mask=in_image, other=N_WORDS)
+    reaches = in_image & (found < N_WORDS)
+    near = tl.load(bits_ptr + row * N_WORDS + found, mask=reaches, other=0)
+    near &= tl.load(core_ptr + found, mask=reaches, other=0)
+    first = tl.where(reaches, found * 32 + lowest_bit(near), row)
+    # What a round needs of it is read again: held in registers over the rounds, some of them would be spilled.
+    tl.store(first_ptr + row, first, mask=in_image)
+    root = tl.where(is_core, first, row)
     for _ in tl.static_range(LOG_BLOCK_R):
         root = tl.gather(root, root, 0)
 
-    n_outside = tl.sum(is_core.to(tl.int32), axis=0)
-    while n_outside > 0:
+    # Of each tree the cores outside of it, as a mask; and of each row the first word that has one of them.
+    n_trees = tl.sum((is_core & (root == row)).to(tl.int32), axis=0)
+    looked = n_trees > 1
+    n_hooks = n_trees - 1
+    while n_hooks > 0:
+        first = tl.load(first_ptr + row, mask=in_image, other=0)
+        tree = tl.where(is_core | (first != row), tl.gather(root, first, 0), -1)
+        tl.store(tree_ptr + row, tree, mask=in_image)
+        tl.store(root_ptr + row, tl.where(is_core, root, -1), mask=in_image)
+        tl.store(hook_ptr + row, row, mask=in_image)
         tl.debug_barrier()
-        tl.store(root_ptr + row, root, mask=row < n_rows)
-        tl.store(hook_ptr + row, row, mask=row < n_rows)
-        tl.debug_barrier()
-        # The mask of each tree, in the row of its root.
         start = 0
         while start < n_rows:
             r = start + tl.arange(0, ROWS)
-            own = tl.load(root_ptr + r, mask=r < n_rows, other=-1) == r
-            empty = tl.zeros([ROWS, BLOCK_R // 32], tl.int32)
-            cleared = own[:, None] & used_word[None, :]
-            tl.store(tree_ptr + r[:, None] * n_words + word[None, :], empty, mask=cleared)
+            is_root = tl.load(root_ptr + r, mask=r < n_rows, other=-1) == r
+            for step in tl.static_range((N_WORDS + CHUNK - 1) // CHUNK):
+                w = step * CHUNK + tl.arange(0, CHUNK)
+                every = tl.broadcast_to(tl.load(core_ptr + w, mask=w < n_used, other=0)[None, :], [ROWS, CHUNK])
+                written = is_root[:, None] & (w < n_used)[None, :]
+                tl.store(others_ptr + r[:, None] * N_WORDS + w[None, :], every, mask=written)
             start += ROWS
         tl.debug_barrier()
-        tl.atomic_or(tree_ptr + root * n_words + row // 32, 1 << (row % 32), mask=is_core)
+        tl.atomic_xor(others_ptr + root * N_WORDS + row // 32, 1 << (row % 32), mask=is_core, sem="relaxed")
         tl.debug_barrier()
-        n_outside = n_outside * 0
         start = 0
         while start < n_rows:
             r = start + tl.arange(0, ROWS)
-            in_rows = r < n_rows
-            core = in_rows & (tl.load(degree_ptr + r, mask=in_rows, other=0) >= min_samples)
-            loaded = core[:, None] & used_word[None, :]
-            near = tl.load(bits_ptr + r[:, None] * n_words + word[None, :], mask=loaded, other=0) & core_word[None, :]
-            mine = tl.load(root_ptr + r, mask=core, other=0)
-            tree = tl.load(tree_ptr + mine[:, None] * n_words + word[None, :], mask=loaded, other=0)
-            other = lowest_bit(near & ~tree, word)
-            touches = core & (other < n_rows)
-            theirs = tl.load(root_ptr + other, mask=touches, other=0)
-            tl.atomic_min(hook_ptr + tl.maximum(mine, theirs), tl.minimum(mine, theirs), mask=touches)
-            n_outside += tl.sum(touches.to(tl.int32), axis=0)
+            in_tree = tl.load(tree_ptr + r, mask=r < n_rows, other=-1)
+            first_word = first_words(bits_ptr, others_ptr, in_tree, in_tree >= 0, start, n_used, ROWS, N_WORDS)
+            tl.store(word_ptr + r, first_word, mask=r < n_rows)
             start += ROWS
         tl.debug_barrier()
-        hook = tl.load(hook_ptr + row, mask=row < n_rows, other=0)
-        hook = tl.where(row < n_rows, hook, row)
+        outside = tl.load(word_ptr + row, mask=is_core, other=N_WORDS)
+        touches = is_core & (outside < N_WORDS)
+        near = tl.load(bits_ptr + row * N_WORDS + outside, mask=touches, other=0)
+        near &= tl.load(others_ptr + root * N_WORDS + outside, mask=touches, other=0)
+        theirs = tl.gather(root, tl.where(touches, outside * 32 + lowest_bit(near), row), 0)
+        tl.atomic_min(hook_ptr + tl.maximum(root, theirs), tl.minimum(root, theirs), mask=touches, sem="relaxed")
+        n_hooks = tl.sum(touches.to(tl.int32), axis=0)
+        tl.debug_barrier()
+        hook = tl.load(hook_ptr + row, mask=in_image, other=0)
+        hook = tl.where(in_image, hook, row)
         for _ in tl.static_range(LOG_BLOCK_R):
             hook = tl.gather(hook, hook, 0)
         root = tl.gather(hook, root, 0)
+        n_trees = tl.sum((is_core & (root == row)).to(tl.int32), axis=0)
+        n_hooks = tl.where(n_trees > 1, n_hooks, 0)
+        tl.debug_barrier()
 
-    # The trees of the last round are the clusters, and their masks stand.
+    # The trees of the last round are the clusters; of those that a border row is near to, it takes the first.
     is_root = (is_core & (root == row)).to(tl.int32)
     cluster = tl.gather(tl.cumsum(is_root, axis=0) - 1, root, 0)
-    channel = tl.load(member_ptr + row, mask=row < n_rows, other=0)
-    tl.store(labels_ptr + channel, cluster, mask=is_core)
-    tl.debug_barrier()
-    tl.store(hook_ptr + row, cluster, mask=row < n_rows)
-    tl.debug_barrier()
-    start = 0
-    while start < n_rows:
-        r = start + tl.arange(0, ROWS)
-        in_rows = r < n_rows
-        border = in_rows & (tl.load(degree_ptr + r, mask=in_rows, other=0) < min_samples)
-        loaded = border[:, None] & used_word[None, :]
-        near = tl.load(bits_ptr + r[:, None] * n_words + word[None, :], mask=loaded, other=0) & core_word[None, :]
-        lowest = tl.full([ROWS], LARGEST_INT32, tl.int32)
-        left = tl.max(tl.max((near != 0).to(tl.int32), axis=1), axis=0)
-        while left > 0:
-            # One adjacent cluster a turn: note its number, then take all of its channels out.
-            other = lowest_bit(near, word)
-            touches = other < n_rows
-            lowest = tl.minimum(lowest, tl.load(hook_ptr + other, mask=touches, other=LARGEST_INT32))
-            theirs = tl.load(root_ptr + other, mask=touches, other=0)
-            gone = touches[:, None] & used_word[None, :]
-            near = near & ~tl.load(tree_ptr + theirs[:, None] * n_words + word[None, :], mask=gone, other=0)
-            left = tl.max(tl.max((near != 0).to(tl.int32), axis=1), axis=0)
-        c = tl.load(member_ptr + r, mask=border, other=0)
-        tl.store(labels_ptr + c, tl.where(lowest < LARGEST_INT32, lowest, NOISE), mask=border)
-        start += ROWS
+    first = tl.load(first_ptr + row, mask=in_image, other=0)
+    reaches = in_image & (is_core | (first != row))
+    several = reaches & (tl.load(word_ptr + row, mask=in_image & looked & (n_trees > 1), other=N_WORDS) < N_WORDS)
+    channel = tl.load(member_ptr + row, mask=in_image, other=0)
+    label = tl.where(reaches, tl.gather(cluster, first, 0), NOISE)
+    tl.store(labels_ptr + channel, label, mask=in_image & (~several))
+    n_several = tl.sum(several.to(tl.int32), axis=0)
+    if n_several > 0:
+        tl.debug_barrier()
+        tl.store(hook_ptr + tl.cumsum(several.to(tl.int32), axis=0) - 1, row, mask=several)
+        tl.store(first_ptr + row, cluster, mask=in_image)
+        tl.debug_barrier()
+        start = 0
+        while start < n_several:
+            listed = start + tl.arange(0, WIDE_ROWS)
+            r = tl.load(hook_ptr + listed, mask=listed < n_several, other=0)
+            wanted = (listed < n_several)[:, None] & (word < n_used)[None, :]
+            masks = tl.load(bits_ptr + r[:, None] * N_WORDS + word[None, :], mask=wanted, other=0) & core_word[None, :]
+            lowest = tl.full([WIDE_ROWS], LARGEST_INT32, tl.int32)
+            left = tl.max(tl.max((masks != 0).to(tl.int32), axis=1), axis=0)
+            while left > 0:
+                # One adjacent cluster a turn: note its root, then take all of its channels out.
+                position = tl.where(masks != 0, word[None, :] * 32 + lowest_bit(masks), LARGEST_INT32)
+                other = tl.min(position, axis=1)
+                adjacent = other < n_rows
+                their_root = tl.load(root_ptr + other, mask=adjacent, other=0)
+                lowest = tl.where(adjacent, tl.minimum(lowest, their_root), lowest)
+                kept = adjacent[:, None] & (word < n_used)[None, :]
+                masks &= tl.load(others_ptr + their_root[:, None] * N_WORDS + word[None, :], mask=kept, other=0)
+                left = tl.max(tl.max((masks != 0).to(tl.int32), axis=1), axis=0)
+            c = tl.load(member_ptr + r, mask=listed < n_several, other=0)
+            cluster_of = tl.load(first_ptr + lowest, mask=listed < n_several, other=0)
+            tl.store(labels_ptr + c, cluster_of, mask=listed < n_several)
+            start += WIDE_ROWS
 
 
 def connected_components(bits, degree, member, n_rows, min_samples, fraction, below, above, eps_floor, labels, tile):
@@ -183,11 +231,11 @@ def connected_components(bits, degree, member, n_rows, min_samples, fraction, be
     """
     batch, max_rows, n_words = bits.shape
     options = {"dtype": torch.int32, "device": bits.device}
-    tree = torch.empty(batch, max_rows, n_words, **options)
-    root, hook = torch.empty(2, batch, max_rows, **options)
+    others = torch.empty(batch, max_rows, n_words, **options)
+    core = torch.empty(batch, n_words, **options)
+    scratch = torch.empty(batch, 5, max_rows, **options)
     eps = torch.empty(batch, dtype=torch.float32, device=bits.device)
     block_r = max(next_power_of_2(max_rows), tile)
-    # At most 64 or 128 rows a step: with more, and short ones, some versions of the compiler spill a register or two.
     connected_components_kernel[(batch,)](
         bits,
         degree,
@@ -197,19 +245,21 @@ def connected_components(bits, degree, member, n_rows, min_samples, fraction, be
         fraction,
         below,
         above,
-        tree,
-        root,
-        hook,
+        others,
+        core,
+        scratch,
         labels,
         eps,
         eps_floor,
         labels.shape[1],
-        max_rows,
-        n_words,
+        MAX_ROWS=max_rows,
+        N_WORDS=n_words,
         TILE=tile,
-        ROWS=min(WORDS_PER_STEP // (block_r // 32), 64 if block_r <= 256 else 128),
+        ROWS=ROWS[block_r],
+        WIDE_ROWS=max(1, min(4096 // (block_r // 32), 64)),
         BLOCK_R=block_r,
         LOG_BLOCK_R=block_r.bit_length() - 1,
         num_warps=16,
+        **REGISTERS,
     )
     return eps

@@ -85,26 +85,18 @@ def order_statistic_kernel(
             tl.store(remaining_ptr + image * 2 + (PASS - 1), remaining)
 
         SHIFT: tl.constexpr = FIRST_SHIFT - DIGIT_BITS * PASS
-        index = tl.arange(0, TILE)
-        counts = tl.zeros([DIGIT_BINS], tl.int32)
-        for step in tl.static_range(TILES_PER_PROGRAM):
-            tile = program * TILES_PER_PROGRAM + step
-            tile_row, tile_column = tile_of(tile)
-            row = tile_row * TILE + index
-            column = tile_column * TILE + index
-            rows_here = tl.where(tile < n_tiles_used, n_rows, 0)
-            pair = (row[:, None] < column[None, :]) & (column[None, :] < rows_here)
-            offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
-            bits = tl.load(distances_ptr + offset, mask=pair, other=0.0).to(tl.int32, bitcast=True)
-            wanted = pair & ((bits >> (SHIFT + DIGIT_BITS)) == prefix)
-            digit = (bits >> SHIFT) & (DIGIT_BINS - 1)
-            # Not every release's histogram takes a mask: count unwanted values in bin 0, then subtract.
-            n_unwanted = tl.sum(tl.sum((~wanted).to(tl.int32), axis=1), axis=0)
-            counts += tl.histogram(tl.reshape(tl.where(wanted, digit, 0), [TILE * TILE]), DIGIT_BINS)
-            counts -= tl.where(tl.arange(0, DIGIT_BINS) == 0, n_unwanted, 0)
-        bins = tl.arange(0, DIGIT_BINS)
+        tile = program * TILES_PER_PROGRAM + tl.arange(0, TILES_PER_PROGRAM)
+        offset = (image * n_tiles + tile)[:, None] * (TILE * TILE) + tl.arange(0, TILE * TILE)[None, :]
+        used = (tile < n_tiles_used)[:, None]
+        bits = tl.load(distances_ptr + offset, mask=used, other=float("-inf")).to(tl.uint32, bitcast=True)
+        # Unsigned, whatever has another prefix is behind the last bin, and so is what is no pair: it has a sign.
+        first = (prefix << (SHIFT + DIGIT_BITS)).to(tl.uint32)
+        digit = tl.minimum((bits - first) >> SHIFT, DIGIT_BINS).to(tl.int32)
+        counts = tl.histogram(tl.reshape(digit, [TILES_PER_PROGRAM * TILE * TILE], can_reorder=True), 2 * DIGIT_BINS)
+        bins = tl.arange(0, 2 * DIGIT_BINS)
         OFFSET: tl.constexpr = SECOND_OFFSET if PASS == 1 else LAST_OFFSET
-        tl.atomic_add(histogram_ptr + OFFSET + bins, counts, mask=counts != 0, sem="relaxed")
+        wanted = (counts != 0) & (bins < DIGIT_BINS)
+        tl.atomic_add(histogram_ptr + OFFSET + bins, counts, mask=wanted, sem="relaxed")
 
 
 def refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, tile):

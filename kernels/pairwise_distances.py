@@ -61,16 +61,16 @@ def pairwise_distances_kernel(
             row_scale = 1.0 / tl.sqrt_rn(row_norm)
             column_scale = 1.0 / tl.sqrt_rn(column_norm)
 
+        # Rows of padding have the values of channel 0, which nobody looks at: without masks a load is one instruction.
         of_cell = transposed_ptr + image * n_cells * N_CHANNELS
         squared = tl.zeros([4, 4, SIDE, SIDE], tl.float32)
         start = 0
-        while start < n_cells:
+        while start + CELLS <= n_cells:
             # Summed in short runs first: the error of one long float32 sum would grow with the grid.
             partial = tl.zeros([4, 4, SIDE, SIDE], tl.float32)
             for step in tl.static_range(CELLS):
-                inside = start + step < n_cells
-                x = tl.load(of_cell + row_channel + step * N_CHANNELS, mask=in_rows & inside, other=0.0)
-                y = tl.load(of_cell + column_channel + step * N_CHANNELS, mask=in_columns & inside, other=0.0)
+                x = tl.load(of_cell + row_channel + step * N_CHANNELS)
+                y = tl.load(of_cell + column_channel + step * N_CHANNELS)
                 if UNIT:
                     x *= row_scale
                     y *= column_scale
@@ -79,11 +79,24 @@ def pairwise_distances_kernel(
             squared += partial
             start += CELLS
             of_cell += CELLS * N_CHANNELS
+        while start < n_cells:
+            x = tl.load(of_cell + row_channel)
+            y = tl.load(of_cell + column_channel)
+            if UNIT:
+                x *= row_scale
+                y *= column_scale
+            difference = x[:, None, :, None] - y[None, :, None, :]
+            squared += difference * difference
+            start += 1
+            of_cell += N_CHANNELS
         distances = tl.sqrt_rn(squared)
-        offset = within[:, None, :, None] * TILE + within[None, :, None, :]
-        tl.store(distances_ptr + (image * n_tiles + tile) * TILE * TILE + offset, distances)
-
         pair = (row[:, None, :, None] < column[None, :, None, :]) & in_columns[None, :, None, :]
+        # The sign tells what is no pair, a channel and itself or a pair the other way round; infinity what is no channel.
+        inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
+        stored = tl.where(pair, distances, tl.where(inside, -distances, float("-inf")))
+        offset = within[:, None, :, None] * TILE + within[None, :, None, :]
+        tl.store(distances_ptr + (image * n_tiles + tile) * TILE * TILE + offset, stored)
+
         digit = distances.to(tl.int32, bitcast=True) >> FIRST_SHIFT
         n_others = tl.sum(tl.reshape((~pair).to(tl.int32), [TILE * TILE], can_reorder=True), axis=0)
         bins = tl.arange(0, FIRST_BINS)
@@ -94,6 +107,9 @@ def pairwise_distances_kernel(
 
 def pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit):
     """Distances float32 (B, n_tiles, TILE, TILE) of the upper tiles, numbered column by column.
+
+    What is no pair of two channels in ascending order has a negative sign: a distance the other way round, -0 on the
+    diagonal, minus infinity beyond the channels there are.
 
     Args:
         transposed: float32 (B, h * w, C).
@@ -131,6 +147,7 @@ def distance_matrices(distances, n_rows):
     """The tiles as one symmetric float64 (R, R) matrix per image; for checks, and engines on the host."""
     batch, n_tiles = distances.shape[:2]
     columns = next(c for c in range(1, n_tiles + 1) if c * (c + 1) // 2 == n_tiles)
+    distances = distances.abs()
     whole = distances.new_zeros(batch, columns, TILE, columns, TILE, dtype=torch.float64)
     tile = 0
     for column in range(columns):

@@ -86,11 +86,51 @@ def test_many_clusters_and_borders(rng):
 
 
 def test_components_in_several_steps(rng, monkeypatch):
-    monkeypatch.setattr(connected_components, "WORDS_PER_STEP", 64)  # steps of 16 rows instead of all at once
+    monkeypatch.setitem(connected_components.ROWS, 128, 16)  # rows of a step, instead of all at once
     for kind in ("blobs", "line", "zeros"):
         rows = torch.from_numpy(clustering_rows(rng, 100, kind))
         config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=3.0, min_samples_fraction=0.03)
         check_labels(rows[None, :, :, None], config)
+
+
+@pytest.mark.parametrize("n_clusters", [2, 5])
+def test_border_channels_of_several_clusters(n_clusters, rng):
+    # On a line: clusters of 20, all within 1 of each other, and between two of them one that is near to 4 of each.
+    centres = 3.0 * np.arange(n_clusters)
+    rows = np.concatenate([(centres[:, None] + [0, 0.25, 0.5, 0.75, 1] * 4).ravel(), centres[:-1] + 2])
+    rows = torch.from_numpy(rng.permutation(rows).astype(np.float32))
+    n_near = (torch.pdist(rows[:, None]) <= 1).sum().item()
+    percentile = 100 * (n_near - 1) / (len(rows) * (len(rows) - 1) // 2 - 1)
+    config = CFCAMConfig(dominant_percentile=100.0, eps_percentile=percentile, min_samples_fraction=12 / len(rows))
+    assert check_labels(rows[None, :, None, None], config) == [n_clusters]
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's loads are watched")
+def test_of_one_channel_no_neighbours_are_read(monkeypatch):
+    # One channel is left to cluster: no one has written its neighbours.
+    from triton.runtime import interpreter
+
+    read, kernel = [], connected_components.connected_components_kernel
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def watched(self, pointers, mask, *rest):
+        read.append(pointers.data[mask.data])
+        return load(self, pointers, mask, *rest)
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(bits, *args, **kwargs):
+                monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
+                kernel[grid](bits, *args, **kwargs)
+                addresses = np.concatenate([each.ravel() for each in read]).astype(np.int64)
+                inside = (addresses >= bits.data_ptr()) & (addresses < bits.data_ptr() + bits.nbytes)
+                assert len(addresses) and not inside.any()
+
+            return launch
+
+    monkeypatch.setattr(connected_components, "connected_components_kernel", Watched())
+    labels, _ = triton_backend.cluster_channels(activations_like((2, 2, 3, 3), 0.0), CFCAMConfig(), "batched")
+    assert read and labels.shape == (2, 2)
 
 
 def test_a_chain_needs_many_rounds(rng):

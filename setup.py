@@ -25,6 +25,7 @@ PEERS = {
     "torchcam": ["torchcam>=0.5"],
     "captum": ["captum>=0.9"],
 }
+HEIF = ["pillow-heif"]
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
@@ -71,6 +72,7 @@ setup(
     extras_require={
         "reference": REFERENCE,
         "demo": DEMO,
+        "heif": HEIF,
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,

@@ -36,6 +36,7 @@ PACKAGES = (
     _extra("cuml", ("cuml-cu13", "cuml-cu12", "cuml"), "cuml"),
     Package("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "optional: only for CuPy arrays"),
     _extra("PIL", ("pillow",), "demo"),
+    _extra("pillow_heif", ("pillow-heif",), "heif"),
     _extra("matplotlib", ("matplotlib",), "demo"),
     _extra("tqdm", ("tqdm",), "demo"),
     _extra("skimage", ("scikit-image",), "demo"),

@@ -1,6 +1,7 @@
 """Photographs in, pictures out: robust loading, heat-map overlays, captioned panels and atomic writes."""
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,21 @@ from cfcam_gpu.checks import did_you_mean, needs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".hif"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".jp2", ".pgm", ".ppm"),
+)
 """What counts as an image when a folder is listed; a file that is named is always tried."""
+
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+"""What instruments record; the numbers are stored in 16 bits all the same."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, PLANAR, SAMPLE_FORMAT = 258, 262, 274, 284, 339
+SMALLEST_SAMPLE, LARGEST_SAMPLE = 340, 341
+"""TIFF tags; the last two are SMinSampleValue and SMaxSampleValue."""
+
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Bytes 8 to 12 of a HEIF file, whatever its extension."""
 
 MARGIN = 0.03
 """White space around the panels of ``side_by_side``, as a share of their height."""
@@ -41,11 +55,20 @@ def _pillow():
 def load_image(path: str | os.PathLike) -> "Image":
     """The first frame of an image file as the viewer is meant to see it: upright, opaque, 8-bit RGB.
 
-    EXIF rotation is applied and transparency is laid over white. 16-bit greyscale is divided by 257, so that
-    65535 becomes 255; wider integers and floats outside [0, 1] are stretched from their own minimum to maximum.
+    The EXIF or TIFF orientation is applied, transparency is laid over white, and what a TIFF file stores with 0 for
+    white is inverted. Of greyscale in more than 8 bits, integers or floats, and of 16-bit colours in a TIFF file, black
+    and white are the first of these that holds all pixels:
+
+    1. a TIFF file's own SMinSampleValue (or 0) and SMaxSampleValue;
+    2. floats: 0 and 1; integers: 0 and the largest number of as many bits as a TIFF file's BitsPerSample, if below 16,
+       else of 8, 10, 12, 14 or 16 bits. So a scan of 12 bits in a 16-bit file is not nearly black, and neither is a
+       dark photograph of 16 bits whose pixels all fit in 12;
+    3. the smallest and the largest pixel.
 
     Args:
-        path: the file, in any format that Pillow reads.
+        path: the file, in any format that Pillow reads. HEIC and HEIF need the package pillow-heif. TIFF files of
+            float16 or float64, and of 16-bit colours, are read by tifffile, which comes with scikit-image; without it
+            16-bit colours keep 8 bits, unless those are not enough.
 
     Returns:
         PIL image, mode "RGB".
@@ -54,26 +77,32 @@ def load_image(path: str | os.PathLike) -> "Image":
         FileNotFoundError: there is no such file.
         ValueError: it is a folder, is empty, is no image, is cut short or has too many pixels; the message
             begins with the path.
-        ImportError: Pillow is not installed.
+        ImportError: Pillow is not installed; or the file needs pillow-heif or tifffile, which is not.
 
     >>> load_image("cat.jpg").mode
     'RGB'
     """
     PIL = _pillow()
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        n_bytes = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed, a null character
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not path.is_file():
         raise ValueError(f"{path}: expected an image file, got a {'folder' if path.is_dir() else 'special file'}")
-    if not path.stat().st_size:
+    if not n_bytes:
         raise ValueError(f"{path}: the file is empty")
     try:
         with catch_warnings():
             # Pillow warns at half its limit: 100-megapixel photographs are no attack.
             simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(path) as image:
-                image.load()
-                return _rgb(PIL.ImageOps.exif_transpose(image))
+            # Not by its name: of a file that it maps into memory, Pillow turns a TIFF's rows and columns wrongly.
+            with open(path, "rb") as file:
+                return _decode(path, file)
+    except ImportError:
+        raise
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image in a known format") from error
     except PIL.Image.DecompressionBombError as error:
@@ -82,10 +111,83 @@ def load_image(path: str | os.PathLike) -> "Image":
         raise ValueError(f"{path}: cannot be decoded: {error or type(error).__name__}") from error
 
 
+def _decode(path, file):
+    PIL = _pillow()
+    try:
+        image = PIL.Image.open(file)
+    except PIL.UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(12)
+        if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
+            image = _open_heif(path)
+        elif head[4:12] in (b"ftypavif", b"ftypavis"):
+            from PIL import features
+
+            if "avif" in features.modules and features.check("avif"):
+                raise
+            raise ValueError("AVIF needs Pillow 11.3 or later, built with it") from None
+        elif head[:4] in (b"II*\0", b"MM\0*"):
+            try:
+                import tifffile  # noqa: F401
+            except ImportError as error:
+                raise ImportError(f"{path}: a TIFF file that Pillow cannot read: {needs('tifffile')}") from error
+            return _rgb(_read_tiff(path))
+        else:
+            raise
+    with image:
+        tags = getattr(image, "tag_v2", {})
+        if image.mode in ("RGB", "RGBA") and set(tags.get(BITS_PER_SAMPLE, ())) == {16}:
+            return _rgb(_read_deep_colours(path, image))
+        tags = dict(tags)  # when it is loaded, a TIFF image is turned upright and loses some
+        image.load()
+        upright = PIL.ImageOps.exif_transpose(image)
+        if upright.mode == "F" or upright.mode.startswith("I"):
+            upright = PIL.Image.fromarray(_eight_bit(np.asarray(upright), tags))
+        return _rgb(upright)
+
+
+def _open_heif(path):
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise ImportError(f"{path}: HEIC and HEIF: {needs('pillow-heif', 'heif')}") from error
+    return HeifImageFile(path)
+
+
+def _read_deep_colours(path, image):
+    """16-bit colours by tifffile: Pillow keeps their high bytes, and of separate planes the low ones."""
+    PIL = _pillow()
+    planar = image.tag_v2.get(PLANAR, 1)
+    try:
+        return _read_tiff(path)
+    except Exception as error:  # tifffile is missing, or what it needs for this compression
+        image.load()
+        if planar != 1 or max(high for _, high in image.convert("RGB").getextrema()) < 64:
+            raise ValueError(f"its 16-bit colours need tifffile: {error}") from error
+    return PIL.ImageOps.exif_transpose(image)
+
+
+def _read_tiff(path):
+    PIL = _pillow()
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        values, tags = page.asarray(), {tag.code: tag.value for tag in page.tags}
+        values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
+    if values.ndim == 2:
+        image = PIL.Image.fromarray(_eight_bit(values, tags))
+    elif values.ndim == 3 and values.shape[2] in (3, 4):
+        parts = [_eight_bit(part, tags) for part in (values[..., :3], values[..., 3:]) if part.size]
+        image = PIL.Image.fromarray(np.concatenate(parts, axis=2))
+    else:
+        raise ValueError(f"expected greyscale or RGB, got shape {values.shape}")
+    image.getexif()[ORIENTATION] = tags.get(ORIENTATION, 1)
+    return PIL.ImageOps.exif_transpose(image)
+
+
 def _rgb(image):
     PIL = _pillow()
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = PIL.Image.fromarray(_eight_bit(np.asarray(image), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
@@ -93,14 +195,36 @@ def _rgb(image):
     return image.convert("RGB")
 
 
-def _eight_bit(values, mode):
+def _eight_bit(values, tags):
+    """Integers of more than 8 bits, or floats, as 0 to 255 (uint8); ``tags`` are a TIFF file's, or empty."""
+    if values.dtype == np.int32 and _first(tags, BITS_PER_SAMPLE) == 32 and _first(tags, SAMPLE_FORMAT, 1) == 1:
+        values = values.view(np.uint32)  # Pillow has no mode for it
+    floating = values.dtype.kind == "f"
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("the pixels must be finite, got NaN or infinity")
-    low, high = 0.0, 1.0 if mode == "F" else 65535.0
-    if values.min() < low or values.max() > high:
-        low, high = values.min(), values.max()
-    return np.rint(255.0 * ((values - low) / max(high - low, 1e-300))).astype(np.uint8)
+    low, high = _black_and_white(values.min(), values.max(), floating, tags)
+    levels = np.rint(255.0 * ((values - low) / max(high - low, 1e-300))).astype(np.uint8)
+    return 255 - levels if _first(tags, PHOTOMETRIC) == 0 else levels
+
+
+def _black_and_white(smallest, largest, floating, tags):
+    choices = [(_first(tags, SMALLEST_SAMPLE, 0), _first(tags, LARGEST_SAMPLE, 0))]
+    if floating:
+        choices.append((0, 1))
+    else:
+        stored = _first(tags, BITS_PER_SAMPLE, 16)
+        choices += [(0, 2**bits - 1) for bits in (*([stored] if stored < 16 else []), *BIT_DEPTHS)]
+    fitting = ((low, high) for low, high in choices if low < high and low <= smallest and largest <= high)
+    return next(fitting, (smallest, largest))
+
+
+def _first(tags, code, default=None):
+    """A tag's value, of the first channel where it has one for each."""
+    value = tags.get(code)
+    if isinstance(value, (tuple, list, np.ndarray)):
+        value = value[0] if len(value) else None
+    return default if value is None else value
 
 
 def overlay(image: "Image", heatmap: Any, colormap: str = "inferno", alpha: float = 0.7) -> "Image":
@@ -226,7 +350,9 @@ def side_by_side(panels: Sequence["Image"], captions: Sequence[str]) -> "Image":
     for panel, width, caption in zip(panels, widths, captions):
         panel = panel.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS)
         canvas.paste(panel, (left, margin))
-        text, font = _fitted(" ".join(str(caption).split()), width, font_size)
+        # File names may hold bytes that are no characters.
+        caption = str(caption).encode("utf-8", "replace").decode()
+        text, font = _fitted(" ".join(caption.split()), width, font_size)
         draw.text((left + width / 2, margin + height + band / 2), text, fill="black", font=font, anchor="mm")
         left += width + margin
     return canvas
@@ -272,7 +398,8 @@ def save_image(image: "Image", path: str | os.PathLike) -> None:
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file beside ``path`` that takes its place when the block ends, and vanishes when it raises."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not the whole name: with more before and behind it, it may be too long for the file system.
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file

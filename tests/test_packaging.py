@@ -25,7 +25,7 @@ def run(*command, **options):
     return process.stdout
 
 
-EXTRAS = {"reference", "demo", "cuml", "metrics", "bench", "docs", "lint", "test"}
+EXTRAS = {"reference", "demo", "heif", "cuml", "metrics", "bench", "docs", "lint", "test"}
 EXTRAS |= {peer.extra for peer in PEERS.values()}
 
 

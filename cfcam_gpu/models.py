@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cfcam_gpu import class_names as naming
 from cfcam_gpu.checks import did_you_mean, needs
 from cfcam_gpu.layers import (
     TargetLayer,
@@ -31,6 +32,7 @@ __all__ = [
     "TargetLayer",
     "TokensToMap",
     "channels_last_to_map",
+    "default_preprocess",
     "find_target_layer",
     "get_layer",
     "imagenet_class_names",
@@ -41,19 +43,26 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+DEFAULT_SIZE, DEFAULT_RESIZE = 224, 256
+"""Crop and resize, in pixels, of a model that does not say what it was trained with."""
+
 SPECS = "demo, torchvision:NAME, timm:NAME or package.module:callable"
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, crop at the centre, normalise: called with a PIL image, returns a (3, H, W) float32 tensor.
+    """Resize, crop at the centre, normalise: called with a PIL image, returns a (C, H, W) float32 tensor.
 
     Args:
         size: (H, W) of the network's input.
         resize: (H, W) that the image covers after the resize, its aspect ratio kept; at least ``size``, the default.
         squash: resize to exactly ``resize`` instead, whatever the image's aspect ratio; default False.
-        mean, std: three floats each, for pixels in [0, 1]; default ImageNet's.
+        mean, std: floats for pixels in [0, 1], three each for RGB (default ImageNet's), or one each for a network of
+            one channel, which gets the image in grey.
         interpolation: "bilinear", "bicubic" or another of Pillow's resampling names; default "bilinear".
+
+    Raises:
+        ValueError: mean and std are not three floats each, nor one each.
 
     >>> Preprocess((224, 224), resize=(256, 256))(photo).shape
     torch.Size([3, 224, 224])
@@ -65,6 +74,15 @@ class Preprocess:
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
     interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            got = f"{len(self.mean)} and {len(self.std)}"
+            raise ValueError(f"mean and std must hold 3 values each, or 1 each for a grey image, got {got}")
+
+    @property
+    def _mode(self):
+        return "L" if len(self.mean) == 1 else "RGB"
 
     def _box(self, image):
         """(left, top, right, bottom) of the crop in the image's own pixels, rounded as torchvision rounds."""
@@ -83,15 +101,17 @@ class Preprocess:
         from PIL.Image import Resampling
 
         # Only the crop is computed: a 1 x 10000 image would otherwise be two million pixels tall on the way.
-        image = image.convert("RGB").resize(self.size[::-1], Resampling[self.interpolation.upper()], self._box(image))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        resampling, box = Resampling[self.interpolation.upper()], self._box(image)
+        image = image.convert(self._mode).resize(self.size[::-1], resampling, box)
+        pixels = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
     def seen(self, image):
-        """The region of a PIL image that the network sees, in the photograph's own resolution."""
+        """The region of a PIL image that the network sees, in the photograph's own resolution; grey if it sees grey."""
         left, top, right, bottom = self._box(image)
         left, top = round(min(left, image.width - 1)), round(min(top, image.height - 1))
-        return image.crop((left, top, max(left + 1, round(right)), max(top + 1, round(bottom))))
+        region = image.crop((left, top, max(left + 1, round(right)), max(top + 1, round(bottom))))
+        return region if self._mode == "RGB" else region.convert("L").convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -100,20 +120,25 @@ class LoadedModel:
 
     Attributes:
         model: module in evaluation mode, on its device.
-        preprocess: PIL image -> (3, H, W) float32 tensor.
+        preprocess: PIL image -> (C, H, W) float32 tensor.
         seen: PIL image -> PIL image of the region that the network sees.
-        class_names: list of strings, or None when the classes have no known names.
+        class_names: list of strings, or dictionary {index: string}, or None when the classes have no known names.
     """
 
     model: nn.Module
     preprocess: Callable
     seen: Callable
-    class_names: list | None = None
+    class_names: list | dict | None = None
 
     def class_name(self, index, n_classes):
         """Name of class ``index`` among ``n_classes``; "class 7" when it has none."""
         names = self.class_names or (imagenet_class_names() if n_classes == 1000 else None)
-        return names[index] if names and len(names) == n_classes else f"class {index}"
+        return naming.of_class(names, index) if naming.fit(names, n_classes) else f"class {index}"
+
+    def side_name(self, positive):
+        """Name of a side of a model with one output: of two class names the second is the positive side's, of one name
+        its own; "positive" and "negative" without."""
+        return naming.of_side(self.class_names if naming.fit(self.class_names, 1) else None, positive)
 
 
 def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
@@ -127,19 +152,23 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
               ``torchvision:NAME:random`` takes random weights instead and ``torchvision:NAME:FILE.pth`` a state
               dict in a file (the same for timm);
             - ``package.module:callable``: called without arguments, returns a module, ``(module, preprocess)`` or
-              ``(module, preprocess, class_names)``. The current folder is searched first. Without a preprocess the
-              input is ImageNet's: resize to 256, crop 224.
+              ``(module, preprocess, class_names)``, the names as `cfcam_gpu.class_names.class_names` takes them. The
+              current folder is searched first. Without a preprocess, the size and what else the model's own
+              configuration tells (timm's, transformers', torchvision's ``image_size``), else ImageNet's: resize to
+              256, crop 224; in grey where the first convolution takes one channel. A preprocess that does not make the
+              picture grey for such a network gets it in grey (mode "L").
 
-            With 1000 classes and no names of their own, classes take ImageNet's names.
+            Classes without names take those of the model's ``config.id2label``, and 1000 classes ImageNet's.
         device: where the model goes; default "cpu".
 
     Returns:
         LoadedModel.
 
     Raises:
-        ValueError: the spec or its name is unknown (the message offers close matches), or a state dict does not
-            fit the model.
-        TypeError: the callable cannot be called, or returns no module.
+        ValueError: the spec or its name is unknown (the message offers close matches), a state dict does not fit the
+            model, the model takes neither one channel nor three and comes without a preprocess, or the class names
+            cannot be read.
+        TypeError: the callable cannot be called, or returns no module, or no class names.
         ImportError: a package is missing; the message says how to install it.
         OSError: the pretrained weights cannot be had, or the state dict's file cannot be read.
 
@@ -201,8 +230,10 @@ def _torchvision(name, weights):
         std=tuple(recipe.std),
         interpolation=recipe.interpolation.value,
     )
+    # Without pretrained weights a vision transformer would be built for 224 pixels, whatever these take.
+    size = {"image_size": preprocess.size[0]} if name.startswith("vit_") else {}
     model = _with_weights(
-        "torchvision", name, weights, lambda on: models.get_model(name, weights=pretrained if on else None)
+        "torchvision", name, weights, lambda on: models.get_model(name, weights=pretrained if on else None, **size)
     )
     return LoadedModel(model, preprocess, preprocess.seen, list(pretrained.meta["categories"]))
 
@@ -215,17 +246,70 @@ def _timm(name, weights):
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     model = _with_weights("timm", name, weights, lambda on: timm.create_model(name, pretrained=on))
-    recipe = timm.data.resolve_data_config(model=model)
-    size = recipe["input_size"][1:]
-    preprocess = Preprocess(
-        size=size,
-        resize=tuple(math.floor(side / recipe["crop_pct"]) for side in size),
-        squash=recipe["crop_mode"] == "squash",
-        mean=recipe["mean"],
-        std=recipe["std"],
-        interpolation=recipe["interpolation"],
-    )
+    preprocess = default_preprocess(model)
     return LoadedModel(model, preprocess, preprocess.seen)
+
+
+def default_preprocess(model: nn.Module) -> Preprocess:
+    """The preprocessing that a model's own configuration tells, and what it does not, as for ImageNet.
+
+    Source: timm's ``pretrained_cfg``; the sizes in timm's ``patch_embed.img_size``, torchvision's ``image_size`` and
+    transformers' ``config.image_size``; and the channels of the first convolution.
+
+    Raises:
+        ValueError: the model takes neither one channel nor three.
+    """
+    channels = _input_channels(model)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{type(model).__name__} takes {channels} channels, which a photograph does not have: return (module,"
+            f" preprocess), with a preprocess that makes ({channels}, H, W) of a PIL image"
+        )
+    recipe = _timm_recipe(model)
+    size = _own_size(model) or tuple(recipe.get("input_size", ())[-2:]) or (DEFAULT_SIZE, DEFAULT_SIZE)
+    mean, std = (tuple(recipe.get(name, value)) for name, value in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    if channels == 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return Preprocess(
+        size=size,
+        resize=tuple(math.floor(side / recipe.get("crop_pct", DEFAULT_SIZE / DEFAULT_RESIZE)) for side in size),
+        squash=recipe.get("crop_mode") == "squash",
+        mean=mean,
+        std=std,
+        interpolation=recipe.get("interpolation", "bilinear"),
+    )
+
+
+def _timm_recipe(model):
+    """timm's data configuration of a model that carries one; else nothing."""
+    if not (getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)):
+        return {}
+    try:
+        import timm
+    except ImportError:
+        return {}
+    return timm.data.resolve_data_config(model=model)
+
+
+def _own_size(model):
+    """(H, W) that the model was built for, where it says so; None else."""
+    embedding = getattr(model, "patch_embed", None)
+    in_config = naming.from_config(model, "image_size")
+    for size in (getattr(embedding, "img_size", None), getattr(model, "image_size", None), in_config):
+        if isinstance(size, int) and size > 0:
+            return size, size
+        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+            return tuple(size)
+    return None
+
+
+def _input_channels(model):
+    """Channels of the image: of the first convolution, unless that one takes many and another one 3 or 1."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = [each.in_channels for each in convolutions if each.in_channels]  # 0: lazy, not known yet
+    # Modules may be listed in another order than they run in.
+    plausible = [count for count in (*channels[:1], 3, 1) if count in channels and count in (1, 3)]
+    return (plausible or channels or [3])[0]
 
 
 def _with_weights(library, name, weights, build):
@@ -288,10 +372,30 @@ def _user_model(module_name, attribute):
             f"alone or as (module, preprocess, class_names), got {kinds or 'nothing'}"
         )
     model, preprocess, class_names = (*parts, None, None)[:3]
-    if preprocess is None:
-        preprocess = Preprocess((224, 224), resize=(256, 256))
+    preprocess = default_preprocess(model) if preprocess is None else _checked(preprocess, model)
     seen = getattr(preprocess, "seen", None) or (lambda image: _undone(preprocess, image))
-    return LoadedModel(model, preprocess, seen, class_names and list(class_names))
+    names = naming.names_in_config(model) if class_names is None else naming.class_names(class_names)
+    return LoadedModel(model, preprocess, seen, names)
+
+
+def _checked(preprocess, model):
+    """The user's preprocess, which gets a grey picture where it would make RGB for a network of one channel."""
+    if isinstance(preprocess, Preprocess):
+        return preprocess
+    channels = _input_channels(model)
+
+    def checked(image):
+        pixels = preprocess(image)
+        if channels == 1 and isinstance(pixels, torch.Tensor) and pixels.ndim == 3 and len(pixels) == 3:
+            pixels = preprocess(image.convert("L"))
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 3:
+            got = tuple(pixels.shape) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+            raise ValueError(f"the preprocess must make a (C, H, W) tensor of a PIL image, got {got}")
+        return pixels
+
+    if hasattr(preprocess, "seen"):
+        checked.seen = preprocess.seen
+    return checked
 
 
 def _undone(preprocess, image):
@@ -300,10 +404,12 @@ def _undone(preprocess, image):
 
     black, white = (Image.new("RGB", image.size, shade) for shade in ("black", "white"))
     black, white, pixels = (preprocess(each).float() for each in (black, white, image))
+    if len(pixels) not in (1, 3):
+        raise ValueError(f"{len(pixels)} channels are no picture: give the preprocess a method seen(image), PIL to PIL")
     if not (white > black).all():  # the preprocess looks at the image's own statistics
         black, white = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
     pixels = (255 * (pixels - black) / (white - black).clamp_min(1e-12)).round().clamp(0, 255)
-    return Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels.byte().expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 @lru_cache(maxsize=1)

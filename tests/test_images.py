@@ -202,7 +202,9 @@ def test_exif_rotation_is_applied(noise, tmp_path, extension):
     assert tolerance or (pixels(images.load_image(path)) == expected).all()
 
 
-@pytest.mark.parametrize("dtype, extension", [(np.uint16, "png"), (np.uint16, "tif"), (np.float32, "tif"), (np.uint8, "tif")])
+@pytest.mark.parametrize(
+    "dtype, extension", [(np.uint16, "png"), (np.uint16, "tif"), (np.float32, "tif"), (np.uint8, "tif")]
+)
 def test_exif_rotation_of_greyscale(rng, tmp_path, dtype, extension):
     values = rng.uniform(0, 1, (5, 8)) * (1 if dtype == np.float32 else np.iinfo(dtype).max)
     exif = Image.Exif()

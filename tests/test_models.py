@@ -1,6 +1,7 @@
 """Models by name, their preprocessing and class names."""
 
 import sys
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -94,9 +95,102 @@ def test_imagenet_names_are_all_different():
     assert (names[0], names[134], names[517], names[638]) == ("tench", "crane bird", "construction crane", "maillot")
 
 
+def network_of(channels, **attributes):
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.Conv2d(4, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def test_a_network_of_one_channel_gets_a_grey_picture(photograph):
+    preprocess = models.default_preprocess(network_of(1))
+    grey = np.asarray(photograph.convert("L").convert("RGB"))
+    expected = models.Preprocess((224, 224), resize=(256, 256), mean=(0.449,) * 3, std=(0.226,) * 3)
+    assert preprocess(photograph).shape == (1, 224, 224)
+    assert (preprocess(photograph) - expected(Image.fromarray(grey))[:1]).abs().max() < 2.1 / 255 / 0.226
+    seen = np.asarray(preprocess.seen(photograph)).astype(int)
+    assert seen.shape[:2] == np.asarray(expected.seen(photograph)).shape[:2]
+    assert (seen == seen[..., :1]).all() and seen.std() > 5
+
+
+def test_mean_and_std_go_with_one_channel_or_three():
+    for mean, std in (((0.5,) * 4, (0.5,) * 4), ((0.5,), (0.5,) * 3), ((), ())):
+        message = f"mean and std must hold 3 values each, or 1 each for a grey image, got {len(mean)} and {len(std)}"
+        with pytest.raises(ValueError, match=message):
+            models.Preprocess((8, 8), mean=mean, std=std)
+
+
+def test_the_image_convolution_need_not_be_the_first_in_the_list():
+    several = [nn.Sequential(nn.Conv2d(512, 3, 1), network_of(channels)) for channels in (1, 3)]
+    assert [len(models.default_preprocess(model).mean) for model in several] == [1, 3]
+    assert len(models.default_preprocess(nn.Sequential(network_of(1), nn.Conv2d(3, 3, 1))).mean) == 1
+    assert len(models.default_preprocess(nn.Sequential(nn.LazyConv2d(5, 1), nn.Linear(2, 2))).mean) == 3
+    for channels in (2, 4, 13):
+        with pytest.raises(ValueError, match=f"Sequential takes {channels} channels, which a photograph does not have"):
+            models.default_preprocess(network_of(channels))
+
+
+@pytest.mark.parametrize(
+    "attributes, size",
+    [
+        ({}, (224, 224)),
+        ({"image_size": 96}, (96, 96)),  # torchvision's vision transformers
+        ({"config": SimpleNamespace(image_size=160)}, (160, 160)),  # transformers
+        ({"config": {"image_size": [96, 128]}}, (96, 128)),
+        ({"config": SimpleNamespace(image_size=None)}, (224, 224)),
+        ({"patch_embed": SimpleNamespace(img_size=(64, 96))}, (64, 96)),
+    ],
+)
+def test_the_size_that_a_model_was_built_for(attributes, size):
+    preprocess = models.default_preprocess(network_of(3, **attributes))
+    assert preprocess.size == size
+    assert preprocess.resize == tuple(int(side * 256 / 224) for side in size)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_tiny_patch16_224", {"img_size": 96}),
+        ("resnet18", {"in_chans": 1}),
+        ("tf_efficientnet_lite0", {}),
+        ("vit_tiny_patch16_384", {}),
+        ("inception_v3", {}),
+    ],
+)
+def test_a_timm_model_without_a_preprocess_gets_what_it_was_built_for(photograph, name, options):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+        preprocess = models.default_preprocess(model)
+        channels, *size = timm.data.resolve_data_config(model=model)["input_size"]
+    side = options.get("img_size", size[0])
+    assert preprocess(photograph).shape == (options.get("in_chans", channels), side, side)
+    if not options:
+        expected = timm.data.create_transform(**timm.data.resolve_data_config(model=model))(photograph)
+        assert (preprocess(photograph) - expected).abs().max() < 2.1 / 255 / min(preprocess.std)
+    model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        assert model(preprocess(photograph)[None]).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["vit_h_14", "vit_b_32", "inception_v3"])
+def test_random_weights_take_the_size_of_the_preprocess(photograph, name):
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        loaded = models.load_model(f"torchvision:{name}:random", "meta")
+        shape = loaded.preprocess.size
+        assert loaded.model(torch.empty(1, 3, *shape)).shape == (1, 1000)
+    assert loaded.preprocess(photograph).shape == (3, *shape)
+
+
 def test_class_names_that_do_not_fit_are_not_used():
     loaded = models.LoadedModel(nn.Identity(), None, None, ["cat", "dog"])
     assert [loaded.class_name(1, 2), loaded.class_name(1, 3)] == ["dog", "class 1"]
+    loaded = models.LoadedModel(nn.Identity(), None, None, {1: "dog"})
+    assert [loaded.class_name(index, 3) for index in range(3)] == ["class 0", "dog", "class 2"]
+    assert [loaded.side_name(side) for side in (True, False)] == ["dog", "not dog"]
+    loaded = models.LoadedModel(nn.Identity(), None, None, ["cat", "dog", "cup"])
+    assert [loaded.side_name(side) for side in (True, False)] == ["positive", "negative"]
 
 
 def test_torchvision_pretrained_comes_from_the_local_cache(tmp_path, monkeypatch):
@@ -150,6 +244,20 @@ def user_module(tmp_path, monkeypatch):
         "from torch import nn\n"
         "def network(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))\n"
         "def with_all(): return network(), lambda image: __import__('torch').zeros(3, 8, 8), ['cat', 'dog']\n"
+        "def named(): return network(), None, {'1': 'dog', '0': 'cat'}\n"
+        "def configured():\n"
+        "    model = network()\n"
+        "    model.config = {'id2label': {0: 'ox', 1: 'ass'}, 'image_size': 8}\n"
+        "    return model\n"
+        "def many(): return nn.Conv2d(5, 4, 3)\n"
+        "def no_names(): return network(), None, 7\n"
+        "def grey(): return nn.Conv2d(1, 4, 3), to_tensor\n"
+        "def to_tensor(image):\n"
+        "    import numpy, torch\n"
+        "    pixels = torch.from_numpy(numpy.array(image)).float() / 255\n"
+        "    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)\n"
+        "def bands(): return nn.Conv2d(5, 4, 3), lambda image: to_tensor(image).repeat(2, 1, 1)[:5]\n"
+        "def batched(): return network(), lambda image: to_tensor(image)[None]\n"
         "def text(): return 'no network'\n"
         "def four(): return network(), 1, 2, 3\n"
         "number = 3\n"
@@ -171,9 +279,33 @@ def test_models_of_the_user(user_module):
     assert loaded.class_name(1, 2) == "dog"
 
 
+def test_names_and_size_of_a_users_model(user_module):
+    assert models.load_model("user_zoo:named").class_name(1, 2) == "dog"
+    loaded = models.load_model("user_zoo:configured")
+    assert loaded.class_name(1, 2) == "ass" and loaded.preprocess.size == (8, 8)
+
+
+def test_a_preprocess_that_keeps_colours_gets_a_grey_picture_for_one_channel(user_module, photograph):
+    loaded = models.load_model("user_zoo:grey")
+    grey = torch.from_numpy(np.array(photograph.convert("L")))
+    assert torch.allclose(loaded.preprocess(photograph), grey[None] / 255)
+    assert (np.asarray(loaded.seen(photograph)) == grey.numpy()[..., None]).all()
+
+
+def test_a_preprocess_of_other_channels_or_axes(user_module, photograph):
+    loaded = models.load_model("user_zoo:bands")
+    assert loaded.preprocess(photograph).shape == (5, 283, 431)
+    with pytest.raises(ValueError, match=r"5 channels are no picture: give the preprocess a method seen\(image\)"):
+        loaded.seen(photograph)
+    with pytest.raises(ValueError, match=r"must make a \(C, H, W\) tensor of a PIL image, got \(1, 3, 283, 431\)"):
+        models.load_model("user_zoo:batched").preprocess(photograph)
+
+
 @pytest.mark.parametrize(
     "spec, error, message",
     [
+        ("user_zoo:many", ValueError, r"Conv2d takes 5 channels, .* preprocess that makes \(5, H, W\) of a PIL image"),
+        ("user_zoo:no_names", TypeError, "class names must be a list, a dictionary or a file's path, got int"),
         ("user_zoo:netwrk", ValueError, "module user_zoo has no 'netwrk'; did you mean network"),
         ("user_zoo:number", TypeError, "user_zoo:number must be callable, got int"),
         ("user_zoo:text", TypeError, r"user_zoo:text\(\) must return a torch.nn.Module, .* got str"),

@@ -97,9 +97,11 @@ def from_config(model: nn.Module, name: str) -> Any:
 
 def fit(names: list[str] | dict[int, str] | None, n_classes: int) -> bool:
     """Whether the names can be those of so many classes; of one output also two names, those of 0 and of 1."""
+    if not names:
+        return False
     if isinstance(names, dict):
-        return bool(names) and max(names) < max(n_classes, 2)
-    return bool(names) and (len(names) == n_classes or (n_classes == 1 and len(names) == 2))
+        return max(names) < max(n_classes, 2)
+    return len(names) == n_classes or (n_classes == 1 and len(names) == 2)
 
 
 def of_class(names: list[str] | dict[int, str], index: int) -> str:

@@ -1,20 +1,27 @@
 """The command ``cfcam``: heat maps of photographs, speed, and what can run here.
 
-Exit status: 0, done; 1, some images could not be read, the others are done; 2, refused, with the reason in one line.
+Exit status: 0, done; 1, some images could not be explained, the others are done; 2, refused, with the reason in one
+line.
 """
 
 import argparse
 import glob
+import hashlib
 import math
+import os
 import sys
+import unicodedata
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cfcam_gpu import CFCAM, CFCAMConfig, __version__, doctor, images, layers, models, pipeline
+from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, doctor, images, layers, models, pipeline
+from cfcam_gpu import probabilities as prob
 from cfcam_gpu.checks import needs
 
 PANEL_PIXELS = 448
@@ -23,6 +30,15 @@ PANEL_PIXELS = 448
 FAINT_DIFFERENCE = 0.05
 """The colours of --versus reach as far as the largest difference, but at least to this: equal maps would show their
 rounding."""
+
+DEFAULT_TOP = 2
+"""Classes that are explained of each image, of a model that has so many."""
+
+GIVE_UP = 3
+"""Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
+
+LONGEST_SUFFIX = len("_100000-100000.npy")
+"""What may follow an image's name in a file's name."""
 
 
 class Source(NamedTuple):
@@ -35,11 +51,15 @@ class Source(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images of one shape: the (B, 3, H, W) input, and what the network sees of each photograph."""
+    """Images of one shape: the (B, C, H, W) input, and what the network sees of each photograph."""
 
-    sources: list
-    seen: list
+    sources: tuple
+    seen: tuple
     inputs: torch.Tensor
+
+    def part(self, images):
+        """The images of a slice."""
+        return Batch(*(each[images] for each in self))
 
 
 class _Refused(Exception):
@@ -53,6 +73,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Run ``cfcam`` with these arguments (default: the command line's); returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the terminal lacks
     try:
         args = _parser().parse_args(argv)
         return args.run(args)
@@ -70,7 +92,7 @@ def _parser():
         "explain",
         help="write a picture per image: the photograph beside the heat maps of its classes",
         description="Write OUT/NAME.png for every image: the photograph as the network saw it, and beside it the heat "
-        "map of each class over it, with the class's name and softmax probability.",
+        "map of each class over it, with the class's name and probability.",
     )
     add = explain.add_argument
     add("inputs", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="a folder gives its images, not its subfolders'")
@@ -84,7 +106,7 @@ def _parser():
         "The last panel is that of --versus, where there are two classes to compare.",
     )
     _add_options(demo, out="demo", versus=None)
-    demo.set_defaults(run=lambda args: explain_images(args, [Source("chelsea", _chelsea, "chelsea")]))
+    demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
 
     _add_bench(commands)
 
@@ -103,13 +125,26 @@ def _add_options(parser, out, versus):
     add("--model", default="demo", metavar="SPEC", help=specs)
     add("--out", default=out, type=Path, metavar="DIR", help="folder for the pictures (default: %(default)s)")
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--top", type=_positive, default=2, metavar="N", help="explain the N classes of highest score (default: 2)")
+    which("--top", type=_positive, metavar="N", help="explain the N classes of highest score (default: 2)")
     which("--classes", type=_indices, metavar="I,J,...", help="explain these class indices instead")
     add(
         "--versus",
         action=argparse.BooleanOptionalAction,
         help="add a panel with the first class's map minus the second's, red where the first is hotter and blue where "
         "the second is; its colours reach as far as the largest difference, which the caption gives",
+    )
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="class names: a text file with one on each line, or JSON: a list, a dictionary by index, or a config.json "
+        "with id2label (default: the model's own)",
+    )
+    add(
+        "--multilabel",
+        action="store_true",
+        help="labels that do not exclude each other: probabilities by sigmoid, each label explained by its own logit "
+        "(default: where the model says so, by its config or by ending in a sigmoid)",
     )
     parser.set_defaults(versus=versus)  # not above: the help of Python below 3.13 would add "(default: False)"
     add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
@@ -185,14 +220,19 @@ def _seconds(text):
 
 
 def _device(text):
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from error
-    usable = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= usable:
-        raise argparse.ArgumentTypeError(f"{text!r} asked for, but {usable} CUDA devices are usable here")
-    return device
+    usable = _devices()
+    if text not in usable:
+        raise argparse.ArgumentTypeError(f"expected a device that is here ({', '.join(usable)}), got {text!r}")
+    return torch.device(text)
+
+
+def _devices():
+    """The names of the devices that torch can use here."""
+    names = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        names += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    return names
 
 
 def _chelsea():
@@ -202,7 +242,8 @@ def _chelsea():
         raise ImportError(needs("scikit-image")) from error
     from PIL import Image
 
-    return Image.fromarray(chelsea())
+    photograph = Image.fromarray(chelsea())
+    return Source("chelsea", lambda: photograph, "chelsea")
 
 
 def find_sources(inputs):
@@ -216,29 +257,52 @@ def find_sources(inputs):
     """
     paths = {}
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.is_file())
-            found = [file for file in files if file.suffix.lower() in images.EXTENSIONS]
+        # Of os.path, because Path's methods raise for a name that is too long.
+        if os.path.isdir(text):
+            found = [file for file in sorted(Path(text).iterdir()) if file.suffix.lower() in images.EXTENSIONS]
+            found = [file for file in found if os.path.isfile(file)]
             if not found:
                 raise ValueError(f"no image in folder {text} (looked for {' '.join(images.EXTENSIONS)})")
-        elif glob.has_magic(text) and not path.exists():
-            found = sorted(file for file in map(Path, glob.glob(text, recursive=True)) if file.is_file())
+        elif glob.has_magic(text) and not os.path.exists(text):
+            found = [Path(file) for file in sorted(glob.glob(text, recursive=True)) if os.path.isfile(file)]
             if not found:
                 raise ValueError(f"no file matches {text}")
         else:
-            found = [path]
+            found = [Path(text)]
         for file in found:
-            paths.setdefault(file.resolve(), file)
+            paths.setdefault(os.path.realpath(file), file)
     sources, taken = [], set()
     for file in paths.values():
         stem, number = file.stem, 1
-        while stem.casefold() in taken:
+        while _same_name(stem) in taken:
             number += 1
             stem = f"{file.stem}-{number}"
-        taken.add(stem.casefold())
+        taken.add(_same_name(stem))
         sources.append(Source(str(file), lambda file=file: images.load_image(file), stem))
     return sources
+
+
+def _same_name(stem):
+    """Equal for names that a file system may take for one: they differ in case, or in how accents are composed."""
+    return unicodedata.normalize("NFC", stem).casefold()
+
+
+def _shorten(sources, folder):
+    """The sources with names that fit in the folder: of one that is too long the beginning and a hash of it all."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        longest = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        longest = 255 - LONGEST_SUFFIX
+    return [source._replace(stem=_shortened(source.stem, longest)) for source in sources]
+
+
+def _shortened(stem, longest):
+    name = os.fsencode(stem)
+    if len(name) <= longest:
+        return stem
+    tail = f"-{hashlib.sha256(name).hexdigest()[:12]}"
+    return name[: longest - len(tail)].decode("utf-8", "ignore") + tail
 
 
 def _tqdm():
@@ -287,52 +351,175 @@ def run_bench(args):
 
 
 def explain_images(args, sources):
-    """Write the pictures of all sources; returns 0, or 1 when some could not be read."""
+    """Write the pictures of all sources; returns 0, or 1 when some could not be explained, which are listed at the end.
+
+    What fails on the first images, whichever they are, fails because of the model or the arguments, and is raised.
+    """
     tqdm = _tqdm()
-    inputs = {Path(source.label).resolve() for source in sources}
+    inputs = {os.path.realpath(source.label) for source in sources}
+    sources = _shorten(sources, args.out)
     for source in sources:
-        if _picture(args, source).resolve() in inputs:
+        if os.path.realpath(_picture(args, source)) in inputs:
             raise _Refused(f"--out {args.out} would overwrite the input {_picture(args, source)}")
     if args.out.exists() and not args.out.is_dir():
         raise _Refused(f"--out must be a folder, got the file {args.out}")
     images.get_colormap(args.colormap)
-    versus = _versus(args)
+    _versus(args, args.top or DEFAULT_TOP)
+    names = None if args.labels is None else class_names.class_names(args.labels)
     device = _default_device(args)
     pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
     loaded = models.load_model(args.model, device)
+    if args.labels is not None:
+        loaded = replace(loaded, class_names=names)
     if args.layer is not None:
         layers.get_layer(loaded.model, args.layer)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    failed, cam = [], None
-    with tqdm(total=len(sources), unit="image", disable=None, file=sys.stderr) as bar:
+    with tqdm(total=len(sources), unit="image", disable=None, file=sys.stderr) as bar, warnings.catch_warnings():
+        run = _Run(args, loaded, bar)
+        warnings.showwarning = run.warn
+        try:
+            for batch in _batches(sources, loaded, args.batch_size, run.left_out, run.failed):
+                run.explain(batch._replace(inputs=batch.inputs.to(device)))
+            run.check()
+        finally:
+            run.list_left_out()
+    return 1 if run.lost else 0
 
-        def report(error):
-            failed.append(error)
-            bar.write(f"cfcam: {' '.join(str(error).split())}", file=sys.stderr)
-            bar.update()
 
-        for batch in _batches(sources, loaded, args.batch_size, report):
-            inputs = batch.inputs.to(device)
-            if cam is None:
-                target = layers.inspect_target_layer(loaded.model, inputs[:1], args.layer)
-                bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
-                _check_classes(args, target.n_classes)
-                config = CFCAMConfig.paper() if args.paper else None
-                options = {"config": config, "backend": args.backend}
-                cam = CFCAM(loaded.model, [target.module], target.reshape_transform, **options)
-            announced = cam.guide_names is not None
-            classes, scores, maps = _explain_batch(cam, inputs, args)
-            if not announced and cam.guide_names != cam.target_names:
-                bar.write(f"guide layer: {cam.guide_names[0]}")
-            for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
-                names = [loaded.class_name(index, target.n_classes) for index in result[0]]
-                captions = [f"{name} {score:.2f}" for name, score in zip(names, result[1])]
-                caption = f"{names[0]}, not {names[1]}" if versus else None
-                _write(args, source, seen, captions, result[0], result[2], caption)
-                bar.write(f"{source.label} -> {_picture(args, source)}: {', '.join(captions)}")
-                bar.update()
-    return 1 if failed else 0
+class _Run:
+    """The images of one command, one batch after the other."""
+
+    def __init__(self, args, loaded, bar):
+        self.args, self.loaded, self.bar = args, loaded, bar
+        self.cam = None
+        self.explained = 0
+        self.lost = []
+        """(reason, error) of each image that was left out; the error is None where its file is what is wrong."""
+
+    def warn(self, message, category, filename, lineno, file=None, line=None):
+        text = " ".join(str(message).split())
+        if not issubclass(category, UserWarning):
+            text = f"{filename}:{lineno}: {category.__name__}: {text}"
+        self.bar.write(f"cfcam: warning: {text}", file=sys.stderr)
+
+    def left_out(self, reason, error=None):
+        self.lost.append((reason, error))
+        self.bar.update()
+
+    def failed(self, source, error):
+        """The model, or its preprocess, failed on an image."""
+        self.left_out(f"{source.label}: {_reason(error)}", error)
+        if len([error for _, error in self.lost if error is not None]) >= GIVE_UP:
+            self.check()
+
+    def check(self):
+        """Raise the first error if the model has explained nothing."""
+        errors = [error for _, error in self.lost if error is not None]
+        if errors and not self.explained:
+            raise _Refused(_reason(errors[0])) from errors[0]
+
+    def list_left_out(self):
+        for reason, error in self.lost:
+            if error is None or self.explained:
+                self.bar.write(f"cfcam: {reason}", file=sys.stderr)
+
+    def explain(self, batch):
+        """Write the pictures of a batch; where one image fails, of the others."""
+        while self.cam is None:
+            if not batch.sources:
+                return
+            try:
+                self.prepare(batch.inputs[:1])
+            except _Refused:
+                raise
+            except Exception as error:  # of the user's network
+                self.failed(batch.sources[0], error)
+                batch = batch.part(slice(1, None))
+        announced = self.cam.guide_names is not None
+        try:
+            classes, scores, maps = _explain_batch(self, batch.inputs)
+        except Exception as error:
+            if len(batch.sources) == 1:
+                return self.failed(batch.sources[0], error)
+            for image in range(len(batch.sources)):
+                self.explain(batch.part(slice(image, image + 1)))
+            return
+        if not announced and self.cam.guide_names != self.cam.target_names:
+            self.bar.write(f"guide layer: {self.cam.guide_names[0]}")
+        for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
+            try:
+                said = self.write(source, seen, *result)
+            except Exception as error:  # what cannot be written, or the user's own `seen`
+                self.failed(source, error)
+                continue
+            self.explained += 1
+            self.bar.write(f"{source.label} -> {_picture(self.args, source)}: {said}")
+            self.bar.update()
+
+    def prepare(self, image):
+        """Look at the model with a first image (1, C, H, W): its layer, and what its outputs are."""
+        args, model = self.args, self.loaded.model
+        with prob.looking(model) as ending:
+            try:
+                target = layers.inspect_target_layer(model, image, args.layer)
+            except ValueError:
+                if ending.name is None:
+                    raise
+        if ending.name is not None:
+            # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
+            handle = prob.give_logits(model, ending.name)
+            try:
+                target = layers.inspect_target_layer(model, image, args.layer)
+            except Exception:
+                handle.remove()
+                raise
+            self.bar.write(f"outputs: probabilities, by a {ending.name} of the model's own")
+        n_classes = target.n_classes
+        _check_classes(args, n_classes)
+        self.top = args.top or min(DEFAULT_TOP, n_classes)
+        self.versus = n_classes > 1 and _versus(args, self.top)
+        if args.versus and n_classes == 1:
+            raise _Refused(f"--versus needs two classes or more, {args.model} has one output")
+        names = self.loaded.class_names
+        if names and not class_names.fit(names, n_classes):
+            said = f"{_counted(names)}, {args.model} has {n_classes} classes"
+            if args.labels is not None:
+                raise _Refused(f"--labels {args.labels} has {said}")
+            self.bar.write(f"class names: not used, since there are {said}")
+        config = CFCAMConfig.paper() if args.paper else CFCAMConfig()
+        self.multilabel = args.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
+        if self.multilabel and n_classes > 1:
+            config = replace(config, margin_temperature=0.0)
+            self.bar.write("outputs: several labels an image, each explained by its own logit")
+        self.bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
+        self.n_classes = n_classes
+        self.cam = CFCAM(model, [target.module], target.reshape_transform, config=config, backend=args.backend)
+
+    def write(self, source, seen, classes, scores, maps):
+        """Write an image's picture; returns what it says of its classes."""
+        if self.n_classes == 1:
+            (positive,), (score,) = classes, scores
+            names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
+            captions, keys = [f"{names[0]} {score:.2f}"], ["positive" if positive else "negative"]
+            said = f"{captions[0]} ({names[1]} {1 - score:.2f})"
+        else:
+            names = [self.loaded.class_name(index, self.n_classes) for index in classes]
+            captions, keys = [f"{name} {score:.2f}" for name, score in zip(names, scores)], classes
+            said = ", ".join(captions)
+        _write(self.args, source, seen, captions, keys, maps, f"{names[0]}, not {names[1]}" if self.versus else None)
+        return said
+
+
+def _reason(error):
+    text = " ".join(str(error).split())
+    if isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _counted(names):
+    return f"an index {max(names)}" if isinstance(names, dict) else f"{len(names)} names"
 
 
 def _picture(args, source):
@@ -343,33 +530,38 @@ def _check_classes(args, n_classes):
     for index in args.classes or []:
         if index >= n_classes:
             raise _Refused(f"--classes must be in [0, {n_classes}) for {args.model}, got {index}")
-    if args.classes is None and args.top > n_classes:
+    if args.top is not None and args.top > n_classes:
         raise _Refused(f"--top must be at most {n_classes} for {args.model}, got {args.top}")
 
 
-def _versus(args):
+def _versus(args, top):
     """Whether to compare the first two classes. ``args.versus`` of None: where there are two."""
-    n_classes = len(args.classes) if args.classes else args.top
+    n_classes = len(args.classes) if args.classes else top
     if args.versus and n_classes < 2:
-        given = f"--classes {args.classes[0]}" if args.classes else f"--top {args.top}"
+        given = f"--classes {args.classes[0]}" if args.classes else f"--top {top}"
         raise _Refused(f"--versus needs two classes or more, got {given}")
     return args.versus is not False and n_classes > 1
 
 
-def _batches(sources, loaded, batch_size, report):
-    """Batches of images that could be read; the others go to ``report``. A new shape begins a new batch."""
+def _batches(sources, loaded, batch_size, left_out, failed):
+    """Batches of images that could be read; a new shape begins a new one. Why the others could not goes to
+    ``left_out``, and to ``failed`` where the preprocess is what did not take them."""
     group = []
     for source in sources:
         try:
             photograph = source.load()
-        except (OSError, ValueError) as error:
-            report(error)
+        except (ImportError, OSError, ValueError, MemoryError) as error:
+            left_out(_reason(error))
             continue
-        pixels = loaded.preprocess(photograph)
+        try:
+            pixels, seen = loaded.preprocess(photograph), loaded.seen(photograph)
+        except Exception as error:  # of the user's preprocess
+            failed(source, error)
+            continue
         if group and (len(group) == batch_size or pixels.shape != group[-1][2].shape):
             yield _batch(group)
             group = []
-        group.append((source, loaded.seen(photograph), pixels))
+        group.append((source, seen, pixels))
     if group:
         yield _batch(group)
 
@@ -379,16 +571,33 @@ def _batch(group):
     return Batch(sources, seen, torch.stack(pixels))
 
 
-def _explain_batch(cam, inputs, args):
-    """Per image: its classes [K], their scores [K] and their maps (K, H, W), on the host."""
-    targets = args.classes and [args.classes] * len(inputs)
-    maps = cam.maps(inputs, targets, top=None if targets else args.top)
-    scores = cam.outputs.float().softmax(1).gather(1, cam.classes)
-    return cam.classes.tolist(), scores.tolist(), maps.float().cpu().numpy()
+def _explain_batch(run, inputs):
+    """Per image: its classes [K], their scores [K] and their maps (K, H, W), on the host.
+
+    Of a model with one output a class is the side that is explained, True or False, and the score that side's.
+    """
+    cam, one_output = run.cam, run.n_classes == 1
+    targets = run.args.classes and [run.args.classes] * len(inputs)
+    maps = cam.maps(inputs, targets, top=None if targets or one_output else run.top)
+    logits = _logits(cam.outputs)
+    scores = prob.probabilities(logits, run.multilabel)
+    if not one_output:
+        return cam.classes.tolist(), scores.gather(1, cam.classes).tolist(), maps.float().cpu().numpy()
+    positive = torch.ones_like(logits, dtype=torch.bool) if targets else logits >= 0
+    scores = torch.where(positive, scores, 1 - scores)
+    return positive.tolist(), scores.tolist(), maps.view(len(maps), 1, *maps.shape[-2:]).float().cpu().numpy()
+
+
+def _logits(outputs):
+    """The logits (B, n) in what a model returned."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, dict) else outputs.logits
 
 
 def _write(args, source, seen, captions, classes, maps, versus):
-    """``versus`` is the caption of the panel that compares the first two classes; None for no such panel."""
+    """Classes as they are called in the names of raw maps; ``versus`` is the caption of the panel that compares the
+    first two, None for no such panel."""
     from PIL.Image import Resampling
 
     photograph = seen.resize((max(1, round(seen.width * PANEL_PIXELS / seen.height)), PANEL_PIXELS), Resampling.LANCZOS)

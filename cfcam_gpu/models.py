@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cfcam_gpu import capture
 from cfcam_gpu import class_names as naming
 from cfcam_gpu.checks import did_you_mean, needs
 from cfcam_gpu.layers import (
@@ -157,6 +158,8 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
               configuration tells (timm's, transformers', torchvision's ``image_size``), else ImageNet's: resize to
               256, crop 224; in grey where the first convolution takes one channel. A preprocess that does not make the
               picture grey for such a network gets it in grey (mode "L").
+
+            Compiled models and those in DataParallel are unwrapped.
 
             Classes without names take those of the model's ``config.id2label``, and 1000 classes ImageNet's.
         device: where the model goes; default "cpu".
@@ -372,6 +375,7 @@ def _user_model(module_name, attribute):
             f"alone or as (module, preprocess, class_names), got {kinds or 'nothing'}"
         )
     model, preprocess, class_names = (*parts, None, None)[:3]
+    model = capture._unwrap(model)
     preprocess = default_preprocess(model) if preprocess is None else _checked(preprocess, model)
     seen = getattr(preprocess, "seen", None) or (lambda image: _undone(preprocess, image))
     names = naming.names_in_config(model) if class_names is None else naming.class_names(class_names)

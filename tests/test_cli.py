@@ -1,6 +1,9 @@
 """The command line: what it writes, says and refuses."""
 
+import argparse
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +275,200 @@ def test_a_transformer(run, folder, tmp_path):
     assert status == 0 and "target layer: blocks.11.norm1 (192 x 14 x 14)" in out
 
 
+# What the outputs are
+
+ZOO = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, n_classes, end=None, channels=3, bias=0.0, **config):
+        super().__init__()
+        generator = torch.Generator().manual_seed({seed})
+        draw = lambda *shape: nn.Parameter(torch.randn(shape, generator=generator))
+        self.conv, self.act = nn.Conv2d(channels, 24, 16, 16, bias=False), nn.ReLU()
+        self.conv.weight = nn.Parameter(draw(24, 3, 16, 16)[:, :channels] / 16)
+        self.weight, self.bias, self.end, self.config = draw(n_classes, 24), bias, end, config
+    def forward(self, x):
+        logits = self.act(self.conv(x)).mean((2, 3)) @ self.weight.T + self.bias
+        return logits if self.end is None else self.end(logits)
+"""
+
+
+@pytest.fixture
+def explain(run, tmp_path, monkeypatch, seed):
+    """Explains a photograph with a model that is given in source text; returns status, stdout, stderr and the maps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Image.fromarray(data.chelsea()).save("cat.png")
+
+    def explain(returns, *args):
+        sys.modules.pop("zoo", None)
+        Path("zoo.py").write_text(ZOO.replace("{seed}", str(seed)) + f"def build(): return {returns}\n")
+        importlib.invalidate_caches()
+        shutil.rmtree("__pycache__", ignore_errors=True)  # a source of the same second and size may be taken for it
+        shutil.rmtree("out", ignore_errors=True)
+        status, out, err = run("explain", "cat.png", "--model", "zoo:build", "--raw", "--out", "out", *args)
+        out = "".join(line for line in out.splitlines(keepends=True) if not line.startswith("seed: "))
+        return status, out, err, {path.stem: np.load(path) for path in Path("out").glob("*.npy")}
+
+    yield explain
+    sys.modules.pop("zoo", None)
+
+
+SHIFTS = (30.0, -30.0)
+"""Far above what the weights add, so that the side is known."""
+
+
+@pytest.mark.parametrize("names, sides", [(None, ["negative", "positive"]), (["dog", "cat"], ["dog", "cat"])])
+@pytest.mark.parametrize("bias", SHIFTS)
+def test_one_logit_is_explained_by_the_side_that_it_chose(explain, names, sides, bias):
+    chosen, other = (sides[1], sides[0]) if bias > 0 else (sides[0], sides[1])
+    status, out, err, maps = explain(f"Net(1, bias={bias}), None, {names}")
+    assert (status, err) == (0, "") and f": {chosen} 1.00 ({other} 0.00)\n" in out
+    assert list(maps) == [f"cat_{'positive' if bias > 0 else 'negative'}"]
+    assert Image.open("out/cat.png").width < 2.5 * Image.open("out/cat.png").height  # two panels
+    asked = explain(f"Net(1, bias={bias}), None, {names}", "--classes", 0)
+    assert f": {sides[1]} {float(bias > 0):.2f} ({sides[0]} {float(bias < 0):.2f})\n" in asked[1]
+    assert list(asked[3]) == ["cat_positive"]
+
+
+def test_one_logits_probability_is_its_sigmoid(explain, rng):
+    bias = rng.uniform(-2, 2)
+    status, out, _, _ = explain(f"Net(1, bias={bias})", "--top", 1)
+    loaded = cli.models.load_model("zoo:build")
+    with torch.no_grad():
+        p = loaded.model(loaded.preprocess(Image.open("cat.png"))[None]).sigmoid().item()
+    sides = [f"positive {p:.2f}", f"negative {1 - p:.2f}"]
+    assert status == 0
+    assert f": {sides[0]} ({sides[1]})\n" in out if p >= 0.5 else f": {sides[1]} ({sides[0]})\n" in out
+
+
+def test_one_logit_has_no_second_class(explain):
+    for args, message in (
+        (["--top", 2], "--top must be at most 1 for zoo:build, got 2"),
+        (["--classes", 1], "--classes must be in [0, 1) for zoo:build, got 1"),
+        (["--versus"], "--versus needs two classes or more, zoo:build has one output"),
+    ):
+        status, _, err, _ = explain("Net(1)", *args)
+        assert status == 2 and message in err and err.count("\n") == 1
+
+
+def alike(found, expected):
+    assert found.keys() == expected.keys() and found
+    assert all(np.abs(found[name] - expected[name]).max() < 1e-3 for name in found)
+
+
+@pytest.mark.parametrize("end", ["nn.Softmax(1)", "lambda z: z.exp() / z.exp().sum(1, keepdim=True)"])
+def test_a_softmax_of_the_models_own_is_the_only_one(explain, end):
+    _, expected, _, maps = explain("Net(4)", "--top", 4)
+    status, out, err, found = explain(f"Net(4, {end})", "--top", 4)
+    assert (status, err) == (0, "")
+    assert out == "outputs: probabilities, by a softmax of the model's own\n" + expected
+    alike(found, maps)
+
+
+def test_log_probabilities_are_logits(explain):
+    _, expected, _, maps = explain("Net(4)", "--top", 4)
+    _, out, _, found = explain("Net(4, nn.LogSoftmax(1))", "--top", 4)
+    assert out == expected
+    alike(found, maps)
+
+
+@pytest.mark.parametrize("bias", [-1.5, 1.5])
+def test_a_sigmoid_of_the_models_own_is_the_only_one(explain, bias):
+    _, expected, _, maps = explain(f"Net(1, bias={bias})")
+    status, out, _, found = explain(f"Net(1, nn.Sigmoid(), bias={bias})")
+    assert status == 0 and out == "outputs: probabilities, by a sigmoid of the model's own\n" + expected
+    alike(found, maps)
+
+
+LABELS = "outputs: several labels an image, each explained by its own logit\n"
+
+
+@pytest.mark.parametrize(
+    "build, option, said",
+    [
+        ("Net(3)", ["--multilabel"], LABELS),
+        ("Net(3, problem_type='multi_label_classification')", [], LABELS),
+        ("Net(3, nn.Sigmoid())", [], f"outputs: probabilities, by a sigmoid of the model's own\n{LABELS}"),
+    ],
+)
+def test_labels_that_do_not_compete(explain, build, option, said):
+    status, out, err, found = explain(build, *option, "--classes", "0,1,2")
+    assert (status, err) == (0, "") and out.startswith(said)
+    loaded = cli.models.load_model("zoo:build")
+    loaded.model.end = None
+    pixels = loaded.preprocess(Image.open("cat.png"))[None]
+    with cfcam_gpu.CFCAM(loaded.model, [loaded.model.act], config=cfcam_gpu.CFCAMConfig(margin_temperature=0)) as cam:
+        maps = cam.maps(pixels, [[0, 1, 2]])[0].numpy()
+    scores = [f"class {index} {score:.2f}" for index, score in enumerate(cam.outputs.sigmoid()[0].tolist())]
+    assert out.endswith(f": {', '.join(scores)}\n")
+    alike(found, {f"cat_{index}": heat for index, heat in enumerate(maps)})
+
+
+def test_competing_classes_are_not_taken_for_labels(explain):
+    common = ["--classes", "0,1,2"]
+    _, out, _, found = explain("Net(3, problem_type='single_label_classification')", *common)
+    assert "outputs:" not in out
+    labels = explain("Net(3)", "--multilabel", *common)[3]
+    assert max(np.abs(found[name] - labels[name]).max() for name in found) > 1e-2
+
+
+def test_compiled_and_parallel_models_end_in_a_softmax_too(explain):
+    _, expected, _, maps = explain("Net(4)", "--top", 4)
+    for wrapped in ("torch.compile(Net(4, nn.Softmax(1)))", "nn.DataParallel(Net(4, nn.Softmax(1)))"):
+        _, out, _, found = explain(wrapped, "--top", 4)
+        assert out == "outputs: probabilities, by a softmax of the model's own\n" + expected
+        alike(found, maps)
+
+
+def test_warnings_are_one_line(explain):
+    warns = "__import__('warnings').warn('so\\nmuch') or z"
+    status, _, err, _ = explain(f"Net(4, lambda z: {warns})")
+    assert status == 0 and err.splitlines() == ["cfcam: warning: so much"] * err.count("\n") and err
+
+
+# Channels and class names
+
+
+def test_a_network_of_one_channel(explain):
+    status, out, err, maps = explain("Net(2, channels=1)", "--classes", 1)
+    assert (status, err) == (0, "") and maps["cat_1"].shape == (224, 224)
+    status, _, err, _ = explain("Net(2, channels=2), lambda image: torch.rand(2, 48, 48)")
+    assert status == 2 and "2 channels are no picture" in err and err.count("\n") == 1
+    status, _, err, _ = explain("nn.Conv2d(6, 2, 3)")
+    assert status == 2 and "Conv2d takes 6 channels, which a photograph does not have" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("names.txt", "ox\nass\nmule\n"),
+        ("names.json", '["ox", "ass", "mule"]'),
+        ("names.json", '{"0": "ox", "1": "ass", "2": "mule"}'),
+        ("config.json", '{"id2label": {"1": "ass", "0": "ox", "2": "mule"}}'),
+        ("classes.json", '{"ox": 0, "ass": 1, "mule": 2}'),
+    ],
+)
+def test_class_names_from_a_file(explain, file, text):
+    Path(file).write_text(text)
+    out = explain("Net(3), None, ['a', 'b', 'c']", "--labels", file, "--classes", "2,0,1")[1]
+    last = out.splitlines()[-1].partition(".png: ")[2]
+    assert [part.split()[0] for part in last.split(", ")] == ["mule", "ox", "ass"]
+
+
+def test_class_names_that_do_not_fit(explain):
+    Path("names.txt").write_text("ox\nass\n")
+    status, _, err, _ = explain("Net(3)", "--labels", "names.txt")
+    assert status == 2 and "--labels names.txt has 2 names, zoo:build has 3 classes" in err and err.count("\n") == 1
+    Path("names.json").write_text('{"3": "ox"}')
+    status, _, err, _ = explain("Net(3)", "--labels", "names.json")
+    assert status == 2 and "--labels names.json has an index 3, zoo:build has 3 classes" in err
+    status, out, _, _ = explain("Net(3), None, ['ox', 'ass']", "--classes", 1)
+    assert status == 0 and "class names: not used, since there are 2 names, zoo:build has 3 classes\n" in out
+    assert ": class 1 0." in out
+
+
 # What is refused
 
 
@@ -287,8 +484,14 @@ def test_a_transformer(run, folder, tmp_path):
         (["explain", "x", "--versus", "--top", "1"], "--versus needs two classes or more, got --top 1"),
         (["explain", "x", "--versus", "--classes", "7,7"], "--versus needs two classes or more, got --classes 7"),
         (["demo", "--versus", "--top", "1"], "--versus needs two classes or more, got --top 1"),
-        (["explain", "x", "--device", "abacus"], "expected a device such as cpu or cuda:0, got 'abacus'"),
-        (["explain", "x", "--device", "cuda:99"], "argument --device: 'cuda:99' asked for, but"),
+        (["explain", "x", "--device", "abacus"], "argument --device: expected a device that is here (cpu"),
+        (["explain", "x", "--device", "cuda:99"], "), got 'cuda:99' (see cfcam explain --help)"),
+        (["explain", "x", "--device", "mps:7"], "argument --device: expected a device that is here (cpu"),
+        (["bench", "--device", "xla"], "argument --device: expected a device that is here (cpu"),
+        (["explain", "x", "--device", "meta"], "argument --device: expected a device that is here (cpu"),
+        (["explain", "x", "--device", ""], "argument --device: expected a device that is here (cpu"),
+        (["demo", "--labels", "{tmp}/nowhere.txt"], "No such file or directory: '{tmp}/nowhere.txt'"),
+        (["demo", "--labels", "{tmp}/file.txt"], "{tmp}/file.txt: expected a class name on each line, got none"),
         (["explain", "x", "--backend", "numpy"], "argument --backend: invalid choice: 'numpy'"),
         (["demo", "--classes", "1000"], "--classes must be in [0, 1000) for demo, got 1000"),
         (["demo", "--model", "resnet18"], "model must be demo, "),
@@ -323,6 +526,105 @@ def test_a_missing_file_is_reported_and_the_others_go_on(run, folder, tiny, tmp_
         f"cfcam: {folder / 'nowhere.png'}: no such file",
         f"cfcam: {folder / 'notes.txt'}: not an image in a known format",
     ]
+
+
+def test_the_bad_ones_are_listed_at_the_end(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.act, self.linear = nn.Conv2d(3, 8, 16, 16), nn.ReLU(), nn.Linear(8, 3)\n"
+        "    def forward(self, x):\n"
+        "        if x.amax((1, 2, 3)).min() < 0: raise RuntimeError('too dark for me')\n"
+        "        return self.linear(self.act(self.conv(x)).mean((2, 3)))\n"
+        "def preprocess(image):\n"
+        "    if image.width < 50: raise AttributeError('too small for me')\n"
+        "    return torch.full((3, 96, 96), -1.0 + 2 * (image.getextrema()[0][1] > 0)) + torch.rand(3, 96, 96) / 2\n"
+        "def build(): return Net(), preprocess\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Image.new("RGB", (90, 90)).save(folder / "a_dark.png")
+    Image.new("RGB", (90, 90)).save(folder / "c_dark.png")
+    Image.new("RGB", (40, 40)).save(folder / "b_small.png")
+    expected = [
+        f"cfcam: {folder / 'a_dark.png'}: too dark for me",
+        f"cfcam: {folder / 'b_small.png'}: AttributeError: too small for me",
+        f"cfcam: {folder / 'c_dark.png'}: too dark for me",
+    ]
+    for size in (1, 2, 9):
+        out = tmp_path / f"out{size}"
+        status, _, err = run("explain", folder, "--model", "picky:build", "--out", out, "--batch-size", size)
+        lines = err.splitlines()
+        assert status == 1 and names(out) == ["b_cat.png", "c_cup.png"]
+        assert sorted(lines)[1:] == expected and len(lines) == 4
+        assert sorted(lines)[0].startswith(f"cfcam: {folder / 'a_broken.jpg'}: cannot be decoded: ")
+    # Nothing but what the network does not take: then it is the network.
+    dark = [folder / "a_dark.png", folder / "c_dark.png"]
+    status, _, err = run("explain", *dark, "--model", "picky:build", "--out", tmp_path / "none")
+    assert (status, err) == (2, "cfcam: error: too dark for me\n") and names(tmp_path / "none") == []
+    sys.modules.pop("picky")
+
+
+def test_what_cannot_be_written_does_not_end_the_run(run, folder, tiny, tmp_path):
+    (tmp_path / "out" / "b_cat.png").mkdir(parents=True)
+    inputs = [folder / "b_cat.png", folder / "c_cup.JPG"]
+    status, _, err = run("explain", *inputs, "--model", tiny, "--out", tmp_path / "out")
+    assert status == 1 and err.startswith(f"cfcam: {folder / 'b_cat.png'}: ") and err.count("\n") == 1
+    assert names(tmp_path / "out") == ["b_cat.png", "c_cup.png"]
+
+
+def test_names_of_any_length_and_bytes(run, folder, tiny, tmp_path):
+    photograph = (folder / "b_cat.png").read_bytes()
+    cats = ["\u732b" * 79 + letters for letters in ("cats", "catt")]  # 241 bytes, and the same beginning
+    stems = [*cats, "x" * 251, "caf\udce9", "two\nlines"]
+    for stem in stems:
+        (folder / f"{stem}.png").write_bytes(photograph)
+    inputs = [folder / f"{stem}.png" for stem in stems]
+    common = ["--model", tiny, "--raw", "--classes", "2,0", "--versus"]
+    nowhere = folder / ("y" * 300 + ".png")
+    written = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        status, said, err = run("explain", *inputs, nowhere, *common, "--out", out)
+        assert status == 1 and err == f"cfcam: {nowhere}: cannot be read: File name too long\n"
+        assert said.count(" -> ") == 5
+        written.append(names(out))
+    assert written[0] == written[1] and len(written[0]) == 5 * 4
+    pictures = {os.fsencode(name)[:-4] for name in written[0] if name.endswith(".png")}
+    assert {os.fsencode(stem) for stem in stems[3:]} < pictures  # what fits keeps its name
+    assert sum(name.startswith(("\u732b" * 70).encode()) for name in pictures) == 2
+    assert all(len(os.fsencode(name)) <= 255 for name in written[0])
+
+
+def test_names_that_differ_in_how_accents_are_composed(tmp_path):
+    for folder, stem in (("a", "caf\u00e9"), ("b", "cafe\u0301")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{stem}.png").touch()
+    sources = cli.find_sources([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [source.stem for source in sources] == ["caf\u00e9", "cafe\u0301-2"]
+
+
+def test_a_folder_gives_what_would_be_read_by_name(folder):
+    (folder / "b_cat.png").unlink()
+    (folder / "a_broken.jpg").unlink()
+    for extension in ("jfif", "jpe", "AVIF", "heic", "Heif", "hif", "jp2", "txt", "pdf"):
+        (folder / f"x.{extension}").write_bytes(b"?")
+    found = [Path(source.label).suffix for source in cli.find_sources([str(folder)])]
+    assert sorted(found) == sorted([".JPG", ".jfif", ".jpe", ".AVIF", ".heic", ".Heif", ".hif", ".jp2"])
+
+
+def test_the_devices_that_are_here(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert cli._devices() == ["cpu"]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert cli._devices() == ["cpu", "xpu", "xpu:0", "xpu:1"]
+    assert cli._device("xpu:1") == torch.device("xpu:1")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"\(cpu, xpu, xpu:0, xpu:1\), got 'xpu:2'"):
+        cli._device("xpu:2")
 
 
 def test_a_missing_package_is_named(run, tmp_path, monkeypatch):

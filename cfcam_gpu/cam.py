@@ -1,6 +1,8 @@
 """`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,37 @@ from cfcam_gpu.targets import Targets
 
 if TYPE_CHECKING:
     from cfcam_gpu.cuda_graph import CapturedCFCAM
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """All that one call of `CFCAM.explain` found, on the model's device.
+
+    Attributes:
+        maps: as `CFCAM.maps` returns them: (B, H, W), or (B, K, H, W) of K targets an image.
+        outputs: the model's raw outputs, detached.
+        targets: the class indices that are explained, int64 (B,) or (B, K); of callable targets the callables as they
+            were given.
+        labels: the channels' clusters, int32 (B, C), `DOMINANT` and `NOISE` among them, as `cf_cam` returns them; a
+            tuple of one such tensor per target layer where there are several.
+        weights: the channels' weights, float32 (B, C) or (B, K, C), likewise.
+    """
+
+    maps: torch.Tensor
+    outputs: Any
+    targets: Any
+    labels: torch.Tensor | tuple[torch.Tensor, ...]
+    weights: torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class _Latest(threading.local):
+    """What the latest call of each thread found."""
+
+    outputs: Any = None
+    classes: torch.Tensor | None = None
+
+    def __reduce__(self):
+        return type(self), ()  # a copy of the object has made no call
 
 
 class CFCAM:
@@ -44,6 +77,9 @@ class CFCAM:
         target_names: the target layers' names.
         guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
             of an object that is to find them.
+
+    Calls in several threads, of one object or of several for one model, do not disturb each other, nor plain inference
+    on the model beside them; `explain` hands back all that belongs to a call.
 
     The score is the margin of the class over the classes that it is confused with (`CFCAMConfig.margin_temperature`)
     for class indices and for None, on outputs of two classes or more. A callable target is taken as it is. The classes
@@ -79,8 +115,7 @@ class CFCAM:
     ) -> None:
         self.config = checks.check_config(config)
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
-        self._outputs: Any = None
-        self.classes: torch.Tensor | None = None
+        self._latest = _Latest()
         self._notices = Notices()
         self._capture = HeadCapture(
             model,
@@ -95,7 +130,11 @@ class CFCAM:
     @property
     def outputs(self) -> Any:
         self._notices.poll(stacklevel=3)
-        return self._outputs
+        return self._latest.outputs
+
+    @property
+    def classes(self) -> torch.Tensor | None:
+        return self._latest.classes
 
     @property
     def target_names(self) -> list[str]:
@@ -140,18 +179,37 @@ class CFCAM:
         >>> cam.maps(images, top=5).shape, cam.classes.shape  # images (2, 3, 224, 224)
         (torch.Size([2, 5, 224, 224]), torch.Size([2, 5]))
         """
+        return self._explain(input_tensor, targets, top, inputs).maps
+
+    def explain(
+        self, input_tensor: ModelInput | None = None, targets: Targets = None, top: int | None = None, **inputs: Any
+    ) -> Explanation:
+        """The maps with all that belongs to them, in one object, of which no other call knows.
+
+        Args, Raises: as for `maps`.
+
+        >>> explained = cam.explain(images, top=5)  # images (2, 3, 224, 224), layer4[-1] of a ResNet-50
+        >>> explained.maps.shape, explained.targets.shape, explained.labels.shape, explained.weights.shape
+        (torch.Size([2, 5, 224, 224]), torch.Size([2, 5]), torch.Size([2, 2048]), torch.Size([2, 5, 2048]))
+        """
+        return self._explain(input_tensor, targets, top, inputs)
+
+    def _explain(self, input_tensor, targets, top, inputs):
         checked = check_inputs(input_tensor, inputs, self._capture.model)
-        size, captured = checked.images.shape[-2:], self._run(checked, targets, top)
+        capture, captured = self._run(checked, targets, top, stacklevel=5)
+        size = checked.images.shape[-2:]
         layers = [
-            pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices).maps
+            pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices)
             for activations, gradients, guide in captured
         ]
-        maps = layers[0]
+        maps, labels, weights = layers[0].maps, layers[0].labels, layers[0].weights
         if len(layers) > 1:
-            mean = torch.stack(layers).mean(0)
+            mean = torch.stack([of_layer.maps for of_layer in layers]).mean(0)
             maps = torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
-        self._notices.of_zero_maps(maps, captured, stacklevel=3)
-        return maps
+            labels, weights = (tuple(getattr(each, name) for each in layers) for name in ("labels", "weights"))
+        self._notices.of_zero_maps(maps, captured, stacklevel=4)
+        explained = targets if capture.classes is None else capture.classes
+        return Explanation(maps, capture.outputs, explained, labels, weights)
 
     def __call__(
         self, input_tensor: ModelInput | None = None, targets: Targets = None, top: int | None = None, **inputs: Any
@@ -164,7 +222,8 @@ class CFCAM:
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
         checked = check_inputs(input_tensor, inputs, self._capture.model)
-        grids, backend, captured = [], self._choices["backend"], self._run(checked, targets, top)
+        grids, backend = [], self._choices["backend"]
+        _, captured = self._run(checked, targets, top, stacklevel=4)
         for activations, gradients, guide in captured:
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             grids.append(pipeline.class_grid(activations, weights, config=self.config, guide=guide, backend=backend))
@@ -198,13 +257,13 @@ class CFCAM:
 
         return cuda_graph.capture(self, example_input, targets, top)
 
-    def _run(self, inputs: Inputs, targets, top):
-        self._notices.poll(stacklevel=4)
-        self._notices.of_training(self._capture.model, stacklevel=4)
+    def _run(self, inputs: Inputs, targets, top, stacklevel):
+        self._notices.poll(stacklevel)
+        self._notices.of_training(self._capture.model, stacklevel)
         pool = partial(pipeline.pool_gradients, config=self.config, **self._choices)
         capture = self._capture(inputs, targets, several=True, top=top, pool=pool)
-        self._outputs, self.classes = capture.outputs, capture.classes
-        return list(zip(capture.activations, capture.gradients, capture.guides))
+        self._latest.outputs, self._latest.classes = capture.outputs, capture.classes
+        return capture, list(zip(capture.activations, capture.gradients, capture.guides))
 
     def release(self) -> None:
         """Let go of the model; a second call does nothing."""

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from cfcam_gpu import obstacles
+from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
 from cfcam_gpu.guides import AUTO, Guides
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
 from cfcam_gpu.outputs import map_tensors
@@ -145,10 +146,9 @@ class HeadCapture:
         self._batched_backward = True
         self._inference_weights = False
         self._without_values = obstacles.without_values(self.model)
-        self._calls: Counter[nn.Module] = Counter()
-        self._taps: dict[nn.Module, _Tap] = {}
-        self._rooted: list[torch.Tensor] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        modules = list(self.model.modules())
+        self._fused, self._modules = is_fused(modules), modules
+        self._compiled = False
 
     @property
     def target_names(self) -> list[str]:
@@ -205,66 +205,35 @@ class HeadCapture:
         """
         inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
         batch = len(inputs.images)
-        with eager_without_grad():
+        with torch.inference_mode(False), torch.no_grad():
             targets, top = check_targets(targets, batch, several), check_top(top, targets)
-            while True:
-                try:
-                    with _normal_weights() if self._inference_weights else nullcontext():
-                        captured = self._pass(inputs, targets, batch, top, pool)
-                    if self._guides is None or not self._guides.must_repeat():
-                        return captured
-                except torch.cuda.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    if self._inference_weights or not obstacles.has_inference_weights(self.model):
-                        cause = obstacles.why_failed(self.model, inputs.images, error)
-                        if cause is None:
-                            raise
-                        raise cause from error
-                    self._inference_weights = True  # once more, with weights that autograd takes
-                finally:
-                    self.release()
-
-    def _pass(self, inputs, targets, batch, top, pool):
-        """The `Capture` of one forward and one backward."""
-        # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
-        for layer in self._names:
-            self._handles.append(layer.register_forward_hook(self._tap))
-        if not inputs.images.is_meta:
-            self._handles += [layer.register_forward_pre_hook(obstacles.refuse_meta) for layer in self._without_values]
-        if self._guides is not None:
-            # Behind the taps, so that a guide which is a target layer too is seen as the model goes on with it.
-            self._handles += self._guides.register(named_modules(self.model))
-        outputs = self._forward(inputs)
-        taps = [self._taps[layer] for layer in self.target_layers]
-        activations = tuple(
-            self._to_grid(layer, tap.activations, batch) for layer, tap in zip(self.target_layers, taps)
-        )
-        guides = (None,) * len(taps)
-        if self._guides is not None:
-            guides = tuple(map(self._guides.of, range(len(taps)), self.target_names, activations))
-        with torch.enable_grad():
-            found = scores(outputs, targets, batch, self.margin_temperature, top, self.chosen_side)
-        edges = [tap.edge for tap in taps]
-        if found.n_classes is None:
-            gradients = tuple(map(self._reshaped, self._differentiate(found.roots, edges)))
-        else:
-            gradients = self._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
-        outputs = map_tensors(torch.Tensor.detach, outputs)
-        return Capture(outputs, activations, gradients, guides, found.classes)
+        while True:
+            compiled = self._compiled or is_compiled(self._modules)
+            weights = _normal_weights() if self._inference_weights else nullcontext()
+            try:
+                with eager_without_grad(fused=self._fused, compiled=compiled), weights:
+                    captured = _Pass(self).run(inputs, targets, batch, top, pool)
+                if captured is not None:
+                    return captured
+            except _DidNotRun as error:
+                if compiled or "torch._dynamo" not in sys.modules:
+                    raise ValueError(str(error)) from None
+                self._compiled = True  # once more, should it be in a function that is compiled
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if self._inference_weights or not obstacles.has_inference_weights(self.model):
+                    cause = obstacles.why_failed(self.model, inputs.images, error)
+                    if cause is None:
+                        raise
+                    raise cause from error
+                self._inference_weights = True  # once more, with weights that autograd takes
 
     def _reshaped(self, gradient):
         return gradient if self.reshape_transform is None else self.reshape_transform(gradient)
 
     def release(self) -> None:
-        """Take every hook off the model. Calls do so themselves; safe to call at any time and more than once."""
-        while self._handles:
-            self._handles.pop().remove()
-        while self._rooted:
-            self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
-        self._taps = {}
-        if self._guides is not None:
-            self._guides.begin()
+        """Nothing: no call leaves anything on the model. For callers of the libraries that do."""
 
     def repeated_layers(self) -> list[tuple[str, int]]:
         """(name, number of runs) of every target layer that ran more than once in the latest pass."""
@@ -275,69 +244,6 @@ class HeadCapture:
 
     def __exit__(self, *exception):
         self.release()
-
-    def _forward(self, inputs):
-        """The model's raw outputs, from a pass in which every target layer was tapped at its last call."""
-        device = _device(self.model, inputs.images)
-        while True:
-            self._calls, self._taps = Counter(), {}
-            if self._guides is not None:
-                self._guides.begin()
-            # Private copies: the model may change its input in place, and it may be needed again.
-            args, kwargs = inputs.copies(device)
-            with torch.set_grad_enabled(self._grad_from_start):
-                outputs = self.model(*args, **kwargs)
-                # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
-                # like, encloses the layer and has just restored what it found; it must find autograd on.
-                switched_off = not torch.is_grad_enabled()
-            for layer, name in self._names.items():
-                if not self._calls[layer]:
-                    raise ValueError(
-                        f"target layer {name!r} did not run in the forward pass (or ran where no hook sees it: its"
-                        f" forward() called directly, or scripted code){obstacles.why_not_run(self.model, name)}"
-                    )
-            if len(self._taps) < len(self._names):
-                self._last_call = {}  # fewer calls than last time: tap every call
-            elif switched_off and not self._grad_from_start:
-                self._grad_from_start = True
-            else:
-                self._last_call = dict(self._calls)  # a copy: recomputation in the backward counts on
-                return outputs
-
-    def _tap(self, layer, inputs, output):
-        """Forward hook: start the graph at the layer's output, unless it is in it, and keep a private copy."""
-        self._calls[layer] += 1
-        if self._calls[layer] < self._last_call.get(layer, 1):
-            return None
-        first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
-            raise TypeError(
-                f"target layer {self._names[layer]!r} must return a floating-point tensor, or a tuple or list that"
-                f" starts with one, got {_describe(output)}{obstacles.why_not_floating(first)}"
-            )
-        if obstacles.is_sharded(first):
-            raise TypeError(
-                f"target layer {self._names[layer]!r} must return a plain tensor, got a DTensor, which is sharded: take"
-                " a layer whose output every rank has whole"
-            )
-        with torch.inference_mode(False), torch.enable_grad():
-            # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
-            tensor = first.clone() if first._is_view() or first.is_inference() else first
-            if not tensor.requires_grad:
-                tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
-                self._rooted.append(tensor)
-            self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
-        if self._guides is not None:
-            for index, target in enumerate(self.target_layers):
-                if target is layer:
-                    self._guides.at_target(index)
-        torch.set_grad_enabled(True)
-        if tensor is first:
-            return None
-        if first is output:
-            return tensor
-        rest = (tensor, *output[1:])
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
     def _to_grid(self, layer, activations, batch):
         """``activations`` as (B, C, h, w), or an error that names the layer."""
@@ -410,6 +316,138 @@ class HeadCapture:
                 str(reason).splitlines()[0],
             )
         return [None if of_edge[0] is None else torch.stack(of_edge) for of_edge in zip(*each)]
+
+
+class _DidNotRun(ValueError):
+    """A target layer did not run, or not where its hook could see it."""
+
+
+class _Pass:
+    """One forward and one backward of a `HeadCapture`: its hooks, and what they keep."""
+
+    def __init__(self, capture: HeadCapture) -> None:
+        self._of, self._call = capture, Call()
+        self._last_call = capture._last_call
+        self._begin()
+
+    def _begin(self):
+        self._calls: Counter[nn.Module] = Counter()
+        self._taps: dict[nn.Module, _Tap] = {}
+        self._guides = None if self._of._guides is None else self._of._guides.begin()
+
+    def run(self, inputs, targets, batch, top, pool):
+        """The `Capture`, or None where the pass is to be repeated."""
+        # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
+        self._rooted: list[torch.Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        try:
+            captured = self._run(inputs, targets, batch, top, pool)
+            return None if self._guides is not None and self._guides.must_repeat() else captured
+        finally:
+            while self._handles:
+                self._handles.pop().remove()
+            while self._rooted:
+                self._rooted.pop().detach_()  # the model may hold on to its tensor: a buffer, a cached feature map
+
+    def _run(self, inputs, targets, batch, top, pool):
+        of = self._of
+        with self._call:
+            outputs = self._forward(inputs)
+        taps = [self._taps[layer] for layer in of.target_layers]
+        activations = tuple(of._to_grid(layer, tap.activations, batch) for layer, tap in zip(of.target_layers, taps))
+        guides = (None,) * len(taps)
+        if self._guides is not None:
+            guides = tuple(map(self._guides.of, range(len(taps)), of.target_names, activations))
+        with torch.enable_grad():  # a target may run the model: that is no part of the pass
+            found = scores(outputs, targets, batch, of.margin_temperature, top, of.chosen_side)
+        edges = [tap.edge for tap in taps]
+        with self._call, self._backward(found.roots):
+            if found.n_classes is None:
+                gradients = tuple(map(of._reshaped, of._differentiate(found.roots, edges)))
+            else:
+                gradients = of._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
+        outputs = map_tensors(torch.Tensor.detach, outputs)
+        return Capture(outputs, activations, gradients, guides, found.classes)
+
+    def _backward(self, roots):
+        roots = [root for root in roots if root.requires_grad and root.device.type != "cpu"]
+        return self._call.backward_from(roots[0]) if roots else nullcontext()
+
+    def _hook(self, inputs):
+        """The hooks of the pass, on the model."""
+        of, only = self._of, self._call.only
+        tap, refuse = only(self._tap), only(obstacles.refuse_meta)
+        for layer in of._names:
+            self._handles.append(layer.register_forward_hook(tap))
+        if not inputs.images.is_meta:
+            self._handles += [layer.register_forward_pre_hook(refuse) for layer in of._without_values]
+        if self._guides is not None:
+            # Behind the taps, so that a guide which is a target layer too is seen as the model goes on with it.
+            self._handles += self._guides.register(named_modules(of.model), only)
+
+    def _forward(self, inputs):
+        """The model's raw outputs, from a pass in which every target layer was tapped at its last call."""
+        of, device = self._of, _device(self._of.model, inputs.images)
+        while True:
+            self._begin()
+            while self._handles:
+                self._handles.pop().remove()
+            self._hook(inputs)
+            # Private copies: the model may change its input in place, and it may be needed again.
+            args, kwargs = inputs.copies(device)
+            with torch.set_grad_enabled(of._grad_from_start):
+                outputs = of.model(*args, **kwargs)
+                # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
+                # like, encloses the layer and has just restored what it found; it must find autograd on.
+                switched_off = not torch.is_grad_enabled()
+            for layer, name in of._names.items():
+                if not self._calls[layer]:
+                    raise _DidNotRun(
+                        f"target layer {name!r} did not run in the forward pass (or ran where no hook sees it: its"
+                        f" forward() called directly, or scripted code){obstacles.why_not_run(of.model, name)}"
+                    )
+            if len(self._taps) < len(of._names):
+                self._last_call = {}  # fewer calls than last time: tap every call
+            elif switched_off and not of._grad_from_start:
+                of._grad_from_start = True
+            else:
+                of._last_call = self._last_call = dict(self._calls)  # a copy: the backward's recomputation counts on
+                return outputs
+
+    def _tap(self, layer, inputs, output):
+        """Forward hook: start the graph at the layer's output, unless it is in it, and keep a private copy."""
+        self._calls[layer] += 1
+        if self._calls[layer] < self._last_call.get(layer, 1):
+            return None
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
+            raise TypeError(
+                f"target layer {self._of._names[layer]!r} must return a floating-point tensor, or a tuple or list that"
+                f" starts with one, got {_describe(output)}{obstacles.why_not_floating(first)}"
+            )
+        if obstacles.is_sharded(first):
+            raise TypeError(
+                f"target layer {self._of._names[layer]!r} must return a plain tensor, got a DTensor, which is sharded:"
+                " take a layer whose output every rank has whole"
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
+            tensor = first.clone() if first._is_view() or first.is_inference() else first
+            if not tensor.requires_grad:
+                tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
+                self._rooted.append(tensor)
+            self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
+        if self._guides is not None:
+            for index, target in enumerate(self._of.target_layers):
+                if target is layer:
+                    self._guides.at_target(index)
+        torch.set_grad_enabled(True)
+        if tensor is first:
+            return None
+        if first is output:
+            return tensor
+        rest = (tensor, *output[1:])
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
 
 def find_module_name(model: nn.Module, module: nn.Module, what: str = "target layer") -> str:
@@ -493,28 +531,6 @@ class GraphRoot(torch.autograd.Function):
     def forward(ctx, anchor, tensor):
         ctx.mark_dirty(tensor)
         return tensor
-
-
-@contextmanager
-def eager_without_grad():
-    """Autograd off, and every code path taken as if it were on and uncompiled; all as before afterwards.
-
-    A context manager, for the part of a forward pass that lies before the target layers.
-    """
-    mha = torch.backends.mha
-    with ExitStack() as stack:
-        # A trunk run without autograd leaves weights without a graph in autocast's cache; torch 2.6 would hand them
-        # to the caller's next training step.
-        stack.callback(torch.clear_autocast_cache)
-        # Without autograd nn.TransformerEncoder takes a fused path, which rounds differently.
-        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules:
-            # Code compiled before the hooks came would pass them by; code compiled now would keep them.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        yield
 
 
 class _normal_weights(TorchFunctionMode):

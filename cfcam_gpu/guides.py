@@ -2,6 +2,7 @@
 
 Forward hooks keep what the guide returned last before its target layer ran. No copy is made: a tensor that is changed
 in place afterwards is told by its version, and then the pass is repeated with copies. Nothing is differentiated.
+What has been found out about the model is in `Guides`, for all passes; what a pass keeps is in a `GuidesOfPass`.
 """
 
 from collections import Counter
@@ -66,7 +67,6 @@ class Guides:
         self._readings = [reshape_transform] * len(self._asked)
         self._copies = copies
         self._copied: set[nn.Module] = set()
-        self.begin()
 
     def names(self, target_names: Sequence[str]) -> list[str] | None:
         """Per target layer the guide's name, its own where it guides itself; None before they have been found."""
@@ -75,8 +75,18 @@ class Guides:
         pairs = zip(self._found, target_names)
         return [self._names[found] if isinstance(found, nn.Module) else target for found, target in pairs]
 
-    def begin(self) -> None:
-        """Let go of what the last pass kept."""
+    def begin(self) -> "GuidesOfPass":
+        """What keeps the guides of one pass."""
+        return GuidesOfPass(self)
+
+
+class GuidesOfPass:
+    """What one forward pass keeps of its guides; what it finds out goes to the `Guides` that began it."""
+
+    def __init__(self, guides: Guides) -> None:
+        self._known = guides
+        # As it is known now: another thread's pass may find, or lose, a guide meanwhile.
+        self._found, self._readings = list(guides._found), list(guides._readings)
         self._runs: Counter[nn.Module] = Counter()
         self._latest: dict[nn.Module, _Kept] = {}
         self._seen: dict[tuple, list[_Candidate]] = {}  # the latest two of every size and depth
@@ -85,18 +95,21 @@ class Guides:
         self._used: list[tuple[nn.Module, _Kept | None]] = []
         self._is_stale = False
 
-    def register(self, named_modules: Iterable[tuple[str, nn.Module]]) -> list:
-        """Hooks on the guides, or on all the modules while there is one to be found; their handles."""
+    def register(self, named_modules: Iterable[tuple[str, nn.Module]], only: Callable = lambda hook: hook) -> list:
+        """Hooks on the guides, or on all the modules while there is one to be found; their handles.
+
+        Args:
+            only: what makes of a hook one that acts in this pass alone (`cfcam_gpu.calls.Call.only`).
+        """
+        keep, look = only(self._keep), only(self._look)
         handles = [
-            module.register_forward_hook(self._keep)
-            for module in dict.fromkeys(self._found)
-            if isinstance(module, nn.Module)
+            module.register_forward_hook(keep) for module in dict.fromkeys(self._found) if isinstance(module, nn.Module)
         ]
         if AUTO in self._found:
             for name, module in named_modules:
                 if not isinstance(module, PASSED_OVER):
-                    self._names.setdefault(module, name)
-                    handles.append(module.register_forward_hook(self._look))
+                    self._known._names.setdefault(module, name)
+                    handles.append(module.register_forward_hook(look))
         return handles
 
     def _keep(self, module, inputs, output):
@@ -106,7 +119,7 @@ class Guides:
 
     def _kept(self, module, tensor):
         with torch.inference_mode(False):
-            if self._copies or module in self._copied or tensor.is_inference():
+            if self._known._copies or module in self._known._copied or tensor.is_inference():
                 return _Kept(tensor.detach().clone(), None)
             tensor = tensor.detach()
             return _Kept(tensor, tensor._version)
@@ -116,7 +129,7 @@ class Guides:
         tensor = _first(output)
         if self._runs[module] > 1 or tensor is None or tensor.ndim < 3:
             return
-        depth = self._names[module].count(".")
+        depth = self._known._names[module].count(".")
         candidate = _Candidate(depth, self._runs.total(), module, self._kept(module, tensor))
         # Two, because the latest may turn out to be a shared layer, which runs again.
         latest = self._seen.setdefault((*tensor.shape[2:], depth), [])
@@ -140,10 +153,12 @@ class Guides:
         """
         found, sides = self._found[index], tuple(activations.shape[2:])
         if found == AUTO:
-            self._found[index] = found = self._choose(index, sides)
+            found = self._choose(index, sides)
+            self._found[index], self._known._readings[index] = found, self._readings[index]
+            self._known._found[index] = found
         if not isinstance(found, nn.Module):
             return None
-        kept, name = self._guides.get(index), f"guide layer {self._names[found]!r}"
+        kept, name = self._guides.get(index), f"guide layer {self._known._names[found]!r}"
         self._used.append((found, kept))
         problem, guide = None, None
         if kept is None:
@@ -156,8 +171,8 @@ class Guides:
             elif guide.shape[2] < sides[0] or guide.shape[3] < sides[1]:
                 expected = f"the size {sides} of target layer {target_name!r}"
                 problem = f"{name} must have a grid of at least {expected}, got {tuple(guide.shape[2:])}"
-        if problem and self._asked[index] == AUTO:  # it was right for other inputs
-            self._found[index], self._is_stale = AUTO, True
+        if problem and self._known._asked[index] == AUTO:  # it was right for other inputs
+            self._known._found[index], self._is_stale = AUTO, True
             return None
         if problem:
             raise ValueError(problem)
@@ -167,7 +182,7 @@ class Guides:
         """The guide for a target of these sides, or None: the smallest grid, then the outermost, then the latest."""
         choices = []
         for candidate in self._candidates.get(index, ()):
-            for reading in (self._reshape, None, channels_last_to_map):
+            for reading in (self._known._reshape, None, channels_last_to_map):
                 grid = _grid(candidate.kept.tensor, reading)
                 if grid is not None and _fits(grid, sides):
                     choices.append((grid[0] * grid[1], candidate.depth, -candidate.order, candidate, reading))
@@ -184,7 +199,7 @@ class Guides:
         The next pass works on copies, or finds another.
         """
         changed = [module for module, kept in self._used if kept and kept.is_changed()]
-        self._copied.update(changed)
+        self._known._copied.update(changed)
         return bool(changed) or self._is_stale
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import deque
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 MAPS_NAMED = 8
 """Maps that a notice names one by one; of more it says how many."""
+
+
+LOCK = Lock()
+"""Of all objects: two threads of one are not to give a notice twice."""
 
 
 class Notices:
@@ -64,9 +69,12 @@ class Notices:
         """Say what has been found by now in the maps of earlier calls on a device; does not wait."""
         if not self._pending or torch.cuda.is_current_stream_capturing():
             return
-        while self._pending and self._pending[0].copied.query():
-            zero = self._pending.popleft().peaks <= 0
-            if "zero" not in self._told and zero.any():
+        while True:
+            with LOCK:
+                if not (self._pending and self._pending[0].copied.query()):
+                    return
+                zero = self._pending.popleft().peaks <= 0
+            if zero.any():
                 self._of_zero(zero, None, stacklevel + 1)
 
     def _of_zero(self, zero, layers, stacklevel):
@@ -82,7 +90,10 @@ class Notices:
         self._warn("zero", f"maps {call}are zero everywhere, of {kind} {said}{more}", stacklevel)
 
     def _warn(self, kind, message, stacklevel):
-        self._told.add(kind)
+        with LOCK:
+            if kind in self._told:
+                return
+            self._told.add(kind)
         warnings.warn(message, UserWarning, stacklevel + 1)
 
 

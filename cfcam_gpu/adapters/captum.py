@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GuideLayer, eager_without_grad, make_guides, named_modules
+from cfcam_gpu.calls import Call, eager_without_grad
+from cfcam_gpu.capture import GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.guides import AUTO
@@ -165,9 +166,11 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
             device = next(self.forward_func.parameters()).device
             inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
         grad_kwargs = {name: value for name, value in (grad_kwargs or {}).items() if name != "create_graph"}
-        captured = _capture(single, inputs, *taken, grad_kwargs, guides, temperature)
+        kept = None if guides is None else guides.begin()
+        captured = _capture(single, inputs, *taken, grad_kwargs, kept, temperature)
         if captured is None:
-            with _watched(single.forward_func, guides, self.layer, attribute_to_layer_input):
+            kept = None if guides is None else guides.begin()
+            with _watched(single.forward_func, kept, Call(), self.layer, attribute_to_layer_input):
                 captured = compute_layer_gradients_and_eval(
                     lambda *args: _score(single.forward_func(*args), target, temperature),
                     self.layer,
@@ -181,7 +184,7 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         for gradients, activations in zip(*captured):
             activations, gradients = activations.detach(), gradients.detach()
             weights = self._weights_of(activations, gradients)
-            guide = None if guides is None else guides.of(0, "layer", activations)
+            guide = None if kept is None else kept.of(0, "layer", activations)
             if attr_dim_summation:
                 options = {"relu": False, "guide": guide, **self._grid_options}
                 result = pipeline.class_grid(activations, weights, **options)[:, None]
@@ -234,12 +237,12 @@ def _capture(
     additional_forward_args,
     attribute_to_layer_input,
     grad_kwargs,
-    guides=None,
+    kept=None,
     margin_temperature=0.0,
 ):
     """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run.
 
-    ``guides`` keep what they need for this one layer. With a temperature, the score of a class is its margin.
+    ``kept`` keeps the guide of this one layer. With a temperature, the score of a class is its margin.
     """
     forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
     if (
@@ -249,7 +252,7 @@ def _capture(
         or grad_kwargs.get("create_graph")
     ):
         return None
-    starts = []
+    starts, call = [], Call()
 
     def tap(module, layer_inputs, layer_output=None):
         found = layer_inputs if attribute_to_layer_input else layer_output
@@ -260,8 +263,8 @@ def _capture(
         starts[:] = [_start(tensor) for tensor in tensors]  # of a layer that runs more than once the last run counts
         # The model goes on with copies, so that no in-place operation behind the layer reaches the activations.
         copies = [tensor.clone() for tensor in starts]
-        if guides is not None:
-            guides.at_target(0)
+        if kept is not None:
+            kept.at_target(0)
         if not isinstance(found, (tuple, list)):
             return copies[0]
         if hasattr(found, "_fields"):
@@ -272,9 +275,9 @@ def _capture(
     with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
-        handle = register(tap)
+        handle = register(call.only(tap))
         try:
-            with _watched(forward_func, guides):
+            with _watched(forward_func, kept, call):
                 outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
             if not isinstance(outputs, torch.Tensor):
                 return None
@@ -302,17 +305,17 @@ def _score(outputs, target, margin_temperature):
 
 
 @contextmanager
-def _watched(forward_func, guides, layer=None, to_input=False):
-    """The hooks of the guides on the model, where there are any; with a layer, also the one that tells when it runs."""
+def _watched(forward_func, kept, call, layer=None, to_input=False):
+    """The call, with the hooks of the guide where there is any; with a layer, also the one that tells when it runs."""
     handles = []
-    if guides is not None:
-        guides.begin()
-        handles = guides.register(named_modules(forward_func))
-    if guides is not None and layer is not None:
+    if kept is not None:
+        handles = kept.register(named_modules(forward_func), call.only)
+    if kept is not None and layer is not None:
         register = layer.register_forward_pre_hook if to_input else layer.register_forward_hook
-        handles.append(register(lambda *_: guides.at_target(0)))
+        handles.append(register(call.only(lambda *_: kept.at_target(0))))
     try:
-        yield
+        with call:
+            yield
     finally:
         for handle in handles:
             handle.remove()

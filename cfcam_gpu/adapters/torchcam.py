@@ -42,7 +42,8 @@ from torch.utils._pytree import tree_leaves
 
 from cfcam_gpu import pipeline
 from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
-from cfcam_gpu.capture import GraphRoot, GuideLayer, eager_without_grad, make_guides, named_modules
+from cfcam_gpu.calls import eager_without_grad, is_fused
+from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.targets import margin_cotangent
@@ -98,7 +99,7 @@ class _HeadOnly:
         tracked = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         tracked = tracked and (model.training or any(tensor.requires_grad for tensor in self._pass_inputs))
         with ExitStack() as scope:
-            scope.enter_context(eager_without_grad())
+            scope.enter_context(eager_without_grad(fused=is_fused(model.modules()), nested=False))
             scope.enter_context(torch.set_grad_enabled(tracked or self._grad_from_start))
             self._tapped = False
             self._scope = scope.pop_all()
@@ -235,6 +236,7 @@ class CFCAM(Configured, GradCAM):
     """
 
     _guides = None
+    _kept = None
     _guide_handles = ()
 
     def __init__(
@@ -265,12 +267,14 @@ class CFCAM(Configured, GradCAM):
         super()._begin_pass(model, args, kwargs)
         if self._guides is not None and self._scope is not None:
             self._let_go_of_guides()
-            self._guides.begin()
-            self._guide_handles = self._guides.register(named_modules(model))
+            self._kept = self._guides.begin()
+            self._guide_handles = self._kept.register(named_modules(model))
 
     def _begin_again(self):
         if self._guides is not None:
-            self._guides.begin()
+            self._let_go_of_guides()
+            self._kept = self._guides.begin()
+            self._guide_handles = self._kept.register(named_modules(self.model))
 
     def _end_pass(self, model, args, kwargs, output):
         try:
@@ -290,7 +294,7 @@ class CFCAM(Configured, GradCAM):
     def _hook_g(self, module, inputs, output, idx=0):
         result = super()._hook_g(module, inputs, output, idx)
         if self._guides is not None and self._scope is not None:
-            self._guides.at_target(idx)
+            self._kept.at_target(idx)
         return result
 
     def _backprop(self, scores, class_idx, *args, targets=None, **kwargs):
@@ -313,8 +317,8 @@ class CFCAM(Configured, GradCAM):
         weights = self._get_weights(class_idx, scores, **kwargs)
         guides = None
         if self._guides is not None:
-            guides = list(map(self._guides.of, range(len(weights)), self.target_names, self.hook_a))
-            if self._guides.must_repeat():
+            guides = list(map(self._kept.of, range(len(weights)), self.target_names, self.hook_a))
+            if self._kept.must_repeat():
                 LOG.warning("the guide layer found for other inputs does not fit these; the next pass finds another")
         return self._maps(weights, normalized, guides, **self._grid_options)
 

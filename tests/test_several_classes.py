@@ -19,18 +19,18 @@ CLOSE = 2e-6
 """Of the maps' maximum, which is 1."""
 
 
-def assert_same_maps(actual, expected):
+def assert_same_maps(actual, expected, close=CLOSE):
     assert actual.shape == expected.shape
-    assert np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)).max() <= CLOSE
+    assert np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64)).max() <= close
 
 
-def assert_each_as_if_alone(cam, images, classes, call="maps"):
+def assert_each_as_if_alone(cam, images, classes, call="maps", close=CLOSE):
     """That row k of the classes (B, K) is the map of class k of each image; returns the maps."""
     function = getattr(cam, call)
     maps = function(images, classes)
     assert maps.shape[:2] == classes.shape and torch.equal(cam.classes, classes)
     for k, column in enumerate(classes.T):
-        assert_same_maps(maps[:, k], function(images, column))
+        assert_same_maps(maps[:, k], function(images, column), close)
     return maps
 
 
@@ -83,10 +83,9 @@ def test_each_class_as_if_alone_in_other_ways(resnet18, images, classes, how, mo
         monkeypatch.setattr("cfcam_gpu.capture.HEAD_BYTES_ON_CPU", 2 * 3 * 512 * 3 * 2 * 8)
         monkeypatch.setattr("cfcam_gpu.torch_backend.MAP_BYTES_ON_CPU", 1)
     cam = CFCAM(resnet18, layers)
-    if how == "__call__":
-        assert_each_as_if_alone(cam, images, classes, "__call__")
-    else:
-        assert_each_as_if_alone(cam, images, classes)
+    # Of half precision the gradients' own rounding is stretched with the map; of double precision nothing is.
+    close = 1e-4 if how in ("bfloat16", "float16") else CLOSE
+    assert_each_as_if_alone(cam, images, classes, how if how == "__call__" else "maps", close)
 
 
 def test_trained_network():
@@ -99,7 +98,7 @@ def test_trained_network():
     images = loaded.preprocess(Image.fromarray(chelsea()))[None]
     cam = CFCAM(loaded.model, [find_target_layer(loaded.model, images)[1]])
     assert cam.maps(images, top=10).amax() == 1
-    assert_each_as_if_alone(cam, images, cam.classes)
+    assert_each_as_if_alone(cam, images, cam.classes, close=1e-5)  # its float32 rounds by the processor
 
 
 def test_transformer(images):

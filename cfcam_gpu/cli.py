@@ -23,6 +23,7 @@ import torch
 from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, doctor, images, layers, models, pipeline
 from cfcam_gpu import probabilities as prob
 from cfcam_gpu.checks import needs
+from cfcam_gpu.outputs import find_logits
 
 PANEL_PIXELS = 448
 """Height of the photograph and of each overlay in a picture."""
@@ -579,20 +580,13 @@ def _explain_batch(run, inputs):
     cam, one_output = run.cam, run.n_classes == 1
     targets = run.args.classes and [run.args.classes] * len(inputs)
     maps = cam.maps(inputs, targets, top=None if targets or one_output else run.top)
-    logits = _logits(cam.outputs)
+    logits = find_logits(cam.outputs, len(inputs))
     scores = prob.probabilities(logits, run.multilabel)
     if not one_output:
         return cam.classes.tolist(), scores.gather(1, cam.classes).tolist(), maps.float().cpu().numpy()
     positive = torch.ones_like(logits, dtype=torch.bool) if targets else logits >= 0
     scores = torch.where(positive, scores, 1 - scores)
     return positive.tolist(), scores.tolist(), maps.view(len(maps), 1, *maps.shape[-2:]).float().cpu().numpy()
-
-
-def _logits(outputs):
-    """The logits (B, n) in what a model returned."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    return outputs["logits"] if isinstance(outputs, dict) else outputs.logits
 
 
 def _write(args, source, seen, captions, classes, maps, versus):

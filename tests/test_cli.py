@@ -338,6 +338,13 @@ def test_one_logit_is_explained_by_the_side_that_it_chose(explain, names, sides,
     assert list(asked[3]) == ["cat_positive"]
 
 
+def test_the_negative_side_is_the_opposite_class(explain):
+    _, out, _, maps = explain("Net(1, bias=-30.7)")
+    _, mirrored, _, expected = explain("Net(1, lambda z: -z, bias=-30.7)")
+    assert ": negative 1.00" in out and ": positive 1.00" in mirrored
+    alike({"cat": maps["cat_negative"]}, {"cat": expected["cat_positive"]})
+
+
 def test_one_logits_probability_is_its_sigmoid(explain, rng):
     bias = rng.uniform(-2, 2)
     status, out, _, _ = explain(f"Net(1, bias={bias})", "--top", 1)

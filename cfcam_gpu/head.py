@@ -1,0 +1,484 @@
+"""The part of a network behind a layer, on its own: outputs for any activations, without the rest of the network.
+
+Methods that change a layer's activations and look what becomes of the outputs (Ablation-CAM, integrated gradients of a
+layer) need no more of the network than this. `record_head` runs it twice, with one image more the second time, and
+notes the operations behind the layer as torch's dispatcher sees them. What differs between the two runs must be a
+multiple of the number of images. The replay with the layer's own activations must give the network's outputs, bit for
+bit, or it is not used.
+"""
+
+import logging
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
+from cfcam_gpu.inputs import Inputs, check_inputs
+from cfcam_gpu.outputs import map_tensors
+
+LOG = logging.getLogger("cfcam_gpu")
+
+
+class Head:
+    """What `record_head` returns: called with activations, it gives the model's outputs.
+
+    Attributes:
+        activations: the layer's own output for the recorded inputs, detached.
+        outputs: the model's outputs for them, detached, in the model's own structure.
+        reason: why the whole network runs for every call; None where the recorded part does.
+    """
+
+    activations: torch.Tensor
+    outputs: Any
+    reason: str | None = None
+
+    def __call__(self, activations: torch.Tensor, image: int | None = None) -> Any:
+        """The model's outputs had the layer returned ``activations``.
+
+        Args:
+            activations: (n * B, ...), as the layer returns them for B images but for their number: n of each image
+                of the recorded inputs, in the images' order. Gradients flow back to them.
+            image: all of the activations, (n, ...), are of this one of the recorded inputs.
+
+        Raises:
+            ValueError: their shape or number is another, or their dtype or device.
+        """
+        expected = self.activations
+        rows, batch = len(activations), len(expected) if image is None else 1
+        if activations.shape[1:] != expected.shape[1:] or rows % batch or not rows:
+            shape = ", ".join(["n" if batch == 1 else f"n * {batch}", *map(str, expected.shape[1:])])
+            raise ValueError(f"activations must have shape ({shape}), got {tuple(activations.shape)}")
+        if (activations.dtype, activations.device) != (expected.dtype, expected.device):
+            raise ValueError(
+                f"activations must be {expected.dtype} on {expected.device}, got {activations.dtype} on"
+                f" {activations.device}"
+            )
+        return self._run(activations, rows // batch, slice(None) if image is None else slice(image, image + 1))
+
+    def renewed(self, model: nn.Module, inputs: Any) -> "Head | None":
+        """The same head with other inputs' activations and outputs, from one forward pass; None where it does not hold
+        for them: then it is to be recorded anew."""
+        return None
+
+    def _run(self, activations, times, images):
+        raise NotImplementedError
+
+
+class _Rows(NamedTuple):
+    """An integer of the recording that is so many times the number of images."""
+
+    factor: int
+
+
+class _Slot(NamedTuple):
+    """A tensor that an earlier operation made."""
+
+    number: int
+
+
+class _Kept(NamedTuple):
+    """A tensor from before the layer, a row for each image."""
+
+    tensor: torch.Tensor
+
+
+class _Step(NamedTuple):
+    function: Any
+    leaves: list[Any]  # of (args, kwargs): constants, _Rows, _Slot, _Kept
+    spec: Any
+    made: list[int]  # the slots of the tensors that it returns
+    done: list[int]  # the slots that no later step needs
+
+
+class _Replay(Head):
+    def __init__(self, layer, activations, outputs, steps, result, n_slots, changes_leaf):
+        self.activations, self.outputs = activations, outputs
+        self._layer, self._steps, self._n_slots, self._changes_leaf = layer, steps, n_slots, changes_leaf
+        self._result = result  # what is returned in the place of each of the outputs' tensors
+
+    def renewed(self, model, inputs):
+        leaves = [leaf for step in self._steps for leaf in step.leaves] + self._result
+        inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
+        if len(inputs.images) != len(self.activations) or any(type(leaf) is _Kept for leaf in leaves):
+            return None
+        seen = _Observation(self._layer)
+        with _as_recorded(model):
+            seen.run(model, *_with_more(inputs, 0, _device(model, inputs)))
+        seen.finish(len(inputs.images))
+        if seen.reason is not None or len(_tensors(seen.outputs)) != len(self._result):
+            return None
+        head = _Replay(
+            self._layer,
+            seen.activations,
+            seen.outputs,
+            self._steps,
+            self._result,
+            self._n_slots,
+            self._changes_leaf,
+        )
+        return head if head.is_right() else None
+
+    def is_right(self):
+        """Whether the replay of the layer's own activations gives the network's outputs, bit for bit."""
+        try:
+            with torch.no_grad():
+                again = self(self.activations)
+        except (RuntimeError, ValueError):  # of another shape than was recorded
+            return False
+        return all(map(_equal, _tensors(again), _tensors(self.outputs)))
+
+    def _run(self, activations, times, images):
+        rows = len(activations)
+        slots: list[Any] = [None] * self._n_slots
+        slots[0] = activations.clone() if self._changes_leaf else activations
+
+        def value(leaf):
+            if type(leaf) is _Slot:
+                return slots[leaf.number]
+            if type(leaf) is _Rows:
+                return leaf.factor * rows
+            if type(leaf) is _Kept:
+                kept = leaf.tensor[images]
+                return kept if times == 1 else kept.repeat_interleave(times, 0)
+            return leaf
+
+        for step in self._steps:
+            args, kwargs = tree_unflatten([value(leaf) for leaf in step.leaves], step.spec)
+            made = [each for each in tree_flatten(step.function(*args, **kwargs))[0] if isinstance(each, torch.Tensor)]
+            for index, tensor in zip(step.made, made):
+                slots[index] = tensor
+            for index in step.done:
+                slots[index] = None
+        result = iter(self._result)
+        return map_tensors(lambda _: value(next(result)), self.outputs)
+
+
+class _WholeForward(Head):
+    """The network itself, with the layer's output replaced."""
+
+    def __init__(self, model, layer, inputs, recording, reason):
+        self.activations, self.outputs, self.reason = recording.activations, recording.outputs, reason
+        self._model, self._layer, self._inputs = model, layer, inputs
+
+    def _run(self, activations, times, images):
+        call = Call()
+
+        def replace(module, args, output):
+            if not isinstance(output, (tuple, list)):
+                return activations
+            rest = (activations, *output[1:])
+            return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+        args, kwargs = _repeated(self._inputs, times, images, self.activations.device)
+        handle = self._layer.register_forward_hook(call.only(replace))
+        try:
+            with call:
+                return self._model(*args, **kwargs)
+        finally:
+            handle.remove()
+
+
+def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
+    """The part of ``model`` behind ``layer``, for inputs of this kind.
+
+    Where it cannot be recorded, the head that is returned runs the whole network for every call; `Head.reason` says
+    why, and so does a line on the logger ``cfcam_gpu``. That is so for control flow that depends on values, random
+    operations, batch norm in training, a layer that runs twice, and operations that change tensors from before it.
+
+    Args:
+        model: runs in the mode it is in; nothing is left on it.
+        layer: one of its modules, whose output is a floating-point tensor, or a tuple or list that starts with one.
+        inputs: a batch (B, ...), or as for `CFCAM.maps` a tuple or a dict of the model's arguments.
+
+    Returns:
+        `Head`: differentiable, for any number of rows of activations. It reads the weights of the model at every call,
+        but what it keeps of the inputs stays: tensors from before the layer that go around it.
+
+    Raises:
+        TypeError, ValueError: the inputs are of the wrong kind; the layer did not run, or returns something else.
+
+    >>> head = record_head(model, model.layer4, images)  # images (1, 3, 224, 224)
+    >>> head(head.activations.expand(32, -1, -1, -1)).shape
+    torch.Size([32, 1000])
+    """
+    inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
+    batch, device = len(inputs.images), _device(model, inputs)
+
+    def run(more):
+        recording = _Recording(layer)
+        with _as_recorded(model), recording:
+            recording.run(model, *_with_more(inputs, more, device))
+        recording.finish(batch + more)
+        return recording
+
+    own = run(0)
+    try:
+        try:
+            head = _compared(model, own, run(1), own)
+        except _DependsOnRows:
+            if batch > 1:
+                raise
+            # Of one row alone a tensor may be contiguous that otherwise is not, and a copy be saved.
+            head = _compared(model, run(1), run(2), own)
+        if not head.is_right():
+            raise _NotRecorded("its replay does not give the network's own outputs")
+        return head
+    except _NotRecorded as error:
+        LOG.info("%s behind the layer is not run on its own: %s", type(model).__name__, error)
+        return _WholeForward(model, layer, inputs, own, str(error))
+
+
+class _NotRecorded(Exception):
+    """Why the part behind the layer cannot run on its own."""
+
+
+class _DependsOnRows(_NotRecorded):
+    def __init__(self):
+        super().__init__("its operations depend on the number of images")
+
+
+class _Observation:
+    """A layer's output, and the model's, of one forward pass."""
+
+    def __init__(self, layer):
+        self.layer, self._call = layer, Call()
+        self.reason: str | None = None
+        self.leaf: torch.Tensor | None = None
+        self.raw: Any = None
+        self._n_runs = 0
+
+    def run(self, model, args, kwargs):
+        handle = self.layer.register_forward_hook(self._call.only(self._begin))
+        try:
+            with self._call:
+                self.raw = model(*args, **kwargs)
+        finally:
+            handle.remove()
+        if self.leaf is None:
+            raise ValueError("layer must run in the forward pass of the model, but it did not")
+        if self._n_runs > 1:
+            self.reason = "the layer runs more than once in a forward pass"
+
+    def finish(self, batch):
+        """The activations and outputs, apart from what the model may go on to change."""
+        self.batch, self.activations = batch, self._as_it_was
+        with torch.no_grad():
+            self.outputs = map_tensors(lambda tensor: tensor.detach(), self.raw)
+        if self.activations.ndim == 0 or len(self.activations) != batch:
+            raise ValueError(f"layer must return a row for each of {batch} images, got {tuple(self.activations.shape)}")
+
+    def _begin(self, module, args, output):
+        self._n_runs += 1
+        if self.leaf is not None:
+            return
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
+            raise TypeError(
+                "layer must return a floating-point tensor, or a tuple or list that starts with one, got"
+                f" {type(output).__name__}"
+            )
+        with _disable_current_modes():
+            self._as_it_was = first.detach().clone()
+        self.leaf = first
+
+
+class _Recording(_Observation, TorchDispatchMode):
+    """Notes what torch's dispatcher sees of one forward pass from the layer on."""
+
+    def __init__(self, layer):
+        _Observation.__init__(self, layer)
+        TorchDispatchMode.__init__(self)
+        self.steps: list[tuple[Any, list[Any], Any, list[torch.Tensor]]] = []
+        self.before = WeakTensorKeyDictionary()  # what was made before the layer, as long as the model holds it
+
+    def run(self, model, args, kwargs):
+        map_tensors(self._known, (args, kwargs))
+        super().run(model, args, kwargs)
+
+    def _known(self, tensor):
+        self.before[tensor] = None
+        return tensor
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if self.leaf is None:
+            map_tensors(self._known, result)
+        elif self.reason is None:
+            leaves, spec = tree_flatten((args, kwargs))
+            self.reason = _obstacle(function, leaves)
+            self.steps.append((function, leaves, spec, _tensors(result)))
+        return result
+
+
+def _obstacle(function, leaves):
+    """Why an operation cannot be replayed; None where it can."""
+    name = str(function)
+    if torch.Tag.nondeterministic_seeded in function.tags and not _is_dropout_of_nothing(name, leaves):
+        return f"{name} is random"
+    indices = [leaf for leaf in leaves[1:] if isinstance(leaf, torch.Tensor)]
+    if name.startswith("aten.index.") and not any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return None
+    if torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags:
+        return f"{name} depends on the values"
+    if "batch_norm" in name and any(leaf is True for leaf in leaves[5:6]):
+        return "batch norm takes the statistics of the batch in training mode"
+    return None
+
+
+def _is_dropout_of_nothing(name, leaves):
+    """Attention's operators are called random for the dropout that they may have."""
+    return "scaled_dot_product" in name and all(leaf == 0.0 for leaf in leaves if isinstance(leaf, float))
+
+
+def _compared(model, first, second, own):
+    """The replay of what two recordings, of n and of n + 1 images, have in common, for those of a third."""
+    for recording in (first, second):
+        if recording.reason is not None:
+            raise _NotRecorded(recording.reason)
+    batch = first.batch
+    if [function for function, *_ in first.steps] != [function for function, *_ in second.steps]:
+        raise _DependsOnRows
+    weights = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    slots: tuple[dict[int, int], dict[int, int]] = ({id(first.leaf): 0}, {id(second.leaf): 0})
+    storage = _storage(first.leaf)
+    made_here = {storage}  # storages that operations of the part may change
+    changes_leaf = False
+    steps = []
+
+    def merged(one, other):
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            index = slots[0].get(id(one))
+            if index != slots[1].get(id(other)):
+                raise _DependsOnRows
+            if index is not None:
+                return _Slot(index)
+            if id(one) in weights or one not in first.before:
+                return one  # the model's own, which is read anew in every call, or a constant
+            if _storage(one) == storage:
+                raise _NotRecorded("what is before the layer shares memory with its output")
+            if one.shape == other.shape and torch.equal(one, other):
+                return one
+            if one.ndim and len(one) == batch and one.shape[1:] == other.shape[1:] and len(other) == batch + 1:
+                return _Kept(one[: own.batch].detach().clone())
+            raise _NotRecorded("it uses tensors from before the layer that have no row for each image")
+        if type(one) is int and type(other) is int and one != other:
+            factor = other - one
+            if factor * batch != one:
+                raise _NotRecorded("a size in it is no multiple of the number of images")
+            return _Rows(factor)
+        if type(one) is not type(other) or not (one is other or one == other):
+            raise _NotRecorded("a constant in it depends on the number of images")
+        return one
+
+    n_slots = 1
+    for (function, leaves, spec, made), (_, others, _, made_other) in zip(first.steps, second.steps):
+        if len(leaves) != len(others) or len(made) != len(made_other):
+            raise _DependsOnRows
+        taken = [merged(one, other) for one, other in zip(leaves, others)]
+        for tensor in _changed(function, leaves, spec):
+            if _storage(tensor) not in made_here:
+                raise _NotRecorded(f"{function} changes a tensor from before the layer, or of the model's own")
+            changes_leaf = changes_leaf or _storage(tensor) == storage
+        indices = []
+        for one, other in zip(made, made_other):
+            if id(one) not in slots[0]:
+                slots[0][id(one)] = slots[1][id(other)] = n_slots
+                n_slots += 1
+            indices.append(slots[0][id(one)])
+            if not any(isinstance(each, torch.Tensor) and _storage(each) == _storage(one) for each in leaves):
+                made_here.add(_storage(one))
+        steps.append(_Step(function, taken, spec, indices, []))
+    raw, other, outputs = _tensors(first.raw), _tensors(second.raw), _tensors(own.outputs)
+    if not len(raw) == len(other) == len(outputs):
+        raise _DependsOnRows
+    result = [merged(*pair) for pair in zip(raw, other)]
+    steps = _needed(steps, {leaf.number for leaf in result if type(leaf) is _Slot})
+    return _Replay(own.layer, own.activations, own.outputs, steps, result, n_slots, changes_leaf)
+
+
+def _needed(steps, wanted):
+    """The steps that lead to the wanted slots, with what each is the last to need."""
+    wanted, kept = set(wanted), []
+    final = set(wanted)
+    for step in reversed(steps):
+        used = {leaf.number for leaf in step.leaves if type(leaf) is _Slot}
+        changes = step.function._schema.is_mutable
+        if not (wanted & set(step.made) or (changes and wanted & used)):
+            continue
+        done = (used | set(step.made)) - wanted
+        kept.append(step._replace(done=sorted(done - final)))
+        wanted |= used
+    return kept[::-1]
+
+
+def _changed(function, leaves, spec):
+    """The tensors among the arguments that an operation changes."""
+    if not function._schema.is_mutable:
+        return []
+    args, kwargs = tree_unflatten(leaves, spec)
+    found = []
+    for index, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [each for each in tree_flatten(given)[0] if isinstance(each, torch.Tensor)]
+    return found
+
+
+def _as_recorded(model):
+    """How the model runs for a recording, and for what is to be equal to it."""
+    modules = list(model.modules())
+    return eager_without_grad(fused=is_fused(modules), compiled=is_compiled(modules))
+
+
+def _device(model, inputs):
+    return next((each.device for each in chain(model.parameters(), model.buffers())), inputs.images.device)
+
+
+def _storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(value):
+    """The tensors in a value, each once, in a fixed order."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor):
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
+
+
+def _equal(one, other):
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _with_more(inputs, more, device):
+    """The arguments on the device, with so many copies of the first image behind the others."""
+    batch = len(inputs.images)
+
+    def extended(tensor):
+        tensor = tensor.to(device, copy=True)
+        if more and tensor.ndim and len(tensor) == batch:
+            return torch.cat([tensor, tensor[:1].expand(more, *tensor.shape[1:])])
+        return tensor
+
+    return map_tensors(extended, (inputs.args, inputs.kwargs))
+
+
+def _repeated(inputs, times, images, device):
+    """The arguments on the device, with every one of these images so many times."""
+    batch = len(inputs.images)
+
+    def repeated(tensor):
+        tensor = tensor.to(device, copy=True)
+        return tensor[images].repeat_interleave(times, 0) if tensor.ndim and len(tensor) == batch else tensor
+
+    return map_tensors(repeated, (inputs.args, inputs.kwargs))

@@ -1,0 +1,84 @@
+"""AblationCAM on the recorded head, against pytorch-grad-cam's own: the same numbers, and how many images are run."""
+
+import numpy as np
+import pytest
+import torch
+from networks import vit
+from torch import nn
+
+original = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed (extra: grad-cam)")
+from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+from cfcam_gpu.adapters.ablation import AblationCAM
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:invalid value")]
+
+
+@pytest.fixture
+def images(seed):
+    return torch.randn(2, 3, 48, 40)
+
+
+def to_map(tokens):
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, (2, 2))
+
+
+class Softmaxed:
+    """A target of the user's own."""
+
+    def __call__(self, output):
+        return output.softmax(0)[2]
+
+
+def compare(model, layers, images, targets, **options):
+    expected = original.AblationCAM(model, layers, **options)(images, targets)
+    rows = []
+    handle = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    cam = AblationCAM(model, layers, **options)
+    for _ in range(2):  # recorded, and then renewed
+        rows.clear()
+        found = cam(images, targets)
+        # The scores' own rounding, by batch and by attention's fused path, is what is left of their small differences.
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    handle.remove()
+    assert not any(module._forward_hooks for module in model.modules() if module not in layers)
+    return sum(rows)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 100}, {"ratio_channels_to_ablate": 0.2, "batch_size": 7}])
+def test_grids(resnet18, images, options):
+    targets = [ClassifierOutputTarget(5), Softmaxed()]
+    n_run = compare(resnet18, [resnet18.layer3[0].conv1, resnet18.layer4], images, targets, **options)
+    n_passes = 3  # one, and one more for each layer; what goes around conv1 is of these images, so it is recorded anew
+    assert n_run == n_passes * len(images) + len(images) + 1
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.Sigmoid(), nn.ReLU()])
+def test_smallest_values_of_any_sign(activation):
+    model = nn.Sequential(nn.Conv2d(3, 9, 3), activation, nn.Conv2d(9, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(6, 4)).eval()
+    compare(model, [model[1]], torch.randn(2, 3, 12, 12), None, batch_size=4)
+
+
+def test_tokens():
+    model = vit(32, layers=2)
+    nn.init.normal_(model.heads.head.weight)  # torchvision's is zero
+    options = {"reshape_transform": to_map, "ablation_layer": AblationLayerVit()}
+    compare(model, [model.encoder.layers[1].ln_1], torch.randn(1, 3, 32, 32), None, **options)
+
+
+class Own(AblationLayer):
+    pass
+
+
+def test_what_is_left_to_the_original(resnet18, images):
+    small = images[:1]
+    assert compare(resnet18, [resnet18.layer4], small, None, ablation_layer=Own()) >= 512
+    dropout = nn.Sequential(nn.Conv2d(3, 8, 3), Values(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    assert compare(dropout, [dropout[0]], small, None) >= 8
+
+
+class Values(nn.Module):
+    def forward(self, x):
+        return x.relu() if x.sum().item() > -1e30 else x

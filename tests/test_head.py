@@ -1,0 +1,212 @@
+"""The part of a network behind a layer, against the whole network with the layer's output replaced."""
+
+import logging
+from collections import namedtuple
+
+import pytest
+import torch
+from networks import build, vit
+from torch import nn
+from torch.nn import functional as F
+
+from cfcam_gpu.head import record_head
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seed")
+
+
+def whole(model, layer, images, activations):
+    """The outputs of the whole network, whose layer gives these activations."""
+    handle = layer.register_forward_hook(lambda *_: activations)
+    try:
+        return model(images)
+    finally:
+        handle.remove()
+
+
+def networks():
+    small = vit(32, layers=2)
+    yield "resnet18", lambda model: model.layer3, 64
+    yield "densenet121", lambda model: model.features.denseblock3, 64
+    yield "mobilenet_v3_small", lambda model: model.features[8], 64
+    yield "swin_t", lambda model: model.features[5], 64
+    yield small, lambda model: model.encoder.layers[0], 32
+    yield small, lambda model: model.encoder.layers[1].ln_1, 32
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("network", [*networks()], ids=lambda network: str(network[0])[:12])
+def test_any_activations(network, batch):
+    name, of, size = network
+    model = build(name) if isinstance(name, str) else name
+    layer, images = of(model), torch.randn(batch, 3, size, size)
+    before = torch.get_rng_state()
+    head = record_head(model, layer, images)
+    assert head.reason is None and torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        assert torch.equal(head.outputs, model(images)) and torch.equal(head(head.activations), head.outputs)
+    for times in (1, 3):
+        activations = head.activations.repeat_interleave(times, 0)
+        activations = (activations + 0.3 * torch.randn_like(activations)).requires_grad_()
+        expected = whole(model, layer, images.repeat_interleave(times, 0), activations)
+        found = head(activations)
+        assert found.shape == expected.shape == (batch * times, 1000)
+        torch.testing.assert_close(found, expected)
+        cotangent = torch.randn_like(found)
+        pair = [torch.autograd.grad((each * cotangent).sum(), activations)[0] for each in (found, expected)]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5 * pair[1].abs().max().item())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Skips(nn.Module):
+    """A U-Net in small: what is before the layer goes around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        early = self.first(x).relu()
+        late = F.interpolate(self.layer(early), x.shape[2:])
+        return self.last(torch.cat([early, late], 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_goes_around_the_layer_is_kept(batch):
+    model, images = Skips().eval(), torch.randn(batch, 3, 9, 9)
+    head = record_head(model, model.layer, images)
+    assert head.reason is None
+    activations = torch.randn(2 * batch, 4, 4, 4)
+    expected = whole(model, model.layer, images.repeat_interleave(2, 0), activations)
+    torch.testing.assert_close(head(activations), expected)
+    image = batch - 1
+    torch.testing.assert_close(
+        head(activations[:2], image), whole(model, model.layer, images[[image, image]], activations[:2])
+    )
+    assert head.renewed(model, images + 1) is None, "it is of these images"
+
+
+def test_renewed():
+    model, images, others = build("resnet18"), torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    head = record_head(model, model.layer3, images)
+    renewed = head.renewed(model, others)
+    with torch.no_grad():
+        assert torch.equal(renewed.outputs, model(others)) and torch.equal(head.outputs, model(images))
+        model.fc.weight.mul_(2)  # read anew
+        assert torch.equal(head(renewed.activations), model(others))
+    assert head.renewed(model, others[:1]) is None
+    model.fc = nn.Linear(512, 1000)
+    assert head.renewed(model, others) is None, "another head"
+
+
+Result = namedtuple("Result", "logits features scale")
+
+
+class Structured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x, age, flag=True):
+        features = self.body(x).relu_().mean((2, 3))
+        return Result({"logits": self.fc(features) + age}, [features, None], torch.tensor(2.0))
+
+
+def test_structured_outputs_several_inputs_and_what_is_changed_in_place():
+    model, images, age = Structured().eval(), torch.randn(2, 3, 8, 8), torch.randn(2, 1)
+    head = record_head(model, model.body, (images, age))
+    assert head.reason is None and isinstance(head.outputs, Result)
+    activations = torch.randn(4, 4, 6, 6)
+    before = activations.clone()
+    found = head(activations)
+    assert torch.equal(activations, before)
+    features = activations.relu().mean((2, 3))
+    torch.testing.assert_close(found.features[0], features)
+    torch.testing.assert_close(found.logits["logits"], model.fc(features) + age.repeat_interleave(2, 0))
+    assert found.features[1] is None and found.scale == 2
+
+
+class Branches(nn.Module):
+    """Behind the layer, what cannot be run on its own."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4), nn.Linear(4, 5)
+        self.how = how
+        self.register_buffer("seen", torch.zeros(4))
+        if how == "training":
+            self.norm.train()
+
+    def forward(self, x):
+        early = torch.zeros(len(x), 4)
+        y = self.layer(x)
+        y = self.layer(x + y.mean()) if self.how == "twice" else y
+        y = y.mean((2, 3))
+        if self.how == "values":
+            y = y * y.sum().item()
+        elif self.how == "masks":
+            y = y + y[y > 0].sum()
+        elif self.how == "random":
+            y = F.dropout(y, training=True)
+        elif self.how == "training":
+            y = self.norm(y)
+        elif self.how == "buffer":
+            self.seen.add_(y.mean(0))
+        elif self.how == "before":
+            y = early.add_(y)
+        elif self.how == "rows":
+            y = y.relu() if len(x) % 2 else y
+        return self.fc(y)
+
+
+REASONS = {
+    "values": "depends on the values",
+    "masks": "depends on the values",
+    "random": "is random",
+    "training": "statistics of the batch",
+    "twice": "more than once",
+    "buffer": "changes a tensor",
+    "before": "changes a tensor",
+    "rows": "depend on the number of images",
+}
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_otherwise_the_whole_network_runs(how, caplog):
+    model, images = Branches(how), torch.randn(2, 3, 8, 8)
+    with caplog.at_level(logging.INFO, "cfcam_gpu"):
+        head = record_head(model, model.layer, images)
+    assert REASONS[how] in head.reason and head.reason in caplog.text
+    activations = torch.randn(4, 4, 6, 6)
+    torch.manual_seed(0)
+    found = head(activations)
+    torch.manual_seed(0)
+    if how == "rows":
+        assert found.shape == (4, 5)
+    else:
+        torch.testing.assert_close(found, whole(model, model.layer, images.repeat_interleave(2, 0), activations))
+    assert not model.layer._forward_hooks
+
+
+def test_bad_arguments():
+    model, images = Skips().eval(), torch.randn(2, 3, 9, 9)
+    head = record_head(model, model.layer, images)
+    for activations, message in (
+        (torch.randn(3, 4, 4, 4), r"must have shape \(n \* 2, 4, 4, 4\), got \(3, 4, 4, 4\)"),
+        (torch.randn(2, 4, 5, 4), "must have shape"),
+        (torch.randn(0, 4, 4, 4), "must have shape"),
+        (torch.randn(2, 4, 4, 4).double(), "must be torch.float32 on cpu, got torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head(activations)
+    with pytest.raises(ValueError, match="must run in the forward pass"):
+        record_head(model, nn.Identity(), images)
+    argmax = nn.Sequential(nn.Conv2d(3, 4, 3), Argmax())
+    with pytest.raises(TypeError, match="floating-point tensor"):
+        record_head(argmax, argmax[1], images)
+    assert not any(module._forward_hooks for module in argmax)
+
+
+class Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(1)

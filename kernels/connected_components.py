@@ -1,7 +1,7 @@
 """DBSCAN's labels from the bit masks: components of the core channels, numbered as scikit-learn does; and eps.
 
-One program an image. Trees grow by hooking: first every core points at its smallest core neighbour; then, while there is
-more than one tree, in rounds every core with a neighbour outside its own tree hooks the larger root of the two under
+One program an image. Trees grow by hooking: first every core points at its smallest core neighbour; then, while there
+is more than one tree, in rounds every core with a neighbour outside its own tree hooks the larger root of the two under
 the smaller one, until no core has any. The cores outside of a tree are a mask, so that a look for them is one AND of 32
 channels, and only the first word that is not 0 is looked at closer. Roots are the smallest of their trees, so that the
 order of the roots is the order of scikit-learn's clusters; a border channel takes the lowest-numbered cluster among its

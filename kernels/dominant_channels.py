@@ -1,10 +1,11 @@
 """Which channels are dominant, and the list of those left to cluster.
 
 The threshold is the order statistic at a rank that the host knows (`cfcam_gpu.clustering.ranks.dominant_rank`): no
-interpolation. It is found bit by bit: the bits of non-negative float32 numbers order like the numbers, so that 31
-counts over values held in registers give the exact value. One program an image.
+interpolation. It is found digit by digit, as `order_statistic` finds that of the distances: the bits of non-negative
+float32 numbers order like the numbers, so that three histograms over values held in registers give the exact value.
+One program an image.
 
-Floor: C reads, 2 * C writes; 31 * C comparisons.
+Floor: C reads, 2 * C writes; three histograms of C values.
 """
 
 import torch
@@ -13,7 +14,15 @@ import triton.language as tl
 
 from cfcam_gpu.kernels.constants import DOMINANT, LARGEST_INT32, NOISE
 from cfcam_gpu.kernels.launch import next_power_of_2
-from cfcam_gpu.kernels.order_statistic import HISTOGRAM_BINS
+from cfcam_gpu.kernels.order_statistic import DIGIT_BINS, DIGIT_BITS, FIRST_BINS, FIRST_SHIFT, HISTOGRAM_BINS
+
+
+@triton.jit
+def bin_of(digits, rank, BINS: tl.constexpr):
+    """The digit of the value of the 0-based ``rank``, and its rank among those of this digit."""
+    up_to = tl.cumsum(tl.histogram(digits, BINS), axis=0)
+    below = up_to <= rank
+    return tl.sum(below.to(tl.int32), axis=0), rank - tl.max(tl.where(below, up_to, 0), axis=0)
 
 
 @triton.jit
@@ -41,11 +50,13 @@ def dominant_channels_kernel(
     bits = tl.where(in_channels, squared_norm.to(tl.int32, bitcast=True), LARGEST_INT32)
     dominant = channel < 0
     if HAS_DOMINANT:
-        threshold = 0
-        for step in tl.static_range(31):
-            candidate = threshold | (1 << (30 - step))
-            smaller = tl.sum((bits < candidate).to(tl.int32), axis=0)
-            threshold = tl.where(smaller <= rank, candidate, threshold)
+        threshold, rank_in_bin = bin_of(bits >> FIRST_SHIFT, rank, FIRST_BINS)
+        for step in tl.static_range(1, 3):
+            # Unsigned, whatever has another prefix is behind the last bin. It may be counted there: behind the rank.
+            first = threshold << (FIRST_SHIFT - DIGIT_BITS * (step - 1))
+            beyond = (bits - first).to(tl.uint32, bitcast=True) >> (FIRST_SHIFT - DIGIT_BITS * step)
+            digit, rank_in_bin = bin_of(tl.minimum(beyond, DIGIT_BINS - 1).to(tl.int32), rank_in_bin, DIGIT_BINS)
+            threshold = threshold * DIGIT_BINS + digit
         dominant = in_channels & (bits >= threshold)
     takes_part = in_channels
     if UNIT:
@@ -101,6 +112,6 @@ def dominant_channels(squared_norm, rank, max_rows, unit):
         UNIT=unit,
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
         BLOCK_C=next_power_of_2(n_channels),
-        num_warps=8 if n_channels <= 2048 else 16,
+        num_warps=16,
     )
     return labels, member, n_rows, degree, histogram, above

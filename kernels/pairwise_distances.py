@@ -91,7 +91,7 @@ def pairwise_distances_kernel(
             of_cell += N_CHANNELS
         distances = tl.sqrt_rn(squared)
         pair = (row[:, None, :, None] < column[None, :, None, :]) & in_columns[None, :, None, :]
-        # The sign tells what is no pair, a channel and itself or a pair the other way round; infinity what is no channel.
+        # A sign tells what is no pair: a channel and itself, a pair the other way round; infinity what is no channel.
         inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
         stored = tl.where(pair, distances, tl.where(inside, -distances, float("-inf")))
         offset = within[:, None, :, None] * TILE + within[None, :, None, :]

@@ -1,16 +1,35 @@
 """The layer to explain a model at: found by one pass, or by its name."""
 
-import math
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cfcam_gpu.checks import did_you_mean
+from cfcam_gpu.dry_run import DryRun, LetGo, Ran, TokensToMap, channels_last_to_map, fits
+
+__all__ = [
+    "MAX_PREFIX_TOKENS",
+    "PASSED_OVER",
+    "CandidateLayer",
+    "TargetLayer",
+    "TokensToMap",
+    "candidate_layers",
+    "channels_last_to_map",
+    "find_target_layer",
+    "get_layer",
+    "inspect_target_layer",
+]
 
 MAX_PREFIX_TOKENS = 5
-"""Tokens before the patches: none, a class token, a distillation token, or a class token and four registers."""
+"""Tokens before the patches where that is a guess: none, a class token, a distillation token, or a class token and four
+registers."""
+
+AT_ONCE = (1, 8, 64)
+"""Of how many layers, from the last one on, the gradient is asked at once until one is not zero; then of all others."""
 
 PASSED_OVER = (
     # The same tensor as the layer before in evaluation mode
@@ -20,38 +39,39 @@ PASSED_OVER = (
     # A summary of the map, not a map
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
-    # Inside a transformer's block: queries, keys and values, not the token stream
+    # Inside a transformer's block: queries, keys and values, or how they attend, not the token stream
     nn.Linear,
+    nn.Softmax,
 )
 """Layer types that are never the default target."""
 
 
-class TokensToMap:
-    """Reshape transform of a transformer: (B, N, D) tokens -> (B, D, h, w), the prefix tokens dropped."""
-
-    def __init__(self, n_prefix, grid):
-        self.n_prefix, self.grid = n_prefix, grid
-
-    def __call__(self, tokens):
-        return tokens[:, self.n_prefix :].transpose(1, 2).unflatten(2, self.grid)
-
-    def __repr__(self):
-        return f"TokensToMap(n_prefix={self.n_prefix}, grid={self.grid})"
-
-
-def channels_last_to_map(features: torch.Tensor) -> torch.Tensor:
-    """Reshape transform of a channels-last layer: (B, h, w, C) -> (B, C, h, w)."""
-    return features.permute(0, 3, 1, 2)
-
-
 class TargetLayer(NamedTuple):
-    """A layer to explain a model at: its reshape transform, the (C, h, w) of its map and the model's class count."""
+    """A layer to explain a model at."""
 
     name: str
     module: nn.Module
     reshape_transform: Callable | None
+    """What makes a map (B, C, h, w) of its output; None where it is one."""
     shape: tuple
+    """(C, h, w) of the map."""
     n_classes: int
+    notice: str | None = None
+    """What about the choice is a guess; None where nothing is."""
+
+
+class CandidateLayer(NamedTuple):
+    """A layer that ran, and why it is or is not the default target."""
+
+    name: str
+    type: str
+    """The name of its class."""
+    grid: tuple[int, int] | None
+    """(h, w) of its map; None where its output is none."""
+    channels: int | None
+    """C of its map."""
+    chosen: bool
+    reason: str
 
 
 def find_target_layer(
@@ -66,21 +86,33 @@ def find_target_layer(
     return inspect_target_layer(model, example_input)[:3]
 
 
-def inspect_target_layer(model: nn.Module, example_input: torch.Tensor, name: str | None = None) -> TargetLayer:
-    """The last layer that keeps a map of the image, found by one forward pass and one backward.
+def inspect_target_layer(model: nn.Module, example_input: Any, name: str | None = None) -> TargetLayer:
+    """The last layer that keeps a map of the image, found by one forward pass and the end of a backward.
 
-    A candidate's output is (B, C, h, w), (B, h, w, C) or (B, N, D) with a class token or other prefix before the
-    N tokens; its grid has the image's aspect ratio and more than one cell, and the gradient of the top score there
-    is not zero, in more than one channel and outside the prefix. So a ViT that reads only the class token is
-    explained at its last block's first norm, behind which the patch tokens no longer matter. Of several names for
-    one map the outermost is taken; of a layer that runs more than once, its last run counts. The layers of
-    PASSED_OVER are not candidates.
+    A candidate's output, or the first tensor of it, is (B, C, h, w), (B, h, w, C), (B, N, D) or (N, B, D). It was
+    computed from the images: of two towers, the text's is none. Its grid has the image's aspect ratio and more than one
+    cell, and the gradient of the top score there is not zero, in more than one channel and outside the tokens that are
+    no patches. So a ViT that reads only the class token is explained at its last block's first norm, behind which the
+    patch tokens no longer matter. Of several names for one map the outermost is taken; of a layer that runs more than
+    once, its last run counts. The layers of PASSED_OVER are not candidates, nor are an adapter such as LoRA around one
+    of them and the low-rank pieces of any adapter.
+
+    Where the N tokens lie is read from the pass: by gradients from the tokens, where a layer first takes or returns so
+    many of them, to the map or the image that they were made of. So they may lie in any order, with class, register,
+    distillation or prompt tokens before and behind them. Where that cannot be read, as many as a map has cells and at
+    most MAX_PREFIX_TOKENS before them are taken for its cells; of a network without any map and square images, a square
+    grid. That is a guess, as is a shape that may be read as channels first and last: a warning and ``notice`` say so.
+
+    The pass keeps few tensors (`cfcam_gpu.dry_run`). It is repeated, keeping more, where the last layers' gradients are
+    zero and those before them cannot be had without; and for images without a gradient, integer or detached ones.
 
     Hooks are removed and ``.grad`` and training flags are left as they were, also after an error.
 
     Args:
-        model: module with one output (B, n_classes).
-        example_input: (B, 3, H, W) float tensor on the model's device, preferably a real image; B may be 1.
+        model: module that returns scores (B, n_classes): one tensor, or a dictionary, tuple or list with ``logits`` or
+            one (B, n) tensor.
+        example_input: (B, 3, H, W) tensor, preferably a real image; B may be 1. Several inputs in a tuple or list, or
+            by name in a dictionary; the first with four axes has the images.
         name: look at this layer instead of choosing one.
 
     Returns:
@@ -88,47 +120,163 @@ def inspect_target_layer(model: nn.Module, example_input: torch.Tensor, name: st
 
     Raises:
         ValueError: the model has no candidate, or none of that name, or its output has another shape.
+        TypeError: there is no tensor among the inputs.
     """
+    target, _ = choose_target_layer(model, example_input, name)
+    if target.notice:
+        warnings.warn(target.notice, UserWarning, stacklevel=2)
+    return target
+
+
+def candidate_layers(model: nn.Module, example_input: Any, name: str | None = None) -> list[CandidateLayer]:
+    """What `inspect_target_layer` had to choose from: the layers that ran, in the order in which they finished.
+
+    Those that returned neither three nor four axes are left out. Args, Raises: as there.
+
+    >>> [layer.name for layer in candidate_layers(resnet50, torch.rand(1, 3, 224, 224)) if layer.chosen]
+    ['layer4']
+    """
+    return choose_target_layer(model, example_input, name)[1]
+
+
+def choose_target_layer(model, example_input, name=None):
+    """(`TargetLayer`, list of `CandidateLayer`); a guess is only said in its notice. Args, Raises: as above."""
     if name is not None:
         get_layer(model, name)
-    records, output = _dry_run(model, example_input)
-    image_size = tuple(example_input.shape[-2:])
-    # In-place operations make another map of the same tensor, with a later version.
-    last_run = {(id(tensor), version): order for order, (_, _, tensor, version, _) in enumerate(records)}
-    candidates = []
-    for order, (layer_name, module, tensor, version, gradient) in enumerate(records):
-        if layer_name != name if name is not None else isinstance(module, PASSED_OVER):
-            continue
-        has_map, reshape = _layout(tuple(tensor.shape), image_size)
-        if not has_map:
-            if name is not None:
-                raise ValueError(
-                    f"layer {name} has no map of the image: expected (B, C, h, w), (B, h, w, C) or (B, N, D) "
-                    f"with a grid like the image's {image_size}, got {tuple(tensor.shape)}"
-                )
-            continue
-        # Prefer the latest map, then its outermost module, then the last to finish.
-        key = (last_run[id(tensor), version], -layer_name.count("."), order)
-        candidates.append((key, layer_name, module, reshape, gradient))
-    candidates.sort(key=lambda candidate: candidate[0], reverse=True)
-    for _, layer_name, module, reshape, gradient in candidates:
-        if gradient is not None:
-            gradient = reshape(gradient) if reshape else gradient
-            if _matters(gradient):
-                return TargetLayer(layer_name, module, reshape, tuple(gradient.shape[1:]), output.shape[1])
-    if name is not None:
-        raise ValueError(
-            f"the top score's gradient is zero at layer {name}; choose an earlier one"
-            if candidates
-            else f"layer {name} did not run, or its output is no tensor with a gradient"
-        )
-    model_name = type(model).__name__
-    if candidates:
-        raise ValueError(
-            f"the top score's gradient is zero at all {len(candidates)} layers of {model_name} "
-            "that keep a map of the image; some models have a last layer of zeros before they are trained"
-        )
-    raise ValueError(f"no layer of {model_name} keeps a map of the image: expected an output (B, C, h, w) or (B, N, D)")
+    run, linked = DryRun(model, example_input), True
+    if not run.is_linked():
+        run, linked = DryRun(model, example_input, linked=False), False
+    layouts = {each.name: _layout_in(run, each) for each in run.ran.values()}
+    ranked = _ranked(run, layouts, name)
+    zero, chosen = [], None
+    for group in _groups(ranked):
+        try:
+            gradients = run.gradients(group)
+        except LetGo:
+            run = DryRun(model, example_input, linked, keep_from=min(each.order for each in group))
+            group = [run.ran[each.name] for each in group if run.ran[each.name].edge is not None]
+            gradients = run.gradients(group)
+        for each, gradient in zip(group, gradients):
+            reshape, notice = layouts[each.name].reshape, layouts[each.name].notice
+            if gradient is not None:
+                gradient = reshape(gradient) if reshape else gradient
+                if _matters(gradient):
+                    shape, n_classes = tuple(gradient.shape[1:]), run.scores.shape[1]
+                    notice = notice and f"target layer {each.name}: {notice}"
+                    chosen = TargetLayer(each.name, each.module, reshape, shape, n_classes, notice)
+                    break
+            zero.append(each.name)
+        if chosen:
+            break
+    if chosen is None:
+        raise ValueError(_why_none(model, run, layouts, ranked, name))
+    return chosen, _candidates(run, layouts, ranked, zero, chosen.name)
+
+
+class _Layout(NamedTuple):
+    """How a layer's output is a map of the image: its shape (C, h, w) and the reshape transform; or why it is none."""
+
+    shape: tuple | None
+    reshape: Callable | None = None
+    notice: str | None = None
+    reason: str = ""
+
+
+def _layout_in(run: DryRun, ran: Ran) -> _Layout:
+    """The layout of what a layer returned, in view of what else was seen in the pass."""
+    shape = ran.shape
+    if len(shape) == 4 and len(ran.shape) and shape[0] == run.batch:
+        if _is_of_heads(run, shape):
+            return _Layout(None, reason="has a row of tokens for every attention head")
+        first, last = fits(shape[2:], run.image_size), fits(shape[1:3], run.image_size)
+        notice = f"{shape} may be read with its channels first or last; taken as first" if first and last else None
+        if first:
+            return _Layout(shape[1:], None, notice)
+        if last:
+            return _Layout((shape[3], *shape[1:3]), channels_last_to_map)
+    if len(shape) == 3:
+        for n_tokens, sequence_first in ((shape[1], False), (shape[0], True)):
+            if shape[1 if sequence_first else 0] != run.batch:
+                continue
+            reading, notice = run.readings.get((n_tokens, sequence_first)), None
+            if reading is None:
+                reading = _guess(run, n_tokens, sequence_first)
+                notice = f"where its {n_tokens} tokens lie cannot be read from the pass; {reading!r} is a guess"
+            if reading is not None:
+                return _Layout((shape[2], *reading.grid), reading, notice)
+        if run.batch in shape[:2] and max(shape[:2]) > 1:
+            return _Layout(None, reason="its tokens are no cells of a map")
+    if len(shape) > 2 and run.batch not in shape[: 2 if len(shape) == 3 else 1]:
+        return _Layout(None, reason=f"has not a row for each of {run.batch} images")
+    return _Layout(None, reason="has no grid like the image's")
+
+
+def _is_of_heads(run, shape):
+    """Whether (B, heads, N, d), (B, N, heads, d) or (B, heads, N, N) of N tokens that were seen."""
+    _, a, b, c = shape
+    widths = run.widths.get
+    return a * c in widths(b, ()) or b * c in widths(a, ()) or (b == c and b in run.widths)
+
+
+def _guess(run, n_tokens, sequence_first):
+    """A grid for tokens that could not be read, or None."""
+    grids = {}
+    for each in run.ran.values():
+        if (
+            len(each.shape) == 4
+            and each.sees_image
+            and each.shape[0] == run.batch
+            and not _is_of_heads(run, each.shape)
+        ):
+            for grid in (each.shape[2:], each.shape[1:3]):
+                if fits(grid, run.image_size):
+                    grids[n_tokens - grid[0] * grid[1]] = grid
+                    break
+    if not grids and run.image_size[0] == run.image_size[1]:
+        grids = {n_tokens - isqrt(n_tokens) ** 2: (isqrt(n_tokens), isqrt(n_tokens))}
+    n_prefix = min((each for each in grids if 0 <= each <= MAX_PREFIX_TOKENS), default=None)
+    if n_prefix is None or not fits(grids[n_prefix], run.image_size):
+        return None
+    return TokensToMap(n_prefix, grids[n_prefix], sequence_first=sequence_first)
+
+
+def _ranked(run, layouts, name):
+    """The layers that may be chosen, the best first: the latest map, its outermost module, then the last to finish."""
+    last_run = {}
+    for each in run.ran.values():
+        if each.edge is not None:
+            last_run[each.edge.node, each.edge.output_nr] = each.order
+    may_be = [
+        each
+        for each in run.ran.values()
+        if each.edge is not None
+        and layouts[each.name].shape
+        and (each.name == name if name is not None else each.sees_image and not _passed_over(run, each))
+    ]
+    key = lambda each: (last_run[each.edge.node, each.edge.output_nr], -each.name.count("."), each.order)
+    return sorted(may_be, key=key, reverse=True)
+
+
+def _groups(ranked):
+    start = 0
+    for count in (*AT_ONCE, len(ranked)):
+        if start < len(ranked):
+            yield ranked[start : start + count]
+        start += count
+
+
+def _passed_over(run, ran):
+    """Why a layer is never the default target; "" for one that may be."""
+    module = ran.module
+    if isinstance(module, PASSED_OVER):
+        return f"a {type(module).__name__} is passed over"
+    base = run.adapters.get(module)
+    if isinstance(base, PASSED_OVER):
+        return f"adapts a {type(base).__name__}, which is passed over"
+    for adapter in run.adapters:
+        if module is not adapter and any(module is part for part in adapter.modules()):
+            return "a part of an adapter"
+    return ""
 
 
 def _matters(gradient):
@@ -136,59 +284,55 @@ def _matters(gradient):
     return int(gradient.ne(0).any(0).flatten(1).any(1).sum()) > 1
 
 
-def _dry_run(model, example_input):
-    """[(name, module, last output, its version, top score's gradient or None)] as the layers finish; the scores."""
-    outputs = {}
-
-    def keep(name, module):
-        def hook(_module, _inputs, output):
-            outputs.pop(name, None)  # the last call of a layer counts, also for the order
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                outputs[name] = (module, output, output._version)
-
-        return hook
-
-    training = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(keep(name, module)) for name, module in model.named_modules() if name]
-    try:
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            # A frozen model still needs a graph, and a leaf could not be changed in place.
-            output = model(example_input.detach().clone().requires_grad_().mul(1))
-            if not isinstance(output, torch.Tensor) or output.ndim != 2:
-                shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-                raise ValueError(f"the model must return scores (B, n_classes), got {shape}")
-            records = [(name, *kept) for name, kept in outputs.items() if kept[1].requires_grad]
-            score = output.amax(1).sum()
-            tensors = [record[2] for record in records]
-            gradients = torch.autograd.grad(score, tensors, allow_unused=True) if records else ()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training.items():
-            module.training = flag
-    return [(*record, gradient) for record, gradient in zip(records, gradients)], output
+def _candidates(run, layouts, ranked, zero, chosen):
+    """A `CandidateLayer` for every layer with three or four axes."""
+    edges, found = {}, []
+    for each in ranked:
+        edges.setdefault((each.edge.node, each.edge.output_nr), each.name)
+    for each in run.ran.values():
+        layout = layouts[each.name]
+        outermost = edges.get((each.edge.node, each.edge.output_nr)) if each.edge is not None else None
+        if len(each.shape) not in (3, 4):
+            continue
+        if each.name == chosen:
+            reason = "the last layer that keeps a map of the image"
+            reason += f" ({layout.notice})" if layout.notice else ""
+        elif each.edge is None:
+            reason = "no gradient comes to it"
+        elif not each.sees_image:
+            reason = "does not see the image"
+        elif _passed_over(run, each):
+            reason = _passed_over(run, each)
+        elif not layout.shape:
+            reason = layout.reason
+        elif each.name in zero:
+            reason = "the top score's gradient is zero there, or has one channel alone"
+        elif outermost not in (None, each.name):
+            reason = f"the same map as {outermost}"
+        else:
+            reason = f"earlier than {chosen}"
+        grid, channels = (layout.shape[1:], layout.shape[0]) if layout.shape else (None, None)
+        found.append(CandidateLayer(each.name, type(each.module).__name__, grid, channels, each.name == chosen, reason))
+    return found
 
 
-def _layout(shape, image_size):
-    """(found, reshape transform or None) of a layer's output shape, by the image's aspect ratio."""
-    height, width = image_size
-
-    def fits(h, w):
-        return h * w > 1 and h <= height and w <= width and abs(h - w * height / width) <= max(1, height / width)
-
-    if len(shape) == 4:
-        if fits(*shape[2:]):
-            return True, None
-        if fits(*shape[1:3]):
-            return True, channels_last_to_map
-    if len(shape) == 3:
-        for n_prefix in range(min(MAX_PREFIX_TOKENS + 1, shape[1])):
-            n_patches = shape[1] - n_prefix
-            h = round(math.sqrt(n_patches * height / width))
-            if h > 1 and n_patches % h == 0 and n_patches // h > 1 and fits(h, n_patches // h):
-                return True, TokensToMap(n_prefix, (h, n_patches // h))
-    return False, None
+def _why_none(model, run, layouts, ranked, name):
+    model_name = type(model).__name__
+    if name is not None:
+        if name in layouts and run.ran[name].edge is not None and not ranked:
+            return (
+                f"layer {name} has no map of the image: expected (B, C, h, w), (B, h, w, C) or (B, N, D) "
+                f"with a grid like the image's {run.image_size}, got {run.ran[name].shape}"
+            )
+        if ranked:
+            return f"the top score's gradient is zero at layer {name}; choose an earlier one"
+        return f"layer {name} did not run, or its output is no tensor with a gradient"
+    if ranked:
+        return (
+            f"the top score's gradient is zero at all {len(ranked)} layers of {model_name} "
+            "that keep a map of the image; some models have a last layer of zeros before they are trained"
+        )
+    return f"no layer of {model_name} keeps a map of the image: expected an output (B, C, h, w) or (B, N, D)"
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:

@@ -1,6 +1,8 @@
 """`CFCAM`: from a model and an input to maps, with pytorch-grad-cam's constructor and call."""
 
+import logging
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfcam_gpu import checks, pipeline, torch_backend
+from cfcam_gpu import checks, layers, pipeline, torch_backend
 from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
@@ -43,6 +45,12 @@ class Explanation:
     weights: torch.Tensor | tuple[torch.Tensor, ...]
 
 
+LOG = logging.getLogger("cfcam_gpu")
+
+FINDING = threading.Lock()
+"""Of all objects: threads that share one are to find its layer once."""
+
+
 class _Latest(threading.local):
     """What the latest call of each thread found."""
 
@@ -61,7 +69,9 @@ class CFCAM:
             changed: no hook stays, no ``.grad`` is filled. Its output is logits (B, n_classes), or holds them, see
             ``targets`` of `maps`.
         target_layers: list of the model's modules to explain; each gives (B, C, h, w). Of a layer that runs more
-            than once in a forward pass, the last run counts.
+            than once in a forward pass, the last run counts. None (default): the last layer that keeps a map of the
+            image, found in the first call with its reshape (`cfcam_gpu.layers.inspect_target_layer`); the logger
+            ``cfcam_gpu`` says which, and a warning where that is a guess.
         reshape_transform: turns a layer's output into (B, C, h, w), for transformers.
         guide_layer: the earlier layer on whose finer grid the map is averaged over alike cells: "auto" (default), the
             last with a map of at least twice the target layer's sides (`cfcam_gpu.guides`), found in the first call;
@@ -74,7 +84,7 @@ class CFCAM:
             first.
         classes: the class indices that the latest call explained, int64 (B,) or (B, K) on the outputs' device; None
             before the first call, and where the targets are callables. Of a single logit (B, 1) always 0.
-        target_names: the target layers' names.
+        target_names: the target layers' names; None before the first call of an object that is to find its layer.
         guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
             of an object that is to find them.
 
@@ -104,7 +114,7 @@ class CFCAM:
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Sequence[nn.Module] | None = None,
         reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
         guide_layer: GuideLayer = "auto",
@@ -117,15 +127,33 @@ class CFCAM:
         self._choices = pipeline.check_choices(backend, clustering, check_finite)
         self._latest = _Latest()
         self._notices = Notices()
-        self._capture = HeadCapture(
+        self._capture_of = partial(
+            HeadCapture,
             model,
-            target_layers,
-            reshape_transform,
             guide_layer=guide_layer,
             guided=self.config.averages,
             margin_temperature=self.config.margin_temperature,
             chosen_side=True,
         )
+        self._found: HeadCapture | None = None
+        if target_layers is not None:
+            self._found = self._capture_of(target_layers, reshape_transform)
+        elif reshape_transform is not None:
+            raise ValueError("reshape_transform is for target_layers that are given: pass those too, or neither")
+        # Without the wrappers of torch.compile and DataParallel; and the arguments are checked before the first call.
+        self.model = (self._found or self._capture_of([model])).model
+
+    def _capture(self, inputs: Inputs) -> HeadCapture:
+        """What captures the target layers; they are found for these inputs where they were not given."""
+        if self._found is None:
+            with FINDING:
+                if self._found is None:
+                    target, _ = layers.choose_target_layer(self.model, inputs.first())
+                    if target.notice:
+                        warnings.warn(target.notice, UserWarning, stacklevel=5)
+                    LOG.info("target layer of %s: %s", type(self.model).__name__, target.name)
+                    self._found = self._capture_of([target.module], target.reshape_transform)
+        return self._found
 
     @property
     def outputs(self) -> Any:
@@ -137,12 +165,12 @@ class CFCAM:
         return self._latest.classes
 
     @property
-    def target_names(self) -> list[str]:
-        return self._capture.target_names
+    def target_names(self) -> list[str] | None:
+        return None if self._found is None else self._found.target_names
 
     @property
     def guide_names(self) -> list[str] | None:
-        return self._capture.guide_names
+        return None if self._found is None else self._found.guide_names
 
     def maps(
         self, input_tensor: ModelInput | None = None, targets: Targets = None, top: int | None = None, **inputs: Any
@@ -195,18 +223,18 @@ class CFCAM:
         return self._explain(input_tensor, targets, top, inputs)
 
     def _explain(self, input_tensor, targets, top, inputs):
-        checked = check_inputs(input_tensor, inputs, self._capture.model)
+        checked = check_inputs(input_tensor, inputs, self.model)
         capture, captured = self._run(checked, targets, top, stacklevel=5)
         size = checked.images.shape[-2:]
-        layers = [
+        found = [
             pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices)
             for activations, gradients, guide in captured
         ]
-        maps, labels, weights = layers[0].maps, layers[0].labels, layers[0].weights
-        if len(layers) > 1:
-            mean = torch.stack([of_layer.maps for of_layer in layers]).mean(0)
+        maps, labels, weights = found[0].maps, found[0].labels, found[0].weights
+        if len(found) > 1:
+            mean = torch.stack([of_layer.maps for of_layer in found]).mean(0)
             maps = torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
-            labels, weights = (tuple(getattr(each, name) for each in layers) for name in ("labels", "weights"))
+            labels, weights = (tuple(getattr(each, name) for each in found) for name in ("labels", "weights"))
         self._notices.of_zero_maps(maps, captured, stacklevel=4)
         explained = targets if capture.classes is None else capture.classes
         return Explanation(maps, capture.outputs, explained, labels, weights)
@@ -221,7 +249,7 @@ class CFCAM:
 
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
-        checked = check_inputs(input_tensor, inputs, self._capture.model)
+        checked = check_inputs(input_tensor, inputs, self.model)
         grids, backend = [], self._choices["backend"]
         _, captured = self._run(checked, targets, top, stacklevel=4)
         for activations, gradients, guide in captured:
@@ -259,15 +287,16 @@ class CFCAM:
 
     def _run(self, inputs: Inputs, targets, top, stacklevel):
         self._notices.poll(stacklevel)
-        self._notices.of_training(self._capture.model, stacklevel)
+        self._notices.of_training(self.model, stacklevel)
         pool = partial(pipeline.pool_gradients, config=self.config, **self._choices)
-        capture = self._capture(inputs, targets, several=True, top=top, pool=pool)
+        capture = self._capture(inputs)(inputs, targets, several=True, top=top, pool=pool)
         self._latest.outputs, self._latest.classes = capture.outputs, capture.classes
         return capture, list(zip(capture.activations, capture.gradients, capture.guides))
 
     def release(self) -> None:
         """Let go of the model; a second call does nothing."""
-        self._capture.release()
+        if self._found is not None:
+            self._found.release()
 
     def __enter__(self) -> "CFCAM":
         return self

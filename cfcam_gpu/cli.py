@@ -7,6 +7,7 @@ line.
 import argparse
 import glob
 import hashlib
+import json
 import math
 import os
 import sys
@@ -109,6 +110,7 @@ def _parser():
     _add_options(demo, out="demo", versus=None)
     demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
 
+    _add_layers(commands)
     _add_bench(commands)
 
     about = "show which backends, clustering engines and packages can be used here, and why the others cannot"
@@ -160,6 +162,23 @@ def _add_options(parser, out, versus):
         help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1]; and with --versus OUT/NAME_I-J.npy: "
         "the map of class I minus that of class J, in [-1, 1]",
     )
+
+
+def _add_layers(commands):
+    parser = commands.add_parser(
+        "layers",
+        help="list a model's layers: their grids and channels, and why each is or is not the default target",
+        description="List the layers that run, in their order, with the grid and the channels of their maps and why "
+        "each is or is not the default target layer, which has an arrow. One pass on a picture of noise.",
+    )
+    add = parser.add_argument
+    add(
+        "model", nargs="?", default="demo", metavar="MODEL", help="a SPEC as explain's --model takes it (default: demo)"
+    )
+    add("--size", type=_positive, metavar="N", help="a picture of N x N pixels (default: the model's own)")
+    add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--json", action="store_true", help="a list of records instead of a table")
+    parser.set_defaults(run=list_layers)
 
 
 def _add_bench(commands):
@@ -316,6 +335,34 @@ def _tqdm():
 
 def _default_device(args):
     return args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def list_layers(args):
+    """Print the layers of a model; returns 0."""
+    loaded = models.load_model(args.model, device=_default_device(args))
+    image = loaded.preprocess(_noise(args.size or 256))[None].to(_default_device(args))
+    if args.size is not None:
+        image = torch.nn.functional.interpolate(image, (args.size, args.size), mode="bilinear")
+    found = layers.candidate_layers(loaded.model, image)
+    if args.json:
+        print(json.dumps([layer._asdict() for layer in found], indent=1))
+        return 0
+    rows = [("", "layer", "type", "grid", "channels", "")]
+    for layer in found:
+        grid = "x".join(map(str, layer.grid)) if layer.grid else "-"
+        rows.append(
+            ("->" if layer.chosen else "", layer.name, layer.type, grid, str(layer.channels or "-"), layer.reason)
+        )
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
+    for *cells, reason in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), reason]).rstrip())
+    return 0
+
+
+def _noise(size):
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
 
 
 def run_bench(args):

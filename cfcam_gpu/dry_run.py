@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
-from cfcam_gpu.inputs import check_inputs
+from cfcam_gpu.inputs import Inputs, check_inputs
 from cfcam_gpu.outputs import find_logits, map_tensors
 
 KEPT_BYTES = 16 * 2**20
@@ -166,20 +166,23 @@ class DryRun:
         return self.scores.requires_grad and (not self._linked or self._sees_image(self.scores.grad_fn))
 
     def gradients(self, ran: list[Ran]) -> list[torch.Tensor | None]:
-        """The gradients of the sum of the images' top scores where these layers ran; None where there is none.
+        """The gradients of the sum of the images' top scores where these layers ran, all in the graph; None for none.
 
         Raises:
             LetGo: a tensor on the way was not kept.
         """
         with torch.inference_mode(False), torch.enable_grad():
             score = self.scores.amax(1).sum()
-            return list(torch.autograd.grad(score, [each.edge for each in ran], retain_graph=True, allow_unused=True))
+            edges = [each.edge for each in ran if each.edge is not None]
+            return list(torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True))
 
     def _inputs(self, model, example_input):
         """The positional and the named inputs, private copies on the model's device, and the images among them."""
         from cfcam_gpu.capture import _device
 
-        inputs = check_inputs(tuple(example_input) if isinstance(example_input, list) else example_input)
+        inputs = example_input
+        if not isinstance(inputs, Inputs):
+            inputs = check_inputs(tuple(inputs) if isinstance(inputs, list) else inputs)
         image = inputs.images
 
         def private(tensor):
@@ -383,7 +386,8 @@ def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):
     """(h, w) int64: the number of the token that each cell of the map at ``edge`` went into; None if not one token.
 
     A gradient is asked back from the tokens to the map, once for every bit of their numbers: from the tokens with that
-    bit set. Where each token is made of cells of its own, with whatever weights, a cell has all of the gradient or none.
+    bit set. Where each token is made of cells of its own, with whatever weights, a cell has all of the gradient or
+    none.
     """
     width = tensor.shape[2]
     direction = torch.arange(1, width + 1, device=tensor.device).cos().to(tensor.dtype)  # none that a norm removes
@@ -414,7 +418,7 @@ def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):
 
 
 def _one_cell_a_token(tokens):
-    """(h, w) with every token once, of a map where each has gone into a token with its neighbours; None if it cannot."""
+    """(h, w) with every token once, of a map of which neighbours went into a token together; None if they did not."""
     if tokens is None:
         return None
     (height, width), sides = tokens.shape, []

@@ -22,6 +22,16 @@ class Inputs:
     kwargs: dict[str, Any]
     images: torch.Tensor
 
+    def first(self) -> "Inputs":
+        """Those of the first image alone: of every tensor with a row for each image the first."""
+        batch = len(self.images)
+
+        def of_first(tensor):
+            return tensor[:1] if tensor.ndim and len(tensor) == batch else tensor
+
+        args, kwargs, images = map_tensors(of_first, (self.args, self.kwargs, self.images))
+        return Inputs(args, kwargs, images)
+
     def copies(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with private copies of the tensors on this device: a model may change its input in place."""
         return map_tensors(lambda tensor: tensor.to(device, copy=True), (self.args, self.kwargs))

@@ -269,10 +269,10 @@ def _passed_over(run, ran):
     """Why a layer is never the default target; "" for one that may be."""
     module = ran.module
     if isinstance(module, PASSED_OVER):
-        return f"a {type(module).__name__} is passed over"
+        return f"layers of type {type(module).__name__} are passed over"
     base = run.adapters.get(module)
     if isinstance(base, PASSED_OVER):
-        return f"adapts a {type(base).__name__}, which is passed over"
+        return f"adapts a {type(base).__name__}, a type that is passed over"
     for adapter in run.adapters:
         if module is not adapter and any(module is part for part in adapter.modules()):
             return "a part of an adapter"

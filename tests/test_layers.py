@@ -1,10 +1,13 @@
 """The layer to explain a model at: the default of ten networks, layers by name, and what cannot be explained."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
-from cfcam_gpu import layers, models
+from cfcam_gpu import CFCAM, layers, models
+from cfcam_gpu.dry_run import KEPT_BYTES, DryRun
 
 
 class Spy(nn.Module):
@@ -83,15 +86,15 @@ def test_the_search_leaves_the_model_and_the_input_as_they_were(seed):
 
 class NoScores(nn.Module):
     def forward(self, images):
-        return {"logits": images.mean((2, 3))}
+        return {"first": images.mean((2, 3)), "second": images.amax((2, 3))}
 
 
 @pytest.mark.parametrize(
     "model, name, message",
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), None, "no layer of Sequential keeps a map of the image"),
-        (NoScores(), None, r"the model must return scores \(B, n_classes\), got dict"),
-        (nn.Conv2d(3, 4, 3), None, r"the model must return scores \(B, n_classes\), got \(1, 4, 30, 30\)"),
+        (NoScores(), None, r"first.*\(1, 3\).*second"),
+        (nn.Conv2d(3, 4, 3), None, r"\(1, 4, 30, 30\)"),
         (Spy(), "body.2", "Spy has no layer 'body.2'; did you mean body"),
         (Spy(), "layer4", "Spy has no layer 'layer4'; it begins with first, act, body"),
         (Spy(), "dead_end", "the top score's gradient is zero at layer dead_end; choose an earlier one"),
@@ -126,31 +129,162 @@ def test_a_token_layer_by_name_gets_its_reshape():
         layers.inspect_target_layer(loaded.model, torch.rand(1, 3, 224, 224), "blocks.11")
 
 
+class Tokens(nn.Module):
+    """A transformer in small: tokens of patches of 8 pixels, with others before and behind them, in whatever order."""
+
+    def __init__(self, n_prefix, n_suffix=0, shuffled=False, sequence_first=False):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16), nn.Linear(16, 5)
+        self.prefix = nn.Parameter(torch.randn(1, n_prefix, 16))
+        self.suffix = nn.Parameter(torch.randn(1, n_suffix, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=not sequence_first)
+        self.shuffled, self.sequence_first = shuffled, sequence_first
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        if self.shuffled:
+            x = x.flip(1).roll(3, 1)
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x, self.suffix.expand(len(x), -1, -1)], 1)
+        x = self.norm(x.transpose(0, 1) if self.sequence_first else x)
+        x = x + self.attention(x, x, x)[0]
+        return self.head(x.mean(0 if self.sequence_first else 1))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (24, 56), (16, 32)])
 @pytest.mark.parametrize(
-    "shape, image_size, expected",
+    "options",
     [
-        ((1, 64, 7, 7), (224, 224), (64, 7, 7)),
-        ((1, 7, 7, 64), (224, 224), (64, 7, 7)),
-        ((1, 64, 5, 10), (160, 320), (64, 5, 10)),
-        ((1, 5, 10, 64), (160, 320), (64, 5, 10)),
-        ((1, 51, 64), (160, 320), (64, 5, 10)),
-        ((1, 50, 64), (160, 320), (64, 5, 10)),
-        ((1, 201, 64), (224, 224), (64, 14, 14)),  # a class token and four registers
-        ((1, 64, 1, 1), (224, 224), None),
-        ((1, 3, 197, 64), (224, 224), None),  # the queries of three heads
-        ((1, 2, 64), (224, 224), None),  # one patch
-        ((1, 64), (224, 224), None),
+        {"n_prefix": 0},
+        {"n_prefix": 5},  # a class token and four registers: 5 x 5 and 30 tokens, 3 x 7 and 26
+        {"n_prefix": 1, "n_suffix": 4},
+        {"n_prefix": 0, "n_suffix": 3, "shuffled": True},
+        {"n_prefix": 2, "sequence_first": True},
     ],
+    ids=str,
 )
-def test_layouts(shape, image_size, expected):
-    found, reshape = layers._layout(shape, image_size)
-    assert found == (expected is not None)
-    if found:
-        tensor = torch.zeros(shape)
-        assert (reshape(tensor) if reshape else tensor).shape[1:] == expected
+def test_each_cell_has_its_own_patch(seed, options, size):
+    model, images = Tokens(**options).eval(), torch.rand(1, 3, *size)
+    target = layers.inspect_target_layer(model, images, "norm")
+    grid = size[0] // 8, size[1] // 8
+    assert target.shape == (16, *grid) and target.notice is None
+
+    def mapped(images):
+        kept = []
+        handle = model.norm.register_forward_hook(lambda *args: kept.append(args[2]))
+        model(images)
+        handle.remove()
+        return target.reshape_transform(kept[0]) if target.reshape_transform else kept[0]
+
+    row, column = (int(torch.randint(side, ())) for side in grid)
+    changed = images.clone()
+    changed[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += torch.randn(3, 8, 8)
+    with torch.no_grad():
+        difference = (mapped(changed) - mapped(images)).abs().amax((0, 1))
+    assert difference.nonzero().tolist() == [[row, column]]
+
+
+class TwoTowers(nn.Module):
+    """Images and texts, the text's tower last, with a grid that fits as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision = nn.Sequential(nn.Conv2d(3, 12, 4, 4), nn.ReLU())
+        self.words, self.text = nn.Embedding(9, 64), nn.Sequential(nn.Conv2d(4, 12, 1), nn.ReLU())
+
+    def forward(self, images, words):
+        seen = self.vision(images).mean((2, 3))
+        return seen @ self.text(self.words(words).unflatten(2, (8, 8))).mean((2, 3)).T + seen[:, :1]
+
+
+def test_two_towers(seed):
+    model, inputs = TwoTowers().eval(), (torch.rand(1, 3, 32, 32), torch.randint(9, (5, 4)))
+    with torch.no_grad():
+        model.words.weight.abs_()
+    target = layers.inspect_target_layer(model, inputs)
+    assert target.name == "vision" and target.n_classes == 5
+    reasons = {layer.name: layer.reason for layer in layers.candidate_layers(model, inputs)}
+    assert reasons["text"] == "does not see the image" and reasons["vision.0"] == "earlier than vision"
+
+
+class LowRank(nn.Module):
+    """As LoRA wraps a layer."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        out, into = base_layer.weight.shape[:2]
+        self.base_layer = base_layer
+        self.lora_A, self.lora_B = nn.Conv2d(into, 2, 3, 2, 1), nn.Conv2d(2, out, 1)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def test_an_adapter_is_no_layer_of_its_own(seed):
+    model = Spy().eval()
+    model.body[0] = LowRank(model.body[0])
+    model.act = nn.Identity()
+    model.identity = nn.Identity()
+    target = layers.inspect_target_layer(model, torch.rand(1, 3, 32, 32))
+    assert target.name == "body"
+    reasons = {layer.name: layer.reason for layer in layers.candidate_layers(model, torch.rand(1, 3, 32, 32))}
+    assert reasons["body.0.lora_A"] == reasons["body.0.lora_B"] == "a part of an adapter"
+
+
+def test_a_guess_is_said(seed):
+    class Mixed(Tokens):
+        def forward(self, images):
+            x = self.embed(images).flatten(2).transpose(1, 2)
+            x = self.norm(x + self.attention(x, x, x)[0])  # the first with a token dimension is mixed already
+            return self.head(x.mean(1))
+
+    model = Mixed(0).eval()
+    model.embed = nn.Sequential(nn.Unfold(8, stride=8), nn.Softmax(2), nn.Unflatten(2, (1, 25)), nn.Conv2d(192, 16, 1))
+    with pytest.warns(UserWarning, match="is a guess"):
+        target = layers.inspect_target_layer(model, torch.rand(1, 3, 40, 40))
+    assert "is a guess" in target.notice and target.shape[1:] == (5, 5)
+
+
+def storages():
+    gc.collect()
+    tensors = [each.untyped_storage() for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in tensors}
+
+
+def test_the_pass_keeps_little(seed):
+    model = nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(24)])
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    before = storages()
+    run = DryRun(model, torch.rand(1, 3, 256, 256))
+    of_one = 8 * 256 * 256 * 4  # bytes
+    kept = sum(n_bytes for storage, n_bytes in storages().items() if storage not in before)
+    assert kept < KEPT_BYTES + 6 * of_one < 24 * of_one
+    del run
+    assert layers.find_target_layer(model, torch.rand(1, 3, 256, 256))[0] == "1"
 
 
 def test_the_names_that_models_had_are_still_there():
     for name in ("TargetLayer", "TokensToMap", "channels_last_to_map", "find_target_layer", "get_layer"):
         assert getattr(models, name) is getattr(layers, name)
     assert models.inspect_target_layer is layers.inspect_target_layer
+
+
+def test_cfcam_finds_its_layer(seed, caplog):
+    model, images = Spy().eval(), torch.rand(2, 3, 32, 32)
+    cam = CFCAM(model)
+    assert cam.target_names is None and cam.guide_names is None
+    with caplog.at_level("INFO", "cfcam_gpu"):
+        maps = [cam.maps(images, [1, 2]) for _ in range(2)]
+    assert cam.target_names == ["act"] and caplog.text.count("target layer of Spy: act") == 1
+    expected = CFCAM(model, [model.act]).maps(images, [1, 2])
+    assert torch.equal(maps[0], expected) and torch.equal(maps[1], expected)
+
+    model = Tokens(3).eval()
+    cam, images = CFCAM(model), torch.rand(2, 3, 24, 40)
+    found = layers.inspect_target_layer(model, images[:1])
+    expected = CFCAM(model, [found.module], found.reshape_transform).maps(images, top=2)
+    assert torch.equal(cam.maps(images, top=2), expected) and cam.target_names == [found.name]
+    for arguments, error in (((model, None, lambda x: x), ValueError), ((3,), TypeError)):
+        with pytest.raises(error):
+            CFCAM(*arguments)
+    with pytest.raises(ValueError, match="no layer of Sequential"):
+        CFCAM(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))).maps(torch.rand(1, 3, 32, 32))

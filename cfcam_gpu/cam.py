@@ -101,9 +101,10 @@ class CFCAM:
         TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model.
 
     Warns:
-        UserWarning: once per object, that the model is in training mode, where it has batch norm or dropout; and once,
-            that a map is zero everywhere, of which image and why. Of maps on a GPU that is said in a later call, or
-            when `outputs` is read, because the call does not wait for them.
+        UserWarning: once per object, that the model is in training mode, where it has batch norm or dropout; once, that
+            a target layer has one cell alone, so that its map is flat; and once, that a map is zero everywhere, of
+            which image and why. Of maps on a GPU the last is said in a later call, or when `outputs` is read, because
+            the call does not wait for them.
 
     >>> with CFCAM(model, target_layers=[model.layer4[-1]]) as cam:
     ...     maps = cam.maps(images, targets=[285, 282])  # images (2, 3, 224, 224)
@@ -235,7 +236,8 @@ class CFCAM:
             mean = torch.stack([of_layer.maps for of_layer in found]).mean(0)
             maps = torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
             labels, weights = (tuple(getattr(each, name) for each in found) for name in ("labels", "weights"))
-        self._notices.of_zero_maps(maps, captured, stacklevel=4)
+        if not self._notices.of_one_cell(captured, stacklevel=4):
+            self._notices.of_zero_maps(maps, captured, stacklevel=4)
         explained = targets if capture.classes is None else capture.classes
         return Explanation(maps, capture.outputs, explained, labels, weights)
 

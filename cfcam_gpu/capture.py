@@ -199,7 +199,7 @@ class HeadCapture:
             ValueError: there is no batch of images, or it is empty; a wrong number of targets; a class index out of
                 range; indices or None while the output has no logits, or several tensors that could be them; a
                 callable's result without exactly one element; a layer did not run, has activations that are not
-                (B, C, h, w) or have a single grid cell, or does not influence the score; a score that no gradient
+                (B, C, h, w), or does not influence the score; a score that no gradient
                 flows back from; weights without values, quantised or sharded where that is what failed.
             RuntimeError: from autograd, where the head cannot be differentiated (reentrant checkpointing).
         """
@@ -258,8 +258,8 @@ class HeadCapture:
             raise ValueError(f"{name} must return (B, C, h, w), got {shape}{hint}")
         if shape[0] != batch:
             raise ValueError(f"{name} must return one row per image, ({batch}, C, h, w), got {shape}{hint}")
-        if shape[2] * shape[3] <= 1:
-            raise ValueError(f"{name} must return more than one grid cell, got {shape}, which has no spatial grid")
+        if not shape[2] * shape[3]:
+            raise ValueError(f"{name} must return a grid with at least one cell, got {shape}")
         return activations
 
     def _differentiate(self, roots, edges, cotangents=None):

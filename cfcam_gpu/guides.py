@@ -219,6 +219,7 @@ def _fits(grid, sides):
     # A side of 2 n - 1 cells too is halved to n.
     is_finer = all(least * (side - 1) < cells <= most * side for cells, side in zip(grid, sides))
     times = grid[0] / sides[0], grid[1] / sides[1]
+    is_finer = is_finer and sides[0] * sides[1] > 1  # of one cell there is nothing to make finer
     return is_finer and abs(times[0] - times[1]) <= max(times) / min(sides)
 
 

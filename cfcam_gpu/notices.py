@@ -41,6 +41,14 @@ class Notices:
         does = " and ".join(DOES[kind].format(count, "s" * (count > 1)) for kind, count in counts.items())
         self._warn("training", f"{_type(model)} is in training mode: {does}; call model.eval()", stacklevel)
 
+    def of_one_cell(self, layers: list[tuple[torch.Tensor, Any, Any]], stacklevel: int) -> bool:
+        """That a target layer's grid has one cell; whether that is so. Args: as for `of_zero_maps`."""
+        found = any(activations.shape[-2:].numel() == 1 for activations, *_ in layers)
+        if found and "cell" not in self._told:
+            message = "a target layer has no spatial grid, one cell alone: its map is flat; take an earlier layer"
+            self._warn("cell", message, stacklevel)
+        return found
+
     def of_zero_maps(self, maps: torch.Tensor, layers: list[tuple[torch.Tensor, Any, Any]], stacklevel: int) -> None:
         """That maps are zero everywhere, of which images, and why.
 

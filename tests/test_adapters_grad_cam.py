@@ -739,3 +739,17 @@ def test_bad_constructions(small):
             with pytest.raises(error):
                 cls(*arguments)
     assert not small[2]._forward_hooks
+
+
+# Images so small that the last layer's grid is one cell: the library gives a flat map.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_grid_of_one_cell(resnet18, name, seed):
+    images, cls = torch.randn(2, 3, 32, 32), getattr(original, name)
+    for layers in ([resnet18.layer4], [resnet18.layer3, resnet18.layer4]):
+        for targets in (None, categories(3, 7)):
+            expected = cls(resnet18, layers)(images, targets)
+            found = accelerate(cls(resnet18, layers))(images, targets)
+            assert found.shape == (2, 32, 32) and np.abs(found - expected).max() <= TOLERANCE
+    assert adapter.CFCAM(resnet18, [resnet18.layer4])(images, None).shape == (2, 32, 32)

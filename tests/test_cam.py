@@ -216,10 +216,7 @@ def test_bad_constructions(resnet18, arguments, error, message):
 
 
 def test_layers_without_a_grid(resnet18, images):
-    for layer, message in (
-        (resnet18.avgpool, r"more than one grid cell, got \(3, 512, 1, 1\)"),
-        (resnet18.fc, r"must return \(B, C, h, w\), got \(3, 1000\); pass a reshape_transform"),
-    ):
+    for layer, message in ((resnet18.fc, r"must return \(B, C, h, w\), got \(3, 1000\); pass a reshape_transform"),):
         with pytest.raises(ValueError, match=message):
             CFCAM(resnet18, [layer]).maps(images)
 
@@ -284,3 +281,14 @@ def test_capture_replays(resnet18, images, targets, top):
         replay(images[:2], targets)
     with pytest.raises(ValueError, match="targets must be"):
         replay(images, None if with_targets else torch.tensor([3, 7, 11]))
+
+
+@pytest.mark.parametrize("config", [CFCAMConfig(), CFCAMConfig.paper()], ids=["default", "paper"])
+def test_a_grid_of_one_cell_gives_a_flat_map(resnet18, images, config):
+    cam = CFCAM(resnet18, [resnet18.avgpool], config=config)
+    with pytest.warns(UserWarning, match="no spatial grid, one cell alone: its map is flat") as told:
+        maps = cam.maps(images, top=2)
+        assert maps.shape == (3, 2, *images.shape[2:]) and torch.equal(maps, maps[..., :1, :1].expand_as(maps))
+        cam.maps(images)
+    assert len(told) == 1
+    assert cam(images).max() == 0

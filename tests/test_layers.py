@@ -9,6 +9,8 @@ from torch import nn
 from cfcam_gpu import CFCAM, layers, models
 from cfcam_gpu.dry_run import KEPT_BYTES, DryRun
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Spy(nn.Module):
     """A small network with what the search has to cope with: reuse, in-place changes, tuples and a dead end."""

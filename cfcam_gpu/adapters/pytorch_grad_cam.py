@@ -186,7 +186,7 @@ class HeadOnlyCAM:
             (six, unless ``tta_transforms`` was set) in one batch.
 
     Raises:
-        TypeError, ValueError: as `HeadCapture`; also a layer of a single grid cell (the original: a map of zeros).
+        TypeError, ValueError: as `HeadCapture`.
 
     Video and volumes: inputs (B, C, D, H, W) with layers that give (B, C, d, h, w) are supported, with maps
     (B, D, H, W); these are resized on the host, by SciPy's spline, as the original does.

@@ -1,5 +1,7 @@
 """AblationCAM on the recorded head, against pytorch-grad-cam's own: the same numbers, and how many images are run."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ original = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not insta
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+from cfcam_gpu import accelerate
 from cfcam_gpu.adapters.ablation import AblationCAM
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:invalid value")]
@@ -66,6 +69,20 @@ def test_tokens():
     nn.init.normal_(model.heads.head.weight)  # torchvision's is zero
     options = {"reshape_transform": to_map, "ablation_layer": AblationLayerVit()}
     compare(model, [model.encoder.layers[1].ln_1], torch.randn(1, 3, 32, 32), None, **options)
+
+
+def test_accelerate(resnet18, images):
+    theirs = original.AblationCAM(resnet18, [resnet18.layer4], batch_size=64)
+    expected = theirs(images, None)
+    ours = accelerate(theirs)
+    assert type(ours) is AblationCAM and isinstance(ours, original.AblationCAM) and accelerate(ours) is ours
+    assert ours.batch_size == 64
+    del theirs
+    gc.collect()  # its hooks go with it
+    np.testing.assert_allclose(ours(images, None), expected, atol=1e-4)
+    del ours
+    gc.collect()
+    assert not resnet18.layer4._forward_hooks
 
 
 class Own(AblationLayer):

@@ -266,6 +266,7 @@ def test_the_public_names():
         "CFCAM",
         "CFCAMConfig",
         "CFCAMResult",
+        "Explanation",
         "accelerate",
         "cf_cam",
         "cluster_channels",

@@ -56,8 +56,20 @@ try:
 except ImportError as error:
     raise ImportError(needs("torch-cam 0.5 or later", "torchcam")) from error
 
+from cfcam_gpu.adapters.torchcam_masked import (
+    ISCAM,
+    SSCAM,
+    ScoreCAM,
+    block_size,
+    random_state,
+    restore_random_state,
+    same_state,
+)
+
 # Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods
-# _hook_a, _hook_g, _get_weights, _backprop, _normalize, and the attributes _hook_outputs, _hooks_enabled and _relu.
+# _hook_a, _hook_g, _get_weights, _backprop, _normalize, and the attributes _hook_outputs, _hooks_enabled and _relu; of
+# SmoothGradCAMpp _compute_smoothgrad_weights, _store_input, _input and _distrib, and of ScoreCAM what torchcam_masked
+# overrides.
 
 
 class _TrunkEnd(GraphRoot):
@@ -75,6 +87,7 @@ class _TrunkEnd(GraphRoot):
 class _HeadOnly:
     """Mixin before a gradient extractor of torch-cam: graphs start at the target layers."""
 
+    _fused = True
     _scope = None  # open while the model runs: autograd as the trunk needs it
     _pass_inputs = ()
     _tapped = False
@@ -85,6 +98,8 @@ class _HeadOnly:
         self._watch_model()
 
     def _watch_model(self):
+        # As torch-cam keeps the modules it found when it was made; looking for them in every pass would cost more.
+        self._fused = is_fused(self.submodule_dict.values())
         # The hook that ends the pass comes before those of earlier extractors: scopes close in reverse order.
         self.hook_handles += [
             self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
@@ -99,7 +114,7 @@ class _HeadOnly:
         tracked = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         tracked = tracked and (model.training or any(tensor.requires_grad for tensor in self._pass_inputs))
         with ExitStack() as scope:
-            scope.enter_context(eager_without_grad(fused=is_fused(model.modules()), nested=False))
+            scope.enter_context(eager_without_grad(fused=self._fused, nested=False))
             scope.enter_context(torch.set_grad_enabled(tracked or self._grad_from_start))
             self._tapped = False
             self._scope = scope.pop_all()
@@ -323,35 +338,125 @@ class CFCAM(Configured, GradCAM):
         return self._maps(weights, normalized, guides, **self._grid_options)
 
 
-ACCELERATED = {original.GradCAM: GradCAM, original.XGradCAM: XGradCAM, original.LayerCAM: LayerCAM}
+class _LibrarysGradCAMpp(_HeadOnly, original.GradCAMpp):
+    """torch-cam's ``GradCAMpp`` with the numbers that it has, fault and all, for `accelerate`."""
+
+
+_LibrarysGradCAMpp.__name__ = "GradCAMpp"  # which is part of an extractor's repr
+
+
+class SmoothGradCAMpp(_HeadOnly, original.SmoothGradCAMpp):
+    """torch-cam's ``SmoothGradCAMpp``, with the same arguments, call, noise and numbers.
+
+    Several noisy copies go through the network together, up to 32 images (`torchcam_masked.block_size`), and there is
+    no graph of the trunk. One by one, by the library's own code, where a copy may depend on those before it: in train
+    mode, and where the model draws random numbers; and where a layer's output is not a row, or several, for each image.
+    """
+
+    def _compute_smoothgrad_weights(self, class_idx, eps, **kwargs):
+        one_by_one = partial(super()._compute_smoothgrad_weights, class_idx, eps, **kwargs)
+        if any(module.training for module in self.model.modules()):
+            return one_by_one()
+        device, first = self._input.device, list(self.hook_a)
+        before = random_state(device)
+        together = max(1, block_size(self._input, 32) // len(self._input))
+        try:
+            with torch.inference_mode(False):
+                weights = self._smoothed(class_idx, eps, together, **kwargs)
+        except torch.OutOfMemoryError:
+            if together == 1:
+                raise
+            weights = None
+            LOG.warning("SmoothGradCAMpp: out of memory, going on with one noisy copy at a time")
+        if weights is None:
+            restore_random_state(device, before)
+            self.hook_a = first
+            return one_by_one()
+        return weights
+
+    def _smoothed(self, class_idx, eps, together, *, targets=None, **kwargs):
+        """The weights of the layers; None where copies cannot go together."""
+        images, first = self._input, list(self.hook_a)
+        sums = [[torch.zeros_like(activations) for activations in first] for _ in range(2)]
+        for start in range(0, self.num_samples, together):
+            copies = min(together, self.num_samples - start)
+            noisy = [images + self._distrib.sample(images.size()).to(device=images.device) for _ in range(copies)]
+            drawn = random_state(images.device)
+            scores = self.model(torch.cat(noisy))
+            if not same_state(drawn, random_state(images.device)):
+                return None
+            of_copies = [each * copies if isinstance(each, list) else each for each in (class_idx, targets)]
+            self._backprop(scores, of_copies[0], targets=of_copies[1], **kwargs)
+            for index, activations in enumerate(first):
+                if self.hook_g[index].shape != (copies * len(activations), *activations.shape[1:]):
+                    return None
+                for gradients in self.hook_g[index].split(len(activations)):
+                    for power, total in zip((2, 3), sums):
+                        total[index].add_(gradients.pow(power))
+                # As after the last copy alone.
+                self.hook_a[index] = self.hook_a[index][-len(activations) :]
+                self.hook_g[index] = self.hook_g[index][-len(activations) :]
+        weights = []
+        for activations, gradients, squares, cubes in zip(first, self.hook_g, *sums):
+            squares, cubes = squares.div_(self.num_samples), cubes.div_(self.num_samples)
+            scale = (cubes * activations).flatten(2).sum(-1).view(*squares.shape[:2], *[1] * (squares.ndim - 2))
+            alpha = squares / (2 * squares + scale + eps)
+            weights.append((alpha * gradients.relu()).flatten(2).sum(-1))
+        return weights
+
+
+ACCELERATED = {
+    original.GradCAM: GradCAM,
+    original.GradCAMpp: _LibrarysGradCAMpp,
+    original.SmoothGradCAMpp: SmoothGradCAMpp,
+    original.XGradCAM: XGradCAM,
+    original.LayerCAM: LayerCAM,
+    original.ScoreCAM: ScoreCAM,
+    original.SSCAM: SSCAM,
+    original.ISCAM: ISCAM,
+}
 """torch-cam's class -> ours."""
+
+REASONS = {
+    original.CAM: "it costs the forward pass alone",
+    original.LeGrad: "it needs the gradients of the attention in every chosen block",
+    original.RefineCAM: "it has no computation of its own; accelerate its base_cam",
+    original.FinerCAM: "it has no computation of its own; accelerate its base_cam",
+}
+"""torch-cam's class -> why it is left alone."""
 
 
 def accelerate(cam):
     """A torch-cam extractor, made faster in place: the same object with the same hooks, attributes and numbers.
 
-    ``GradCAM``, ``XGradCAM`` and ``LayerCAM`` become this module's subclasses. All other extractors are returned as
-    they are, with a warning of the logger "cfcam_gpu"; among them ``GradCAMpp``, because the right formula would change
-    its numbers (`GradCAMpp`), ``SmoothGradCAMpp``, and the wrappers ``RefineCAM`` and ``FinerCAM``, whose ``base_cam``
-    can be accelerated.
+    ``GradCAM``, ``GradCAMpp`` (the library's numbers; those of the definition are `GradCAMpp`'s), ``SmoothGradCAMpp``,
+    ``XGradCAM``, ``LayerCAM``, ``ScoreCAM``, ``SSCAM`` and ``ISCAM`` become subclasses of their own. All other
+    extractors are returned as they are, with a warning of the logger "cfcam_gpu" that says why; among them the wrappers
+    ``RefineCAM`` and ``FinerCAM``, whose ``base_cam`` can be accelerated.
 
     Raises:
         TypeError: ``cam`` is no extractor of torch-cam.
     """
-    if isinstance(cam, _HeadOnly):
+    if type(cam) in ACCELERATED.values() or isinstance(cam, _HeadOnly):
         return cam
     if not isinstance(cam, (_CAM, _CAMWrapper)):
         raise TypeError(f"cam must be an extractor of torch-cam, got {type(cam).__name__}")
-    reason = obstacle(cam, ACCELERATED)
+    reason = REASONS.get(type(cam)) or obstacle(cam, ACCELERATED)
     if reason is not None:
         return left_as_it_is(cam, reason)
+    faster = ACCELERATED[type(cam)]
+    if not issubclass(faster, _HeadOnly):
+        cam.__class__ = faster  # its hooks are the library's
+        return cam
     hooked = bool(cam.hook_handles)
     cam.remove_hooks()
-    cam.__class__ = ACCELERATED[type(cam)]
+    cam.__class__ = faster
     if hooked:
         for hook in (cam._hook_a, cam._hook_g):
             for index, name in enumerate(cam.target_names):
                 handle = cam.submodule_dict[name].register_forward_hook(partial(hook, idx=index))
                 cam.hook_handles.append(handle)
+        if isinstance(cam, SmoothGradCAMpp):
+            cam.hook_handles.append(cam.model.register_forward_pre_hook(cam._store_input))
         cam._watch_model()
     return cam

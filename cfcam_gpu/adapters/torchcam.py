@@ -5,7 +5,8 @@ it still pays for is autograd's record of everything before the layer. The extra
 autograd: a hook on the model's call switches it off, one on the target layer starts the graph there. The rest is
 the library's own code, so the numbers are the same; but the weighted sum over the channels is a Triton kernel's where
 that takes the tensors (a CUDA or ROCm device, half precision or float32). The head alone saves memory more than time:
-resnet50, batch 8 on a CPU, layer4: 116 MiB beside the model where torch-cam takes 652.
+resnet50, batch 8 on a CPU, layer4: 116 MiB beside the model where torch-cam takes 652. `SmoothGradCAMpp` also
+runs several noisy copies in a pass; ScoreCAM, SSCAM and ISCAM are in `torchcam_masked`.
 
 What a caller can notice, while the hooks are enabled:
 

@@ -1,4 +1,8 @@
-"""torch-cam's ScoreCAM, SSCAM and ISCAM: the same masked images, fewer of them, in blocks that suit the device."""
+"""torch-cam's ScoreCAM, SSCAM and ISCAM: the same masked images, fewer of them, in blocks that suit the device.
+
+Memory is that of a block, at most ``batch_size`` images; ISCAM resizes the masks of a block at a time, where the
+library holds those of all channels. SSCAM still holds its noise for all channels, as the library does.
+"""
 
 import torch
 from torchcam.methods import activation as original

@@ -19,10 +19,10 @@ from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
 from cfcam_gpu.inputs import Inputs, check_inputs
 from cfcam_gpu.outputs import find_logits, map_tensors
 
-KEPT_BYTES = 16 * 2**20
+KEPT_BYTES = 4 * 2**20
 """Saved tensors that are kept in any case."""
 
-KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.2, 4
+KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.1, 4
 """And beyond, as multiples of the largest input and output that a layer had together. What follows a network's last map
 is small. A block of a transformer, which lies between the class token and the last tokens that it attends to, saves
 about 17 tokens' widths, and the largest layer of it has 5."""

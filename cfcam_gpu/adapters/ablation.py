@@ -7,13 +7,14 @@ import tqdm
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+from cfcam_gpu.adapters.hooked import Hooked
 from cfcam_gpu.head import Head, record_head
 
 ABLATION_VALUE = 1e7
 """What the original takes off the smallest activation where that is not 0."""
 
 
-class AblationCAM(original.AblationCAM):
+class AblationCAM(Hooked, original.AblationCAM):
     """pytorch-grad-cam's AblationCAM on the recorded head.
 
     The weights are those of the original, in batches of its ``batch_size``, but only the part of the network behind the

@@ -7,12 +7,24 @@ from torch.utils._pytree import tree_map_only
 from cfcam_gpu.adapters.ablation import AblationCAM
 from cfcam_gpu.adapters.eigen import EigenCAM, EigenGradCAM, SegEigenCAM
 from cfcam_gpu.adapters.full_grad import FullGrad
-from cfcam_gpu.adapters.pytorch_grad_cam import HeadActivationsAndGradients, HeadOnlyCAM
+from cfcam_gpu.adapters.head_only import FinerCAM, RandomCAM, ShapleyCAM
+from cfcam_gpu.adapters.hooked import CallHooks
+from cfcam_gpu.adapters.pytorch_grad_cam import HeadActivationsAndGradients, HeadOnlyCAM, accelerate
 from cfcam_gpu.adapters.score import ScoreCAM
 
 METHODS = {
     getattr(original, fast.__name__): fast
-    for fast in (AblationCAM, ScoreCAM, EigenCAM, EigenGradCAM, SegEigenCAM, FullGrad)
+    for fast in (
+        AblationCAM,
+        ScoreCAM,
+        EigenCAM,
+        EigenGradCAM,
+        SegEigenCAM,
+        FullGrad,
+        FinerCAM,
+        ShapleyCAM,
+        RandomCAM,
+    )
 }
 """pytorch-grad-cam's class -> ours."""
 
@@ -24,6 +36,7 @@ OWN_SETTINGS = {
     original.ScoreCAM: {"uses_gradients": False},
     original.EigenCAM: {"uses_gradients": False},
     original.FullGrad: {"compute_input_gradient": True},
+    original.ShapleyCAM: {"compute_input_gradient": True, "detach": False},
 }
 
 
@@ -36,28 +49,39 @@ def accelerated(cam):
 
     Raises:
         ValueError: its class is another, ``detach``, ``compute_input_gradient`` or ``uses_gradients`` are not as its
-            constructor sets them, or it has a method of its own.
+            constructor sets them, it has a method of its own, or it is a FinerCAM of a method without a head-only
+            backward.
     """
     method = METHODS.get(type(cam))
     if method is None:
         names = ", ".join(cls.__name__ for cls in METHODS)
         raise ValueError(f"cam must be of one of the classes {names}, no subclasses, got {type(cam).__name__}")
-    for name, usual in {**SETTINGS, **OWN_SETTINGS.get(type(cam), {})}.items():
-        if getattr(cam, name) is not usual:
-            raise ValueError(f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up")
     own = sorted(name for name in vars(cam) if hasattr(type(cam), name))
     if own:
         raise ValueError(f"the instance has its own {', '.join(own)}")
-    fast = object.__new__(method)
-    vars(fast).update(vars(cam))
+    if method is FinerCAM:
+        base = (accelerated if type(cam.base_cam) in METHODS else accelerate)(cam.base_cam)
+        if not isinstance(base, HeadOnlyCAM):
+            raise ValueError(f"its base_cam is a {type(base).__name__}, which has no head-only backward")
+        return _copy(cam, method, base_cam=base)
+    for name, usual in {**SETTINGS, **OWN_SETTINGS.get(type(cam), {})}.items():
+        if getattr(cam, name) is not usual:
+            raise ValueError(f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up")
     hooks = cam.activations_and_grads
     if issubclass(method, HeadOnlyCAM):
-        fast.activations_and_grads = HeadActivationsAndGradients(
+        own_hooks = HeadActivationsAndGradients(
             cam.model, list(cam.target_layers), hooks.reshape_transform, hooks.handles
         )
+        fast = _copy(cam, method, activations_and_grads=own_hooks)
         if hasattr(cam, "outputs"):
             fast.outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, cam.outputs)
-    else:
-        fast._foreign_hooks = hooks.handles
-        fast._hook()
-    return fast
+        return fast
+    own_hooks = CallHooks(cam.model, cam.target_layers, hooks.reshape_transform, cam.detach)
+    return _copy(cam, method, activations_and_grads=own_hooks, _foreign_hooks=hooks.handles)
+
+
+def _copy(cam, method, **attributes):
+    copy = object.__new__(method)
+    # At once: an object that shares the hooks of ``cam`` would take them off the model when it is let go of.
+    vars(copy).update({**vars(cam), **attributes})
+    return copy

@@ -48,11 +48,8 @@ class Hooked:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.activations_and_grads.release()
-        self._hook()
-
-    def _hook(self):
         hooks = self.activations_and_grads
+        hooks.release()
         self.activations_and_grads = CallHooks(self.model, self.target_layers, hooks.reshape_transform, self.detach)
 
     def forward(self, *args, **kwargs):
@@ -62,7 +59,7 @@ class Hooked:
 
     def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth=False):
         """The layer's map on its own grid: NumPy (B, h, w) or (B, d, h, w)."""
-        if not eigen_smooth:
+        if not eigen_smooth or activations.ndim not in (4, 5):
             return super().get_cam_image(input_tensor, target_layer, targets, activations, grads)
         of_channels = self.get_cam_weights(input_tensor, target_layer, targets, activations, grads)
         if isinstance(activations, torch.Tensor):

@@ -53,7 +53,7 @@ class ScoreCAM(Hooked, original.ScoreCAM):
                 part = channels[len(scores) : len(scores) + size]
                 try:
                     scores += _scores(self.model(_masked(image, part)), target)
-                except torch.OutOfMemoryError:
+                except torch.cuda.OutOfMemoryError:
                     if size == 1:
                         raise
                     size //= 2

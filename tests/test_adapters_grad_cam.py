@@ -219,9 +219,9 @@ def with_attribute(cam, name, value):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda *args: original.EigenCAM(*args), "only GradCAM, HiResCAM"),
-        (lambda *args: original.ScoreCAM(*args), "only GradCAM, HiResCAM"),
-        (lambda *args: original.FinerCAM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.KPCA_CAM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.FEM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.FinerCAM(*args, base_method=original.EigenCAM), "which has no head-only backward"),
         (lambda *args: Own(*args), "only GradCAM, HiResCAM"),
         (lambda *args: with_attribute(original.GradCAM(*args), "detach", False), "detach is False"),
         (

@@ -33,8 +33,6 @@ try:
 except ImportError as error:
     raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
-from cfcam_gpu.adapters.ablation import AblationCAM
-
 # No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam,
 # utils.image and utils.model_targets.
 
@@ -44,25 +42,27 @@ def accelerate(cam):
 
     Args:
         cam: an object of pytorch-grad-cam. Sped up: GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM
-            and LayerCAM by a head-only backward, AblationCAM by running the head alone for every channel; where the
-            class is exactly one of these.
+            and LayerCAM by a head-only backward, and the classes of `cfcam_gpu.adapters.gradient_free.METHODS`; where
+            the class is exactly one of these.
 
     Returns:
         A new object of this package's class of the same name, with the attributes of ``cam``. ``cam`` goes on working
         as before; its hooks are off the model for the length of each call of the new object, so that they cost it
-        nothing (those of AblationCAM stay), and for good when ``cam`` itself is let go of, as in
-        ``cam = accelerate(cam)``.
+        nothing, and for good when ``cam`` itself is let go of, as in ``cam = accelerate(cam)``.
 
         Everything else comes back as it was, the same object, with a warning on the logger ``cfcam_gpu`` that names
         the reason: other methods, a subclass or an instance with a method of the user's own, ``detach=False``,
         ``compute_input_gradient=True``, and a model or layer that the head-only capture does not take (scripted).
     """
-    if isinstance(cam, (HeadOnlyCAM, AblationCAM)):
+    from cfcam_gpu.adapters import gradient_free  # which imports this module
+
+    if isinstance(cam, (HeadOnlyCAM, *gradient_free.METHODS.values())):
         return cam
-    reason = obstacle(cam, {**ACCELERATED, **ON_THE_HEAD}) or _own_settings(cam)
+    further = type(cam) in gradient_free.METHODS
+    reason = obstacle(cam, {**ACCELERATED, **gradient_free.METHODS}) or (None if further else _own_settings(cam))
     if reason is None:
         try:
-            return _on_the_head(cam) if type(cam) in ON_THE_HEAD else _accelerated(cam)
+            return gradient_free.accelerated(cam) if further else _accelerated(cam)
         except (TypeError, ValueError) as error:
             reason = str(error)
     return left_as_it_is(cam, reason)
@@ -70,8 +70,7 @@ def accelerate(cam):
 
 def _own_settings(cam):
     """What keeps an object of a class that can be sped up from it; None when nothing does."""
-    uses_gradients = type(cam) not in ON_THE_HEAD
-    for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", uses_gradients)):
+    for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", True)):
         if getattr(cam, name) is not usual:
             return f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up"
     own = sorted(name for name in vars(cam) if hasattr(type(cam), name))
@@ -87,16 +86,6 @@ def _accelerated(cam):
     )
     if hasattr(cam, "outputs"):
         fast.outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, cam.outputs)
-    return fast
-
-
-def _on_the_head(cam):
-    fast = object.__new__(ON_THE_HEAD[type(cam)])
-    vars(fast).update(vars(cam))
-    # Its own hooks: those of ``cam`` go with it.
-    fast.activations_and_grads = ActivationsAndGradients(
-        cam.model, list(cam.target_layers), cam.activations_and_grads.reshape_transform
-    )
     return fast
 
 
@@ -470,9 +459,6 @@ ACCELERATED = {
     for fast in (GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM, LayerCAM)
 }
 """pytorch-grad-cam's class -> ours, on a head-only backward."""
-
-ON_THE_HEAD = {original.AblationCAM: AblationCAM}
-"""The same, of methods that change the layer's activations and run the network again and again."""
 
 
 def _indices(targets):

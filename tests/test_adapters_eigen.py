@@ -11,7 +11,7 @@ pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installe
 import pytorch_grad_cam as original
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from cfcam_gpu.adapters import hooked, score
+from cfcam_gpu.adapters import hooked, projection, score
 from cfcam_gpu.adapters.gradient_free import METHODS, accelerated
 
 TOLERANCE = 2e-6
@@ -270,3 +270,15 @@ def test_refuses_what_is_the_users_own():
     cam.get_cam_weights = lambda *args: None
     with pytest.raises(ValueError, match="its own get_cam_weights"):
         accelerated(cam)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_blas_has_its_threads_back():
+    blas = projection._libraries().select(user_api="blas")
+    before = [library["num_threads"] for library in blas.info()]
+    with projection.ONE_THREAD.on():
+        assert all(library["num_threads"] == 1 for library in blas.info())
+    projection.first_component(np.ones((1, 3, 2, 2), np.float32))
+    with pytest.raises(np.linalg.LinAlgError):
+        projection.first_component(np.full((1, 3, 2, 2), np.inf, np.float32))
+    assert [library["num_threads"] for library in blas.info()] == before

@@ -8,8 +8,8 @@ ones, with the same signs, which are LAPACK's choice and which the maps hang on.
 import pytorch_grad_cam as original
 import torch
 
-from cfcam_gpu import weights
-from cfcam_gpu.adapters.hooked import Hooked, first_component
+from cfcam_gpu.adapters.hooked import Hooked
+from cfcam_gpu.adapters.projection import first_component, principal_projection
 from cfcam_gpu.adapters.pytorch_grad_cam import HeadOnlyCAM, _computed
 
 
@@ -25,7 +25,7 @@ class _OfGradients(HeadOnlyCAM):
     def _grid(self, activations, gradients, shape, guide, eigen_smooth):
         terms = self._terms(_computed(activations), _computed(gradients))
         # Contiguous as NumPy's: the order of the sums of the means depends on it.
-        return self._signed(weights.principal_projection(terms.contiguous())).relu_().reshape(len(terms), *shape)
+        return self._signed(principal_projection(terms.contiguous())).relu_().reshape(len(terms), *shape)
 
     def _signed(self, projections):
         return projections

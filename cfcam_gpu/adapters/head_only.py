@@ -8,6 +8,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWe
 
 from cfcam_gpu import weights
 from cfcam_gpu.adapters.hooked import Hooked
+from cfcam_gpu.adapters.projection import principal_projection
 from cfcam_gpu.adapters.pytorch_grad_cam import HeadOnlyCAM, _computed, _off_the_model
 
 
@@ -55,7 +56,7 @@ class RandomCAM(HeadOnlyCAM, original.RandomCAM):
         activations = _computed(activations)
         drawn = torch.from_numpy(np.random.uniform(-1, 1, size=activations.shape[:2])).to(activations.device)
         terms = drawn[:, :, None, None] * activations
-        grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
+        grid = principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
         return grid.relu_().to(activations.dtype).reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):

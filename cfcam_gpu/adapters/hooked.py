@@ -1,11 +1,10 @@
 """What the sped-up classes share that keep pytorch-grad-cam's own pass: hooks of their own, and eigen_smooth."""
 
-import numpy as np
 import torch
 from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
 from torch.autograd.graph import get_gradient_edge
 
-from cfcam_gpu import weights
+from cfcam_gpu.adapters.projection import first_component
 from cfcam_gpu.adapters.pytorch_grad_cam import _off_the_model
 
 
@@ -65,11 +64,3 @@ class Hooked:
         if isinstance(activations, torch.Tensor):
             activations = activations.cpu().detach().numpy()
         return first_component(of_channels.reshape(*of_channels.shape, *[1] * (activations.ndim - 2)) * activations)
-
-
-def first_component(terms):
-    """The projection of terms (B, C, ...) on their first principal component: NumPy float32 (B, ...).
-
-    Source: ``utils.svd_on_activations.get_2d_projection``; see `weights.principal_projection`.
-    """
-    return np.float32(weights.principal_projection(torch.from_numpy(np.ascontiguousarray(terms))))

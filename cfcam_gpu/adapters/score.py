@@ -75,4 +75,4 @@ def _masked(image, channels):
     low, high = masks.flatten(1).aminmax(dim=1)
     masks = (masks - low[:, None, None]) / (high - low + 1e-8)[:, None, None]
     masked = image * masks[:, None]
-    return masked if masked.is_cuda else masked.contiguous(memory_format=torch.channels_last)
+    return masked.contiguous(memory_format=torch.channels_last) if masked.device.type == "cpu" else masked

@@ -71,7 +71,8 @@ class CFCAM:
         target_layers: list of the model's modules to explain; each gives (B, C, h, w). Of a layer that runs more
             than once in a forward pass, the last run counts. None (default): the last layer that keeps a map of the
             image, found in the first call with its reshape (`cfcam_gpu.layers.inspect_target_layer`); the logger
-            ``cfcam_gpu`` says which, and a warning where that is a guess.
+            ``cfcam_gpu`` says which, and a warning where that is a guess. Where tokens lie is found again for images of
+            another size.
         reshape_transform: turns a layer's output into (B, C, h, w), for transformers.
         guide_layer: the earlier layer on whose finer grid the map is averaged over alike cells: "auto" (default), the
             last with a map of at least twice the target layer's sides (`cfcam_gpu.guides`), found in the first call;
@@ -137,6 +138,7 @@ class CFCAM:
             chosen_side=True,
         )
         self._found: HeadCapture | None = None
+        self._found_at: dict[tuple[int, ...], HeadCapture] = {}  # where tokens lie depends on the size of the images
         if target_layers is not None:
             self._found = self._capture_of(target_layers, reshape_transform)
         elif reshape_transform is not None:
@@ -146,15 +148,33 @@ class CFCAM:
 
     def _capture(self, inputs: Inputs) -> HeadCapture:
         """What captures the target layers; they are found for these inputs where they were not given."""
-        if self._found is None:
+        size = tuple(inputs.images.shape[-2:])
+        found = self._known(size)
+        if found is None:
             with FINDING:
-                if self._found is None:
-                    target, _ = layers.choose_target_layer(self.model, inputs.first())
-                    if target.notice:
-                        warnings.warn(target.notice, UserWarning, stacklevel=5)
-                    LOG.info("target layer of %s: %s", type(self.model).__name__, target.name)
-                    self._found = self._capture_of([target.module], target.reshape_transform)
-        return self._found
+                found = self._known(size) or self._find(inputs, size)
+        return found
+
+    def _known(self, size):
+        return self._found_at.get(size) if self._found_at else self._found
+
+    def _find(self, inputs, size):
+        """The layer, or of one that was found for another size of images where its tokens lie in these."""
+        name = None if self._found is None else self._found.target_names[0]
+        target, _ = layers.choose_target_layer(self.model, inputs.first(), name)
+        if name is None:
+            LOG.info("target layer of %s: %s", type(self.model).__name__, target.name)
+        if target.notice:
+            warnings.warn(target.notice, UserWarning, stacklevel=6)
+        return self._take(target, size)
+
+    def _take(self, target: layers.TargetLayer, size: tuple[int, ...]) -> HeadCapture:
+        """Explain this layer, which was found for images (..., H, W) of that size."""
+        found = self._capture_of([target.module], target.reshape_transform)
+        if isinstance(target.reshape_transform, layers.TokensToMap):
+            self._found_at = {**self._found_at, size: found}
+        self._found = self._found or found
+        return found
 
     @property
     def outputs(self) -> Any:
@@ -297,8 +317,9 @@ class CFCAM:
 
     def release(self) -> None:
         """Let go of the model; a second call does nothing."""
-        if self._found is not None:
-            self._found.release()
+        for found in (self._found, *self._found_at.values()):
+            if found is not None:
+                found.release()
 
     def __enter__(self) -> "CFCAM":
         return self

@@ -542,7 +542,8 @@ class _Run:
             self.bar.write("outputs: several labels an image, each explained by its own logit")
         self.bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes
-        self.cam = CFCAM(model, [target.module], target.reshape_transform, config=config, backend=args.backend)
+        self.cam = CFCAM(model, config=config, backend=args.backend)
+        self.cam._take(target, tuple(image.shape[-2:]))
 
     def write(self, source, seen, classes, scores, maps):
         """Write an image's picture; returns what it says of its classes."""

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -480,6 +481,57 @@ def test_class_names_that_do_not_fit(explain):
     status, out, _, _ = explain("Net(3), None, ['ox', 'ass']", "--classes", 1)
     assert status == 0 and "class names: not used, since there are 2 names, zoo:build has 3 classes\n" in out
     assert ": class 1 0." in out
+
+
+# The layers to choose from
+
+
+def test_layers_are_listed_with_the_choice_and_the_reasons(run, tiny):
+    status, out, err = run("layers", tiny)
+    lines = out.splitlines()
+    assert (status, err) == (0, "") and lines[0].split() == ["layer", "type", "grid", "channels"]
+    assert [line.split()[:5] for line in lines if line.startswith("->")] == [["->", "1", "ReLU", "14x14", "48"]]
+    assert "the last layer that keeps a map of the image" in out and "earlier than 1" in lines[1]
+    records = json.loads(run("layers", tiny, "--size", 160, "--json")[1])
+    assert [record["name"] for record in records if record["chosen"]] == ["1"]
+    assert [record["name"] for record in records][:2] == ["0", "1"] and records[0]["grid"] == [10, 10]
+    assert set(records[0]) == {"name", "type", "grid", "channels", "chosen", "reason"}
+    status, _, err = run("layers", "torchvision:resnet")
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_upright_and_lying_pictures_of_a_transformer(run, tmp_path, monkeypatch):
+    """As many tokens in either, but another grid."""
+    (tmp_path / "tokens_net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embed, self.norm = nn.Conv2d(3, 12, 8, 8), nn.LayerNorm(12)\n"
+        "        self.head = nn.Linear(12, 3)\n"
+        "    def forward(self, x):\n"
+        "        x = self.embed(x).flatten(2).transpose(1, 2)\n"
+        "        return self.head(self.norm(x + x.mean(1, keepdim=True)).tanh().mean(1))\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    def pixels(image):\n"
+        "        values = torch.tensor(list(image.getdata())).view(image.height, image.width, 3)\n"
+        "        return values.permute(2, 0, 1) / 255\n"
+        "    return Net(), pixels\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    lying = Image.fromarray(data.chelsea()).resize((48, 24))
+    lying.save("lying.png")
+    lying.resize((24, 48)).save("upright.png")
+    common = ["--model", "tokens_net:build", "--raw", "--classes", 1]
+    assert run("explain", "lying.png", "upright.png", *common, "--out", "both")[0] == 0
+    for name in ("lying", "upright"):
+        assert run("explain", f"{name}.png", *common, "--out", "alone")[0] == 0
+        both, alone = (np.load(Path(folder) / f"{name}_1.npy") for folder in ("both", "alone"))
+        assert np.abs(both - alone).max() < 1e-5
+    sys.modules.pop("tokens_net", None)
 
 
 # What is refused

@@ -290,3 +290,17 @@ def test_cfcam_finds_its_layer(seed, caplog):
             CFCAM(*arguments)
     with pytest.raises(ValueError, match="no layer of Sequential"):
         CFCAM(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))).maps(torch.rand(1, 3, 32, 32))
+
+
+def test_tokens_of_images_of_another_size_lie_elsewhere(seed):
+    """As many tokens, but another grid."""
+    model = Tokens(3).eval()
+    cam, name = CFCAM(model), layers.find_target_layer(model, torch.rand(1, 3, 24, 40))[0]
+    for size in ((24, 40), (40, 24), (16, 48), (24, 40)):
+        images = torch.rand(2, 3, *size)
+        found = layers.inspect_target_layer(model, images[:1], name)
+        assert found.reshape_transform.grid == (size[0] // 8, size[1] // 8)
+        expected = CFCAM(model, [found.module], found.reshape_transform).maps(images, top=2)
+        assert torch.equal(cam.maps(images, top=2), expected) and cam.target_names == [name]
+    with pytest.raises(ValueError, match="takes 18 tokens, got .* images of another size have another grid"):
+        found.reshape_transform(torch.rand(1, 20, 16))

@@ -5,10 +5,12 @@ more than a pass without autograd: of the tensors that autograd saves, only the 
 score to the last layers needs no others.
 """
 
+import re
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +24,26 @@ from cfcam_gpu.outputs import find_logits, map_tensors
 KEPT_BYTES = 4 * 2**20
 """Saved tensors that are kept in any case."""
 
-KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.1, 4
-"""And beyond, as multiples of the largest input and output that a layer had together. What follows a network's last map
-is small. A block of a transformer, which lies between the class token and the last tokens that it attends to, saves
-about 17 tokens' widths, and the largest layer of it has 5."""
+KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.1, 5
+"""And beyond, as a multiple of the largest input and output that a layer had together: what follows a network's last
+map is small. Where some tokens are no patches, as a multiple of the largest output: a block of a transformer, which
+lies between the class token and the last tokens that it attends to, saves about 17 tokens' widths, and the largest
+output in it has 4."""
 
 N_SOURCES = 4
 """The latest maps that tokens may have been made of."""
+
+MOST_NODES = 64
+"""Of the graph between tokens and the layers before them, how many are looked at."""
+
+CELL_BY_CELL = "Add Sub Mul Div Neg NativeLayerNorm Gelu Relu Silu Tanh Sigmoid NativeDropout Clone ToCopy".split()
+"""Operators that leave every token in its place, by the names of their nodes."""
+
+REORDERING = "Index IndexSelect Gather Take Flip Roll".split()
+"""Operators that may put tokens elsewhere."""
+
+VIEWS = "View UnsafeView ReshapeAlias Permute Transpose T Expand Squeeze Unsqueeze Slice Cat Stack Split Unbind".split()
+"""Operators that may do so together."""
 
 
 class LetGo(Exception):
@@ -42,11 +57,15 @@ class Ran(NamedTuple):
     module: nn.Module
     order: int
     """In which the layers finished."""
+    began: int
+    """How many layers had finished when it began."""
     shape: tuple[int, ...]
     """Of what it returned, or of the first tensor in it."""
     edge: GradientEdge | None
     """Where that is in the graph; None where it is not in it."""
     sees_image: bool
+    readings: "dict[tuple[int, bool], TokensToMap | None]"
+    """Where its tokens lie, by (number of tokens, sequence first); None where that could not be read."""
 
 
 class TokensToMap:
@@ -112,7 +131,6 @@ class DryRun:
         scores: (B, n_classes), with a graph.
         image_size: (H, W).
         batch: B.
-        readings: `TokensToMap` by (tokens, sequence first), None where the tokens were seen and could not be read.
         widths: of the tokens, (B, N, D), that were seen: {N: {D, ...}}.
         adapters: the modules that wrap a layer and add a low-rank piece to it, each with that layer.
 
@@ -133,7 +151,8 @@ class DryRun:
         from cfcam_gpu.capture import GraphRoot, named_modules
 
         self.ran: dict[str, Ran] = {}
-        self.readings: dict[tuple[int, bool], TokensToMap | None] = {}
+        self._readings: dict[tuple[int, bool], TokensToMap | None] = {}  # the latest
+        self._readings_at: dict[tuple[Any, int], dict[tuple[int, bool], TokensToMap | None]] = {}  # by edge
         self.widths: dict[int, set[int]] = {}
         self.adapters: dict[nn.Module, nn.Module] = {}
         self._graph_root = GraphRoot
@@ -165,16 +184,35 @@ class DryRun:
         """Whether the scores are in a graph that begins at the images, as far as that was asked for."""
         return self.scores.requires_grad and (not self._linked or self._sees_image(self.scores.grad_fn))
 
-    def gradients(self, ran: list[Ran]) -> list[torch.Tensor | None]:
-        """The gradients of the sum of the images' top scores where these layers ran, all in the graph; None for none.
+    def ask(self, ran, question):
+        """Per layer what ``question(layer, gradient)`` says of the top scores' gradient where it ran; None without one.
+
+        The score is the sum over the images. Of the gradients only the last layer's is kept, and the others' are handed
+        over as the backward passes them.
+
+        Args:
+            ran: `Ran` of layers that are in the graph, the earliest last.
 
         Raises:
             LetGo: a tensor on the way was not kept.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        answers = {}
+
+        def on_the_way(each, gradients):
+            if gradients[each.edge.output_nr] is not None:
+                answers[each.name] = question(each, gradients[each.edge.output_nr])
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             score = self.scores.amax(1).sum()
-            edges = [each.edge for each in ran if each.edge is not None]
-            return list(torch.autograd.grad(score, edges, retain_graph=True, allow_unused=True))
+            for each in ran[:-1]:
+                stack.callback(each.edge.node.register_prehook(partial(on_the_way, each)).remove)
+            for each in ran[::-1]:  # mostly the first goes through all the others
+                if each.name not in answers:
+                    (gradient,) = torch.autograd.grad(score, each.edge, retain_graph=True, allow_unused=True)
+                    answers[each.name] = None if gradient is None else question(each, gradient)
+        return [answers[each.name] for each in ran]
 
     def _inputs(self, model, example_input):
         """The positional and the named inputs, private copies on the model's device, and the images among them."""
@@ -224,7 +262,7 @@ class DryRun:
 
     def _before(self, module, arguments, named):
         tensor = next((each for each in (*arguments, *named.values()) if isinstance(each, torch.Tensor)), None)
-        self._calls.append(_Call(module, tensor))
+        self._calls.append(_Call(module, tensor, self._order))
         if tensor is not None:
             self._read(tensor)
 
@@ -241,15 +279,16 @@ class DryRun:
             if not (self._linked or tensor.requires_grad or tensor._is_view()) and torch.is_grad_enabled():
                 self._graph_root.apply(torch.zeros((), requires_grad=True), tensor)
             self._look_for_an_adapter(call, tensor)
-            self._read(tensor)
+            readings = self._read(tensor)
             edge = get_gradient_edge(tensor) if tensor.requires_grad else None
             sees_image = edge is not None and self._sees_image(edge.node)
-            self.ran[name] = Ran(name, module, self._order, tuple(tensor.shape), edge, sees_image)
+            self.ran[name] = Ran(name, module, self._order, call.began, tuple(tensor.shape), edge, sees_image, readings)
             received = call.tensor()
-            n_bytes = tensor.nbytes + (received.nbytes if received is not None else 0)
-            self._saved.may_keep(n_bytes, self._is_tokens(tensor))
+            self._saved.may_keep(KEPT_OF_MAPS * (tensor.nbytes + (0 if received is None else received.nbytes)))
+            if any(reading is not None and reading.n_prefix + reading.n_suffix for reading in readings.values()):
+                self._saved.may_keep(KEPT_OF_TOKENS * tensor.nbytes)
             if sees_image:
-                self._remember(tensor, edge)
+                self._remember(tensor, edge, readings)
             return None
 
         return hook
@@ -275,16 +314,14 @@ class DryRun:
     def _is_tokens(self, tensor):
         return tensor.ndim == 3 and self.batch in tensor.shape[:2]
 
-    def _remember(self, tensor, edge):
+    def _remember(self, tensor, edge, readings):
         """A map, of which tokens may be made."""
         if any(edge == known for known, _ in self._sources):
             return
         if tensor.ndim == 4 and len(tensor) == self.batch:
             if any(fits(grid, self.image_size) for grid in (tensor.shape[2:], tensor.shape[1:3])):
                 self._sources.append((edge, None))
-        elif self._is_tokens(tensor):
-            known = [self.readings.get((n, last)) for n, last in self._counts(tensor)]
-            self._sources.extend((edge, reading) for reading in known if reading is not None)
+        self._sources.extend((edge, reading) for reading in readings.values() if reading is not None)
 
     def _counts(self, tensor):
         """(number of tokens, whether they come first) as this tensor may have to be read."""
@@ -295,15 +332,55 @@ class DryRun:
     # Where tokens lie
 
     def _read(self, tensor):
-        """Note where the tokens lie that this is the first to hold so many of, if it holds tokens of the image."""
+        """Where the image's tokens lie in what a layer takes or returns, by (number of tokens, sequence first)."""
         if not (self._is_tokens(tensor) and tensor.is_floating_point() and tensor.requires_grad):
-            return
+            return {}
         if not self._sees_image(tensor.grad_fn):
-            return
-        for n_tokens, first in self._counts(tensor):
-            self.widths.setdefault(n_tokens, set()).add(tensor.shape[2])
-            if (n_tokens, first) not in self.readings and n_tokens > 1:
-                self.readings[n_tokens, first] = self._locate(tensor, n_tokens, first)
+            return {}
+        edge = get_gradient_edge(tensor)
+        place = edge.node, edge.output_nr
+        if place not in self._readings_at:
+            found = {}
+            for key in self._counts(tensor):
+                if key[0] > 1:
+                    self.widths.setdefault(key[0], set()).add(tensor.shape[2])
+                    found[key] = self._readings[key] = self._reading(tensor, place, key)
+            self._readings_at[place] = found
+        return self._readings_at[place]
+
+    def _reading(self, tensor, place, key):
+        """Where tokens lie that a layer takes or returns at this place of the graph; None where it cannot be read."""
+        # What is added to known tokens, as in a residual stream, lies where they do.
+        waiting, seen, known = [place], set(), []
+        while waiting and len(seen) < MOST_NODES:
+            at = waiting.pop()
+            if at not in seen:
+                seen.add(at)
+                if key in self._readings_at.get(at, ()):
+                    known.append(self._readings_at[at][key])
+                elif _operator(at[0]) in CELL_BY_CELL:
+                    waiting += [each for each in at[0].next_functions if each[0] is not None]
+        if known:
+            return next((reading for reading in known if reading is not None), None)
+        operators = self._operators_before(place, key)
+        if key not in self._readings or operators <= {*CELL_BY_CELL, *VIEWS, *REORDERING}:
+            return self._locate(tensor, *key)
+        # Mixed by a layer or an operator, which leaves as many tokens where they are; unless some are picked out.
+        return None if operators.intersection(REORDERING) else self._readings[key]
+
+    def _operators_before(self, place, key):
+        """The operators between as many known tokens and this place of the graph, on the way of the image."""
+        waiting, seen, operators = [place], set(), set()
+        while waiting:
+            at = waiting.pop()
+            if at in seen or key in self._readings_at.get(at, ()) or not self._sees_image(at[0]):
+                continue
+            if len(seen) == MOST_NODES:
+                return operators | {"more"}
+            seen.add(at)
+            operators.add(_operator(at[0]))
+            waiting += [each for each in at[0].next_functions if each[0] is not None]
+        return operators
 
     def _locate(self, tensor, n_tokens, sequence_first):
         """The `TokensToMap`; None where the tokens are no cells of a map, or mixed."""
@@ -330,8 +407,9 @@ class DryRun:
 class _Call:
     """A run of a layer that has not ended."""
 
-    def __init__(self, module, tensor):
+    def __init__(self, module, tensor, began):
         self.module = module
+        self.began = began
         self.tensor = (lambda: None) if tensor is None else weakref.ref(tensor)
         self.base = None
 
@@ -350,9 +428,8 @@ class _Saved:
         self._queue: deque[list] = deque()
         self._holders: dict[int, int] = {}  # of every storage
 
-    def may_keep(self, n_bytes, tokens):
-        """A layer has had so many bytes of input and output."""
-        self._limit = max(self._limit, (KEPT_OF_TOKENS if tokens else KEPT_OF_MAPS) * n_bytes)
+    def may_keep(self, n_bytes):
+        self._limit = max(self._limit, n_bytes)
 
     def pack(self, tensor):
         tensor = tensor.detach()  # autograd's own output would keep its node, and that the tensor
@@ -380,6 +457,10 @@ class _Saved:
         if held[0] is None:
             raise LetGo
         return held[0]
+
+
+def _operator(node):
+    return re.sub(r"Backward\d*$", "", node.name())
 
 
 def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):

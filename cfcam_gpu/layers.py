@@ -28,6 +28,9 @@ MAX_PREFIX_TOKENS = 5
 """Tokens before the patches where that is a guess: none, a class token, a distillation token, or a class token and four
 registers."""
 
+HALVED = (2, 4, 8)
+"""How many times finer a known grid may be than that of tokens where that is a guess."""
+
 AT_ONCE = (1, 8, 64)
 """Of how many layers, from the last one on, the gradient is asked at once until one is not zero; then of all others."""
 
@@ -98,10 +101,12 @@ def inspect_target_layer(model: nn.Module, example_input: Any, name: str | None 
     of them and the low-rank pieces of any adapter.
 
     Where the N tokens lie is read from the pass: by gradients from the tokens, where a layer first takes or returns so
-    many of them, to the map or the image that they were made of. So they may lie in any order, with class, register,
-    distillation or prompt tokens before and behind them. Where that cannot be read, as many as a map has cells and at
-    most MAX_PREFIX_TOKENS before them are taken for its cells; of a network without any map and square images, a square
-    grid. That is a guess, as is a shape that may be read as channels first and last: a warning and ``notice`` say so.
+    many of them or may have moved them, to the map or the image that they were made of. So they may lie in any order,
+    with class, register, distillation or prompt tokens before and behind them. Where that cannot be read, as many as a
+    map has cells and at most MAX_PREFIX_TOKENS before them are taken for its cells; or as many as a map of half the
+    sides, a quarter or an eighth has; of a network without any map and square images, a square grid. That is a guess,
+    as is a shape that may be read as channels first and last: a warning and ``notice`` say so, and also where later
+    layers had to be left out because their tokens are no cells that can be read.
 
     The pass keeps few tensors (`cfcam_gpu.dry_run`). It is repeated, keeping more, where the last layers' gradients are
     zero and those before them cannot be had without; and for images without a gradient, integer or detached ones.
@@ -149,28 +154,40 @@ def choose_target_layer(model, example_input, name=None):
     layouts = {each.name: _layout_in(run, each) for each in run.ran.values()}
     ranked = _ranked(run, layouts, name)
     zero, chosen = [], None
+
+    def matters(ran, gradient):
+        reshape = layouts[ran.name].reshape
+        return _matters(reshape(gradient) if reshape else gradient)
+
     for group in _groups(ranked):
-        try:
-            gradients = run.gradients(group)
-        except LetGo:
-            run = DryRun(model, example_input, linked, keep_from=min(each.order for each in group))
-            group = [run.ran[each.name] for each in group if run.ran[each.name].edge is not None]
-            gradients = run.gradients(group)
-        for each, gradient in zip(group, gradients):
-            reshape, notice = layouts[each.name].reshape, layouts[each.name].notice
-            if gradient is not None:
-                gradient = reshape(gradient) if reshape else gradient
-                if _matters(gradient):
-                    shape, n_classes = tuple(gradient.shape[1:]), run.scores.shape[1]
-                    notice = notice and f"target layer {each.name}: {notice}"
-                    chosen = TargetLayer(each.name, each.module, reshape, shape, n_classes, notice)
-                    break
-            zero.append(each.name)
-        if chosen:
+        # What a layer returned may be older than its end, where it is the first of several tensors.
+        for keep_from in (None, min(each.order for each in group), min(each.began for each in group), 0):
+            if keep_from is not None:
+                run = DryRun(model, example_input, linked, keep_from)
+                group = [run.ran[each.name] for each in group if run.ran[each.name].edge is not None]
+            try:
+                answers = run.ask(group, matters)
+                break
+            except LetGo:
+                if keep_from == 0:
+                    raise
+        best = answers.index(True) if True in answers else len(group)
+        zero += [each.name for each in group[:best]]
+        if best < len(group):
+            each, layout = group[best], layouts[group[best].name]
+            notice = layout.notice and f"target layer {each.name}: {layout.notice}"
+            if name is None and notice is None:
+                notice = _left_out(run, layouts, each)
+            chosen = TargetLayer(
+                each.name, each.module, layout.reshape, tuple(layout.shape), run.scores.shape[1], notice
+            )
             break
     if chosen is None:
         raise ValueError(_why_none(model, run, layouts, ranked, name))
     return chosen, _candidates(run, layouts, ranked, zero, chosen.name)
+
+
+_NO_CELLS = "its tokens are no cells of a map"
 
 
 class _Layout(NamedTuple):
@@ -198,17 +215,32 @@ def _layout_in(run: DryRun, ran: Ran) -> _Layout:
         for n_tokens, sequence_first in ((shape[1], False), (shape[0], True)):
             if shape[1 if sequence_first else 0] != run.batch:
                 continue
-            reading, notice = run.readings.get((n_tokens, sequence_first)), None
+            reading, notice = ran.readings.get((n_tokens, sequence_first)), None
             if reading is None:
                 reading = _guess(run, n_tokens, sequence_first)
                 notice = f"where its {n_tokens} tokens lie cannot be read from the pass; {reading!r} is a guess"
             if reading is not None:
                 return _Layout((shape[2], *reading.grid), reading, notice)
         if run.batch in shape[:2] and max(shape[:2]) > 1:
-            return _Layout(None, reason="its tokens are no cells of a map")
+            return _Layout(None, reason=_NO_CELLS)
     if len(shape) > 2 and run.batch not in shape[: 2 if len(shape) == 3 else 1]:
         return _Layout(None, reason=f"has not a row for each of {run.batch} images")
     return _Layout(None, reason="has no grid like the image's")
+
+
+def _left_out(run, layouts, chosen):
+    """A notice of layers behind the chosen one whose tokens cannot be read; None where there are none."""
+    behind = [
+        each.name
+        for each in run.ran.values()
+        if each.order > chosen.order and each.sees_image and layouts[each.name].reason == _NO_CELLS
+    ]
+    if not behind:
+        return None
+    return (
+        f"target layer {chosen.name}: {len(behind)} layers behind it, the last of them {behind[-1]}, return tokens of"
+        " the image too, but where these lie cannot be read; of layers so early a map may say little"
+    )
 
 
 def _is_of_heads(run, shape):
@@ -220,24 +252,26 @@ def _is_of_heads(run, shape):
 
 def _guess(run, n_tokens, sequence_first):
     """A grid for tokens that could not be read, or None."""
-    grids = {}
+    maps, tokens = set(), set()
     for each in run.ran.values():
-        if (
-            len(each.shape) == 4
-            and each.sees_image
-            and each.shape[0] == run.batch
-            and not _is_of_heads(run, each.shape)
-        ):
-            for grid in (each.shape[2:], each.shape[1:3]):
-                if fits(grid, run.image_size):
-                    grids[n_tokens - grid[0] * grid[1]] = grid
-                    break
-    if not grids and run.image_size[0] == run.image_size[1]:
-        grids = {n_tokens - isqrt(n_tokens) ** 2: (isqrt(n_tokens), isqrt(n_tokens))}
-    n_prefix = min((each for each in grids if 0 <= each <= MAX_PREFIX_TOKENS), default=None)
-    if n_prefix is None or not fits(grids[n_prefix], run.image_size):
+        if len(each.shape) == 4 and each.sees_image and each.shape[0] == run.batch:
+            grids = [] if _is_of_heads(run, each.shape) else [each.shape[2:], each.shape[1:3]]
+            maps.update([grid for grid in grids if fits(grid, run.image_size)][:1])
+        tokens.update((reading.grid, reading.order) for reading in each.readings.values() if reading is not None)
+    if any(order is not None for _, order in tokens):  # no rows to go by
         return None
-    return TokensToMap(n_prefix, grids[n_prefix], sequence_first=sequence_first)
+    choices = {n_tokens - h * w: (h, w) for h, w in maps}
+    if not maps and run.image_size[0] == run.image_size[1]:
+        choices[n_tokens - isqrt(n_tokens) ** 2] = isqrt(n_tokens), isqrt(n_tokens)
+    for h, w in maps | {grid for grid, _ in tokens}:
+        for times in HALVED:
+            half = -(-h // times), -(-w // times)
+            if half[0] * half[1] == n_tokens:
+                choices.setdefault(0, half)
+    n_prefix = min((each for each in choices if 0 <= each <= MAX_PREFIX_TOKENS), default=None)
+    if n_prefix is None or not fits(choices[n_prefix], run.image_size):
+        return None
+    return TokensToMap(n_prefix, choices[n_prefix], sequence_first=sequence_first)
 
 
 def _ranked(run, layouts, name):
@@ -341,7 +375,9 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     >>> get_layer(resnet50, "layer4.2.conv3")
     Conv2d(512, 2048, kernel_size=(1, 1), stride=(1, 1), bias=False)
     """
-    layers = dict(model.named_modules())
+    from cfcam_gpu.capture import named_modules
+
+    layers = {**dict(model.named_modules()), **dict(named_modules(model))}  # the latter without torch.compile's names
     if not name or name not in layers:
         hint = did_you_mean(name, list(layers)) or f"; it begins with {', '.join(n for n, _ in model.named_children())}"
         raise ValueError(f"{type(model).__name__} has no layer {name!r}{hint}")

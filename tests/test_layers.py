@@ -1,6 +1,7 @@
 """The layer to explain a model at: the default of ten networks, layers by name, and what cannot be explained."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -152,6 +153,27 @@ class Tokens(nn.Module):
         return self.head(x.mean(0 if self.sequence_first else 1))
 
 
+def cells_that_change(model, target, images):
+    """A cell whose patch is changed in the images, and how much each cell of the layer's map then changes."""
+
+    def mapped(images):
+        kept = []
+        handle = target.module.register_forward_hook(lambda *args: kept.append(args[2]))
+        with torch.no_grad():
+            model(images)
+        handle.remove()
+        output = kept[-1][0] if isinstance(kept[-1], tuple) else kept[-1]
+        return target.reshape_transform(output) if target.reshape_transform else output
+
+    sides = [side // cells for side, cells in zip(images.shape[2:], target.shape[1:])]
+    cell = [int(torch.randint(cells, ())) for cells in target.shape[1:]]
+    (top, left), changed = [at * side for at, side in zip(cell, sides)], images.clone()
+    patch = changed[..., top : top + sides[0], left : left + sides[1]]
+    patch += 3 * torch.randn_like(patch)
+    difference = (mapped(changed) - mapped(images)).abs().mean((0, 1))
+    return cell, difference
+
+
 @pytest.mark.parametrize("size", [(40, 40), (24, 56), (16, 32)])
 @pytest.mark.parametrize(
     "options",
@@ -167,22 +189,97 @@ class Tokens(nn.Module):
 def test_each_cell_has_its_own_patch(seed, options, size):
     model, images = Tokens(**options).eval(), torch.rand(1, 3, *size)
     target = layers.inspect_target_layer(model, images, "norm")
-    grid = size[0] // 8, size[1] // 8
-    assert target.shape == (16, *grid) and target.notice is None
+    assert target.shape == (16, size[0] // 8, size[1] // 8) and target.notice is None
+    cell, difference = cells_that_change(model, target, images)
+    assert difference.nonzero().tolist() == [cell]
 
-    def mapped(images):
-        kept = []
-        handle = model.norm.register_forward_hook(lambda *args: kept.append(args[2]))
-        model(images)
-        handle.remove()
-        return target.reshape_transform(kept[0]) if target.reshape_transform else kept[0]
 
-    row, column = (int(torch.randint(side, ())) for side in grid)
-    changed = images.clone()
-    changed[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += torch.randn(3, 8, 8)
-    with torch.no_grad():
-        difference = (mapped(changed) - mapped(images)).abs().amax((0, 1))
-    assert difference.nonzero().tolist() == [[row, column]]
+class Unrolled(nn.Module):
+    """Puts every other token first."""
+
+    def forward(self, x):
+        return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+@pytest.mark.parametrize("how", ["module", "function"])
+def test_tokens_that_are_put_elsewhere_later_are_followed(seed, how):
+    class Moved(Tokens):
+        def __init__(self):
+            super().__init__(1)
+            self.unroll, self.drop, self.last = Unrolled(), nn.Dropout(), nn.LayerNorm(16)
+
+        def forward(self, images):
+            x = self.embed(images).flatten(2).transpose(1, 2)
+            x = self.drop(torch.cat([self.prefix.expand(len(x), -1, -1), x], 1))  # as many as at the end, in rows
+            x = self.unroll(x) if how == "module" else x[:, torch.arange(x.shape[1]).flip(0)]
+            x = self.last(x + 0.01 * self.attention(self.norm(x), x, x)[0])
+            return self.head(x.mean(1))
+
+    model, images = Moved().eval(), torch.rand(1, 3, 24, 40)
+    for name in ("norm", "last"):
+        target = layers.inspect_target_layer(model, images, name)
+        assert target.reshape_transform.order and target.notice is None
+        cell, difference = cells_that_change(model, target, images)
+        assert divmod(int(difference.argmax()), 5) == tuple(cell)
+    assert layers.inspect_target_layer(model, images, "drop").reshape_transform.order is None
+
+
+def test_tokens_that_are_picked_when_mixed_are_no_map_in_silence(seed):
+    class Picked(Tokens):
+        def forward(self, images):
+            x = self.embed(images).flatten(2).transpose(1, 2)
+            x = self.norm(x)
+            mixed = self.attention(x, x, x)[0]
+            return self.head(self.last(mixed[:, torch.arange(x.shape[1]).flip(0)] ** 2).mean(1))
+
+    model, images = Picked(0), torch.rand(1, 3, 24, 40)
+    model.last = nn.LayerNorm(16)
+    with pytest.warns(UserWarning, match="is a guess"):
+        assert layers.inspect_target_layer(model.eval(), images).name == "last"
+
+
+def test_tokens_of_half_the_sides_are_a_guess_and_of_no_grid_left_out(seed):
+    class Merged(Tokens):
+        def __init__(self, stride):
+            super().__init__(0)
+            self.stride, self.last = stride, nn.LayerNorm(16)
+
+        def forward(self, images):
+            x = self.norm(self.embed(images).flatten(2).transpose(1, 2))
+            height, width = images.shape[2] // 8, images.shape[3] // 8
+            x = x + self.attention(x, x, x)[0]
+            x = x.unflatten(1, (height, width))[:, :: self.stride, ::2].flatten(1, 2)
+            return self.head(self.last(x).mean(1))
+
+    images = torch.rand(1, 3, 24, 56)
+    with pytest.warns(UserWarning, match="is a guess"):
+        assert layers.inspect_target_layer(Merged(2).eval(), images).shape == (16, 2, 4)
+    with pytest.warns(UserWarning, match="1 layers behind it, the last of them last, .* cannot be read"):
+        assert layers.inspect_target_layer(Merged(3).eval(), images).shape == (16, 3, 7)
+
+
+@pytest.mark.parametrize(
+    "name, size, options",
+    [
+        ("vit_tiny_patch16_224", (64, 96), {"img_size": (64, 96), "depth": 2, "reg_tokens": 4}),
+        ("deit_tiny_distilled_patch16_224", (48, 96), {"img_size": (48, 96), "depth": 2}),
+        ("swin_tiny_patch4_window7_224", (64, 128), {"img_size": (64, 128), "depths": (1, 1, 1, 1)}),
+        ("convnext_atto", (64, 96), {}),
+        ("mobilevit_xxs", (96, 128), {}),
+        ("pvt_v2_b0", (96, 160), {}),
+    ],
+)
+def test_cells_of_other_peoples_networks_lie_where_their_patches_do(seed, name, size, options):
+    timm = pytest.importorskip("timm")
+    model, images = timm.create_model(name, pretrained=False, **options).eval(), torch.randn(1, 3, *size)
+    target = layers.inspect_target_layer(model, images)
+    assert target.notice is None and min(target.shape[1:]) > 1
+    hits = 0
+    for _ in range(5):
+        cell, difference = cells_that_change(model, target, images)
+        found = divmod(int(difference.argmax()), target.shape[2])
+        hits += max(abs(a - b) for a, b in zip(cell, found)) <= (0 if target.reshape_transform else 1)
+    assert hits >= 4, "of five; far from one in the number of cells"
 
 
 class TwoTowers(nn.Module):
@@ -230,6 +327,115 @@ def test_an_adapter_is_no_layer_of_its_own(seed):
     assert target.name == "body"
     reasons = {layer.name: layer.reason for layer in layers.candidate_layers(model, torch.rand(1, 3, 32, 32))}
     assert reasons["body.0.lora_A"] == reasons["body.0.lora_B"] == "a part of an adapter"
+
+
+class LowRankLinear(nn.Module):
+    """As people write LoRA themselves: two matrices beside the layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = (
+            nn.Parameter(torch.randn(*shape)) for shape in ((linear.in_features, 3), (3, linear.out_features))
+        )
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.down @ self.up
+
+
+class LikePeft(nn.Module):
+    """As PEFT wraps a linear layer: the pieces are modules in dictionaries."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, base_layer.out_features, bias=False)})
+        self.lora_dropout = nn.ModuleDict({"default": nn.Sequential(nn.Dropout(0.1), nn.Tanh())})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_dropout["default"](self.lora_A["default"](x)))
+
+
+@pytest.mark.parametrize("wrapper", [LowRankLinear, LikePeft])
+def test_an_adapted_transformer_keeps_its_layer(seed, wrapper):
+    timm = pytest.importorskip("timm")
+    options = {"img_size": (32, 64), "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model, images = timm.models.VisionTransformer(**options).eval(), torch.rand(1, 3, 32, 64)
+    expected = layers.inspect_target_layer(model, images)
+    for block in model.blocks:
+        for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            setattr(part, name, wrapper(getattr(part, name)))
+    target = layers.inspect_target_layer(model.requires_grad_(False), images)
+    assert (target.name, target.shape) == (expected.name, expected.shape) == ("blocks.1.norm1", (24, 2, 4))
+    reasons = {layer.name: layer.reason for layer in layers.candidate_layers(model, images)}
+    assert reasons["blocks.1.attn.qkv"] == "adapts a Linear, a type that is passed over"
+
+
+def test_how_tokens_attend_is_no_map(seed):
+    """(B, heads, N, N) and (B, heads, N, d) look like maps of square images."""
+
+    class Attention(Tokens):
+        def __init__(self):
+            super().__init__(0)
+            self.softmax, self.q_norm, self.weights = nn.Softmax(-1), nn.LayerNorm(16), nn.Tanh()
+
+        def forward(self, images):
+            x = self.norm(self.embed(images).flatten(2).transpose(1, 2))
+            q = self.q_norm(torch.stack([x, -x], 1))  # of two heads
+            attention = self.weights(self.softmax(q @ q.transpose(2, 3)))
+            return self.head((attention[:, 0] @ x + attention[:, 1] @ x)[:, 0])
+
+    assert layers.find_target_layer(Attention().eval(), torch.rand(1, 3, 32, 32))[0] == "norm"
+
+
+def test_the_first_of_several_tensors_may_be_older_than_the_layers_end(seed, monkeypatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.sigmoid = nn.Conv2d(3, 6, 3), nn.Sigmoid()
+
+        def forward(self, images):
+            x = self.conv(images).relu()
+            return x, self.sigmoid(self.sigmoid(x) * x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two, self.fc = Two(), nn.Linear(6, 4)
+
+        def forward(self, images):
+            first, second = self.two(images)
+            return self.fc((first * second).mean((2, 3)))
+
+    for name in ("KEPT_BYTES", "KEPT_OF_MAPS"):
+        monkeypatch.setattr(f"cfcam_gpu.dry_run.{name}", 0)
+    model, images = Model().eval(), torch.rand(1, 3, 12, 12)
+    assert layers.inspect_target_layer(model, images, "two").shape == (6, 10, 10)
+    assert layers.find_target_layer(model, images)[0] == "two"
+
+
+class Bytes(nn.Module):
+    """Takes integer images, and is frozen: nothing in it has a gradient by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.ReLU(inplace=True), nn.Conv2d(6, 8, 3, 2), nn.ReLU())
+        self.fc = nn.Linear(8, 4)
+        self.requires_grad_(False)
+
+    def forward(self, images):
+        return self.fc(self.body(images.float() / 255).mean((2, 3)))
+
+
+def test_integer_images_and_channels_last(seed):
+    model, images = Bytes().eval(), torch.randint(256, (1, 3, 24, 40), dtype=torch.uint8)
+    assert layers.inspect_target_layer(model, images)[:1] == ("body",)
+    assert CFCAM(model).maps(images).shape == (1, 24, 40)
+    images = images.float().to(memory_format=torch.channels_last)
+    target = layers.inspect_target_layer(model.to(memory_format=torch.channels_last), images)
+    assert (target.name, target.shape, target.reshape_transform) == ("body", (8, 5, 9), None)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_guess_is_said(seed):
@@ -304,3 +510,13 @@ def test_tokens_of_images_of_another_size_lie_elsewhere(seed):
         assert torch.equal(cam.maps(images, top=2), expected) and cam.target_names == [name]
     with pytest.raises(ValueError, match="takes 18 tokens, got .* images of another size have another grid"):
         found.reshape_transform(torch.rand(1, 20, 16))
+
+
+def test_threads_that_share_an_object_find_its_layer_once(seed, caplog):
+    model, images = Spy().eval(), torch.rand(1, 3, 32, 32)
+    cam = CFCAM(model)
+    with caplog.at_level("INFO", "cfcam_gpu"), ThreadPoolExecutor(4) as pool:
+        maps = list(pool.map(lambda _: cam.maps(images, [1]), range(8)))
+    assert caplog.text.count("target layer of Spy: act") == 1
+    assert all(torch.equal(each, maps[0]) for each in maps)
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())

@@ -8,7 +8,7 @@ has none but the process's, the calls that want it are counted, and it is as bef
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def _running():
     return _BACKWARDS.get(torch._C._current_graph_task_id()) if call is None else call
 
 
-class _Counted:
+class Counted:
     """A switch of the whole process, on as long as any call wants it; the last call puts back what the first found."""
 
     def __init__(self, switch: Callable[[], Callable[[], object]]) -> None:
@@ -117,7 +117,7 @@ def _unfuse():
     return lambda: torch.backends.mha.set_fastpath_enabled(before)
 
 
-EAGER, UNFUSED = _Counted(_force_eager), _Counted(_unfuse)
+EAGER, UNFUSED = Counted(_force_eager), Counted(_unfuse)
 """Compiled code runs uncompiled; attention takes no fused path. Both are the whole process's."""
 
 
@@ -138,6 +138,12 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
     return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules)
+
+
+def eager_without_grad_in(model: nn.Module) -> AbstractContextManager[None]:
+    """`eager_without_grad` for one pass of the model, with a look at its modules."""
+    modules = list(model.modules())
+    return eager_without_grad(fused=is_fused(modules), compiled=is_compiled(modules))
 
 
 @contextmanager

@@ -316,10 +316,7 @@ class CFCAM:
         return capture, list(zip(capture.activations, capture.gradients, capture.guides))
 
     def release(self) -> None:
-        """Let go of the model; a second call does nothing."""
-        for found in (self._found, *self._found_at.values()):
-            if found is not None:
-                found.release()
+        """Nothing: no call leaves anything on the model. For callers of the libraries that do."""
 
     def __enter__(self) -> "CFCAM":
         return self

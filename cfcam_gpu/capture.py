@@ -26,7 +26,7 @@ from cfcam_gpu import obstacles
 from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
 from cfcam_gpu.guides import AUTO, Guides
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
-from cfcam_gpu.outputs import map_tensors
+from cfcam_gpu.outputs import map_tensors, with_first
 from cfcam_gpu.targets import Targets, check_targets, check_top, scores
 
 GuideLayer: TypeAlias = nn.Module | str | None | Sequence[nn.Module | str | None]
@@ -328,7 +328,6 @@ class _Pass:
     def __init__(self, capture: HeadCapture) -> None:
         self._of, self._call = capture, Call()
         self._last_call = capture._last_call
-        self._begin()
 
     def _begin(self):
         self._calls: Counter[nn.Module] = Counter()
@@ -442,12 +441,7 @@ class _Pass:
                 if target is layer:
                     self._guides.at_target(index)
         torch.set_grad_enabled(True)
-        if tensor is first:
-            return None
-        if first is output:
-            return tensor
-        rest = (tensor, *output[1:])
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+        return None if tensor is first else with_first(output, tensor)
 
 
 def find_module_name(model: nn.Module, module: nn.Module, what: str = "target layer") -> str:

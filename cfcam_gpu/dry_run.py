@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
+from cfcam_gpu.calls import Call, eager_without_grad_in
 from cfcam_gpu.inputs import Inputs, check_inputs
-from cfcam_gpu.outputs import find_logits, map_tensors
+from cfcam_gpu.outputs import find_logits, first_tensor, map_tensors
 
 KEPT_BYTES = 4 * 2**20
 """Saved tensors that are kept in any case."""
@@ -167,8 +167,7 @@ class DryRun:
             for module in [module for module in model.modules() if module.training]:
                 stack.callback(setattr, module, "training", True)
                 module.training = False
-            modules = list(model.modules())
-            stack.enter_context(eager_without_grad(fused=is_fused(modules), compiled=is_compiled(modules)))
+            stack.enter_context(eager_without_grad_in(model))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(saved_tensors_hooks(self._saved.pack, self._saved.unpack))
             for name, module in named_modules(model):
@@ -273,8 +272,8 @@ class DryRun:
             call = self._calls.pop()
             self._order += 1
             self.ran.pop(name, None)  # the last run of a layer counts, also for the order
-            tensor = output[0] if isinstance(output, (tuple, list)) and output else output
-            if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+            tensor = first_tensor(output)
+            if tensor is None:
                 return None
             if not (self._linked or tensor.requires_grad or tensor._is_view()) and torch.is_grad_enabled():
                 self._graph_root.apply(torch.zeros((), requires_grad=True), tensor)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cfcam_gpu.layers import PASSED_OVER, channels_last_to_map
+from cfcam_gpu.outputs import first_tensor
 
 AUTO = "auto"
 
@@ -113,7 +114,7 @@ class GuidesOfPass:
         return handles
 
     def _keep(self, module, inputs, output):
-        tensor = _first(output)
+        tensor = first_tensor(output)
         if tensor is not None:
             self._latest[module] = self._kept(module, tensor)
 
@@ -126,7 +127,7 @@ class GuidesOfPass:
 
     def _look(self, module, inputs, output):
         self._runs[module] += 1
-        tensor = _first(output)
+        tensor = first_tensor(output)
         if self._runs[module] > 1 or tensor is None or tensor.ndim < 3:
             return
         depth = self._known._names[module].count(".")
@@ -221,9 +222,3 @@ def _fits(grid, sides):
     times = grid[0] / sides[0], grid[1] / sides[1]
     is_finer = is_finer and sides[0] * sides[1] > 1  # of one cell there is nothing to make finer
     return is_finer and abs(times[0] - times[1]) <= max(times) / min(sides)
-
-
-def _first(output):
-    """The floating-point tensor that a layer's output is or starts with, or None."""
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None

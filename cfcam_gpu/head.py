@@ -8,7 +8,6 @@ bit, or it is not used.
 """
 
 import logging
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
+from cfcam_gpu.calls import Call, eager_without_grad_in
+from cfcam_gpu.capture import _device
 from cfcam_gpu.inputs import Inputs, check_inputs
-from cfcam_gpu.outputs import map_tensors
+from cfcam_gpu.outputs import first_tensor, map_tensors, with_first
 
 LOG = logging.getLogger("cfcam_gpu")
 
@@ -107,8 +107,8 @@ class _Replay(Head):
         if len(inputs.images) != len(self.activations) or any(type(leaf) is _Kept for leaf in leaves):
             return None
         seen = _Observation(self._layer)
-        with _as_recorded(model):
-            seen.run(model, *_with_more(inputs, 0, _device(model, inputs)))
+        with eager_without_grad_in(model):
+            seen.run(model, *_with_more(inputs, 0, _device(model, inputs.images)))
         seen.finish(len(inputs.images))
         if seen.reason is not None or len(_tensors(seen.outputs)) != len(self._result):
             return None
@@ -169,10 +169,7 @@ class _WholeForward(Head):
         call = Call()
 
         def replace(module, args, output):
-            if not isinstance(output, (tuple, list)):
-                return activations
-            rest = (activations, *output[1:])
-            return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+            return with_first(output, activations)
 
         args, kwargs = _repeated(self._inputs, times, images, self.activations.device)
         handle = self._layer.register_forward_hook(call.only(replace))
@@ -207,11 +204,11 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
     torch.Size([32, 1000])
     """
     inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
-    batch, device = len(inputs.images), _device(model, inputs)
+    batch, device = len(inputs.images), _device(model, inputs.images)
 
     def run(more):
         recording = _Recording(layer)
-        with _as_recorded(model), recording:
+        with eager_without_grad_in(model), recording:
             recording.run(model, *_with_more(inputs, more, device))
         recording.finish(batch + more)
         return recording
@@ -276,8 +273,8 @@ class _Observation:
         self._n_runs += 1
         if self.leaf is not None:
             return
-        first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not (isinstance(first, torch.Tensor) and first.is_floating_point()):
+        first = first_tensor(output)
+        if first is None:
             raise TypeError(
                 "layer must return a floating-point tensor, or a tuple or list that starts with one, got"
                 f" {type(output).__name__}"
@@ -428,16 +425,6 @@ def _changed(function, leaves, spec):
             given = args[index] if index < len(args) else kwargs.get(argument.name)
             found += [each for each in tree_flatten(given)[0] if isinstance(each, torch.Tensor)]
     return found
-
-
-def _as_recorded(model):
-    """How the model runs for a recording, and for what is to be equal to it."""
-    modules = list(model.modules())
-    return eager_without_grad(fused=is_fused(modules), compiled=is_compiled(modules))
-
-
-def _device(model, inputs):
-    return next((each.device for each in chain(model.parameters(), model.buffers())), inputs.images.device)
 
 
 def _storage(tensor):

@@ -202,7 +202,7 @@ class _Layout(NamedTuple):
 def _layout_in(run: DryRun, ran: Ran) -> _Layout:
     """The layout of what a layer returned, in view of what else was seen in the pass."""
     shape = ran.shape
-    if len(shape) == 4 and len(ran.shape) and shape[0] == run.batch:
+    if len(shape) == 4 and shape[0] == run.batch:
         if _is_of_heads(run, shape):
             return _Layout(None, reason="has a row of tokens for every attention head")
         first, last = fits(shape[2:], run.image_size), fits(shape[1:3], run.image_size)

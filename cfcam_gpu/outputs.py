@@ -91,6 +91,20 @@ def _slots(kind):
     return [name for name in ([names] if isinstance(names, str) else names) if name not in ("__dict__", "__weakref__")]
 
 
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """The floating-point tensor that a layer's output is, or that it starts with as a tuple or list; None without."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None
+
+
+def with_first(output: Any, tensor: torch.Tensor) -> Any:
+    """A layer's output with this tensor in the place of `first_tensor`."""
+    if not isinstance(output, (tuple, list)):
+        return tensor
+    rest = (tensor, *output[1:])
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+
 def find_logits(outputs: Any, batch: int) -> torch.Tensor:
     """The tensor (B, n_classes) that class indices are meant for.
 

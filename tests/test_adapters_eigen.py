@@ -12,7 +12,7 @@ import pytorch_grad_cam as original
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from cfcam_gpu.adapters import hooked, projection, score
-from cfcam_gpu.adapters.gradient_free import METHODS, accelerated
+from cfcam_gpu.adapters.further import METHODS, accelerated
 
 TOLERANCE = 2e-6
 """Largest difference from the original's maps, which reach 1."""

@@ -259,7 +259,10 @@ def test_of_gradients(problem, backend, config, guided):
             weights = expected.weights[image, k]
             stretch = stretch_of_map(activations[image], weights, (31, 24), config, features)
             assert_close(result.maps[image, k], expected.maps[image, k], stretch=stretch)
-            assert_close(result.maps[image, k], one.maps[image], stretch=0.2 * stretch)  # 2e-6
+            # 2e-6; the interpreter's matrix products of K classes and of one are summed in other orders.
+            assert_close(
+                result.maps[image, k], one.maps[image], stretch=(0.4 if backend == "triton" else 0.2) * stretch
+            )
 
 
 def test_launches_do_not_grow_with_the_classes(problem, monkeypatch):

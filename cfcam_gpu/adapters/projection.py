@@ -7,7 +7,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from cfcam_gpu import weights
-from cfcam_gpu.calls import _Counted
+from cfcam_gpu.calls import Counted
 
 
 @lru_cache(1)
@@ -19,7 +19,7 @@ def _limit():
     return _libraries().limit(limits=1, user_api="blas").restore_original_limits
 
 
-ONE_THREAD = _Counted(_limit)
+ONE_THREAD = Counted(_limit)
 """NumPy's BLAS, of the whole process, in one thread. With more it shares the cores with torch's threads, and waits for
 them at each of the many small products: up to 100 times as long for a layer of 7 x 7 cells."""
 

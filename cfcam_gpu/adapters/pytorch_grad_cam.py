@@ -33,6 +33,8 @@ try:
 except ImportError as error:
     raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
+from cfcam_gpu.adapters.projection import principal_projection
+
 # No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam,
 # utils.image and utils.model_targets.
 
@@ -42,7 +44,7 @@ def accelerate(cam):
 
     Args:
         cam: an object of pytorch-grad-cam. Sped up: GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM
-            and LayerCAM by a head-only backward, and the classes of `cfcam_gpu.adapters.gradient_free.METHODS`; where
+            and LayerCAM by a head-only backward, and the classes of `cfcam_gpu.adapters.further.METHODS`; where
             the class is exactly one of these.
 
     Returns:
@@ -54,39 +56,53 @@ def accelerate(cam):
         the reason: other methods, a subclass or an instance with a method of the user's own, ``detach=False``,
         ``compute_input_gradient=True``, and a model or layer that the head-only capture does not take (scripted).
     """
-    from cfcam_gpu.adapters import gradient_free  # which imports this module
+    from cfcam_gpu.adapters import further  # which imports this module
 
-    if isinstance(cam, (HeadOnlyCAM, *gradient_free.METHODS.values())):
+    if isinstance(cam, (HeadOnlyCAM, *further.METHODS.values())):
         return cam
-    further = type(cam) in gradient_free.METHODS
-    reason = obstacle(cam, {**ACCELERATED, **gradient_free.METHODS}) or (None if further else _own_settings(cam))
+    reason = obstacle(cam, {**ACCELERATED, **further.METHODS})
     if reason is None:
         try:
-            return gradient_free.accelerated(cam) if further else _accelerated(cam)
+            return further.accelerated(cam) if type(cam) in further.METHODS else _accelerated(cam)
         except (TypeError, ValueError) as error:
             reason = str(error)
     return left_as_it_is(cam, reason)
 
 
-def _own_settings(cam):
-    """What keeps an object of a class that can be sped up from it; None when nothing does."""
-    for name, usual in (("detach", True), ("compute_input_gradient", False), ("uses_gradients", True)):
-        if getattr(cam, name) is not usual:
-            return f"{name} is {getattr(cam, name)!r}, and {usual!r} is what is sped up"
+def _check_settings(cam, **own):
+    """Raise ValueError for what keeps an object from being sped up; ``own``: what its class sets unlike the others."""
+    usual = {"detach": True, "compute_input_gradient": False, "uses_gradients": True, **own}
+    for name, value in usual.items():
+        if getattr(cam, name) is not value:
+            raise ValueError(f"{name} is {getattr(cam, name)!r}, and {value!r} is what is sped up")
+    _check_methods(cam)
+
+
+def _check_methods(cam):
     own = sorted(name for name in vars(cam) if hasattr(type(cam), name))
-    return f"the instance has its own {', '.join(own)}" if own else None
+    if own:
+        raise ValueError(f"the instance has its own {', '.join(own)}")
 
 
 def _accelerated(cam):
-    fast = object.__new__(ACCELERATED[type(cam)])
+    _check_settings(cam)
+    return _on_a_head_only_backward(cam, ACCELERATED[type(cam)])
+
+
+def _on_a_head_only_backward(cam, method):
     hooks = cam.activations_and_grads
-    vars(fast).update(vars(cam))
-    fast.activations_and_grads = HeadActivationsAndGradients(
-        cam.model, list(cam.target_layers), hooks.reshape_transform, hooks.handles
-    )
+    captured = HeadActivationsAndGradients(cam.model, list(cam.target_layers), hooks.reshape_transform, hooks.handles)
+    fast = _copy(cam, method, activations_and_grads=captured)
     if hasattr(cam, "outputs"):
         fast.outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, cam.outputs)
     return fast
+
+
+def _copy(cam, method, **attributes):
+    copy = object.__new__(method)
+    # At once: an object that shares the hooks of ``cam`` would take them off the model when it is let go of.
+    vars(copy).update({**vars(cam), **attributes})
+    return copy
 
 
 class HeadActivationsAndGradients(ActivationsAndGradients):
@@ -310,7 +326,7 @@ class HeadOnlyCAM:
             if eigen_smooth or not pipeline.takes_kernels(activations, self._grid_options["backend"]):
                 # The weights first, as in the original: of two layouts the product takes the first one's.
                 terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
-                grid = weights.principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
+                grid = principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
                 if average is not None:
                     features = computed if guide is None else guide
                     grid = torch_backend.balance(grid, features.shape[2:], average)

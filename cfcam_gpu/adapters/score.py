@@ -1,15 +1,12 @@
 """pytorch-grad-cam's ScoreCAM, without the channels that mask every image alike and without its large arrays."""
 
-import logging
-
 import pytorch_grad_cam as original
 import torch
 import tqdm
 
 from cfcam_gpu.adapters.ablation import _scores
+from cfcam_gpu.adapters.common import LOG
 from cfcam_gpu.adapters.hooked import Hooked
-
-LOG = logging.getLogger("cfcam_gpu")
 
 BATCH_SIZE = 16
 """The original's, for objects without a ``batch_size`` of their own."""

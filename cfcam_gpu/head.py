@@ -8,6 +8,7 @@ bit, or it is not used.
 """
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,21 +30,24 @@ class Head:
 
     Attributes:
         activations: the layer's own output for the recorded inputs, detached.
+        n_tensors: how many values the layer returns, of which the activations are the first.
         outputs: the model's outputs for them, detached, in the model's own structure.
         reason: why the whole network runs for every call; None where the recorded part does.
     """
 
     activations: torch.Tensor
+    n_tensors: int
     outputs: Any
     reason: str | None = None
 
-    def __call__(self, activations: torch.Tensor, image: int | None = None) -> Any:
+    def __call__(self, activations: torch.Tensor, image: int | None = None, tiled: bool = False) -> Any:
         """The model's outputs had the layer returned ``activations``.
 
         Args:
             activations: (n * B, ...), as the layer returns them for B images but for their number: n of each image
                 of the recorded inputs, in the images' order. Gradients flow back to them.
             image: all of the activations, (n, ...), are of this one of the recorded inputs.
+            tiled: the activations are n times over those of all images, not n of each.
 
         Raises:
             ValueError: their shape or number is another, or their dtype or device.
@@ -58,15 +62,32 @@ class Head:
                 f"activations must be {expected.dtype} on {expected.device}, got {activations.dtype} on"
                 f" {activations.device}"
             )
-        return self._run(activations, rows // batch, slice(None) if image is None else slice(image, image + 1))
+        return self._run(
+            activations, _Copies(rows // batch, slice(None) if image is None else slice(image, image + 1), tiled)
+        )
 
     def renewed(self, model: nn.Module, inputs: Any) -> "Head | None":
         """The same head with other inputs' activations and outputs, from one forward pass; None where it does not hold
         for them: then it is to be recorded anew."""
         return None
 
-    def _run(self, activations, times, images):
+    def _run(self, activations, copies):
         raise NotImplementedError
+
+
+class _Copies(NamedTuple):
+    """Which rows of the recorded inputs belong to a call's activations."""
+
+    times: int
+    images: slice
+    tiled: bool
+
+    def of(self, tensor):
+        """Of a tensor with a row for each image, a row for each of the activations."""
+        rows = tensor[self.images]
+        if self.times == 1:
+            return rows
+        return torch.cat([rows] * self.times) if self.tiled else rows.repeat_interleave(self.times, 0)
 
 
 class _Rows(NamedTuple):
@@ -96,31 +117,24 @@ class _Step(NamedTuple):
 
 
 class _Replay(Head):
-    def __init__(self, layer, activations, outputs, steps, result, n_slots, changes_leaf):
-        self.activations, self.outputs = activations, outputs
-        self._layer, self._steps, self._n_slots, self._changes_leaf = layer, steps, n_slots, changes_leaf
+    def __init__(self, seen, steps, result, n_slots, changes_leaf):
+        self.activations, self.n_tensors, self.outputs = seen.activations, seen.n_tensors, seen.outputs
+        self._layer, self._to_input = seen.layer, seen.to_input
+        self._steps, self._n_slots, self._changes_leaf = steps, n_slots, changes_leaf
         self._result = result  # what is returned in the place of each of the outputs' tensors
 
     def renewed(self, model, inputs):
         leaves = [leaf for step in self._steps for leaf in step.leaves] + self._result
         inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
-        if len(inputs.images) != len(self.activations) or any(type(leaf) is _Kept for leaf in leaves):
+        if any(type(leaf) is _Kept for leaf in leaves):
             return None
-        seen = _Observation(self._layer)
+        seen = _Observation(self._layer, self._to_input)
         with eager_without_grad_in(model):
             seen.run(model, *_with_more(inputs, 0, _device(model, inputs.images)))
         seen.finish(len(inputs.images))
         if seen.reason is not None or len(_tensors(seen.outputs)) != len(self._result):
             return None
-        head = _Replay(
-            self._layer,
-            seen.activations,
-            seen.outputs,
-            self._steps,
-            self._result,
-            self._n_slots,
-            self._changes_leaf,
-        )
+        head = _Replay(seen, self._steps, self._result, self._n_slots, self._changes_leaf)
         return head if head.is_right() else None
 
     def is_right(self):
@@ -132,7 +146,7 @@ class _Replay(Head):
             return False
         return all(map(_equal, _tensors(again), _tensors(self.outputs)))
 
-    def _run(self, activations, times, images):
+    def _run(self, activations, copies):
         rows = len(activations)
         slots: list[Any] = [None] * self._n_slots
         slots[0] = activations.clone() if self._changes_leaf else activations
@@ -142,10 +156,7 @@ class _Replay(Head):
                 return slots[leaf.number]
             if type(leaf) is _Rows:
                 return leaf.factor * rows
-            if type(leaf) is _Kept:
-                kept = leaf.tensor[images]
-                return kept if times == 1 else kept.repeat_interleave(times, 0)
-            return leaf
+            return copies.of(leaf.tensor) if type(leaf) is _Kept else leaf
 
         for step in self._steps:
             args, kwargs = tree_unflatten([value(leaf) for leaf in step.leaves], step.spec)
@@ -161,18 +172,19 @@ class _Replay(Head):
 class _WholeForward(Head):
     """The network itself, with the layer's output replaced."""
 
-    def __init__(self, model, layer, inputs, recording, reason):
-        self.activations, self.outputs, self.reason = recording.activations, recording.outputs, reason
-        self._model, self._layer, self._inputs = model, layer, inputs
+    def __init__(self, model, inputs, recording, reason):
+        self.activations, self.n_tensors = recording.activations, recording.n_tensors
+        self.outputs, self.reason = recording.outputs, reason
+        self._model, self._inputs, self._recorded = model, inputs, recording
 
-    def _run(self, activations, times, images):
+    def _run(self, activations, copies):
         call = Call()
 
-        def replace(module, args, output):
-            return with_first(output, activations)
+        def replace(module, *found):
+            return with_first(found[-1], activations)
 
-        args, kwargs = _repeated(self._inputs, times, images, self.activations.device)
-        handle = self._layer.register_forward_hook(call.only(replace))
+        args, kwargs = _repeated(self._inputs, copies, self.activations.device)
+        handle = _hooked(self._recorded, call.only(replace))
         try:
             with call:
                 return self._model(*args, **kwargs)
@@ -180,7 +192,7 @@ class _WholeForward(Head):
             handle.remove()
 
 
-def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
+def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool = False) -> Head:
     """The part of ``model`` behind ``layer``, for inputs of this kind.
 
     Where it cannot be recorded, the head that is returned runs the whole network for every call; `Head.reason` says
@@ -191,6 +203,7 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
         model: runs in the mode it is in; nothing is left on it.
         layer: one of its modules, whose output is a floating-point tensor, or a tuple or list that starts with one.
         inputs: a batch (B, ...), or as for `CFCAM.maps` a tuple or a dict of the model's arguments.
+        to_input: the part begins with the layer, whose input takes the place of its output.
 
     Returns:
         `Head`: differentiable, for any number of rows of activations. It reads the weights of the model at every call,
@@ -207,14 +220,18 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
     batch, device = len(inputs.images), _device(model, inputs.images)
 
     def run(more):
-        recording = _Recording(layer)
+        recording = _Recording(layer, to_input)
         with eager_without_grad_in(model), recording:
             recording.run(model, *_with_more(inputs, more, device))
         recording.finish(batch + more)
         return recording
 
+    untouched = _random_states(device)
     own = run(0)
+    drawn = _random_states(device)
     try:
+        if own.reason is not None:
+            raise _NotRecorded(own.reason)
         try:
             head = _compared(model, own, run(1), own)
         except _DependsOnRows:
@@ -224,10 +241,27 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any) -> Head:
             head = _compared(model, run(1), run(2), own)
         if not head.is_right():
             raise _NotRecorded("its replay does not give the network's own outputs")
+        if own.is_random:
+            _set_random_states(drawn)  # as after one pass, for who draws next
         return head
     except _NotRecorded as error:
+        if own.is_random:
+            _set_random_states(untouched)  # the whole network draws again
         LOG.info("%s behind the layer is not run on its own: %s", type(model).__name__, error)
-        return _WholeForward(model, layer, inputs, own, str(error))
+        return _WholeForward(model, inputs, own, str(error))
+
+
+def _random_states(device):
+    """(set, state) of the generators that a model on the device draws from."""
+    states = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type == "cuda":
+        states.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+    return states
+
+
+def _set_random_states(states):
+    for set_state, state in states:
+        set_state(state)
 
 
 class _NotRecorded(Exception):
@@ -240,17 +274,17 @@ class _DependsOnRows(_NotRecorded):
 
 
 class _Observation:
-    """A layer's output, and the model's, of one forward pass."""
+    """A layer's output, or its input, and the model's output, of one forward pass."""
 
-    def __init__(self, layer):
-        self.layer, self._call = layer, Call()
+    def __init__(self, layer, to_input):
+        self.layer, self.to_input, self._call = layer, to_input, Call()
         self.reason: str | None = None
         self.leaf: torch.Tensor | None = None
         self.raw: Any = None
         self._n_runs = 0
 
     def run(self, model, args, kwargs):
-        handle = self.layer.register_forward_hook(self._call.only(self._begin))
+        handle = _hooked(self, self._call.only(self._begin))
         try:
             with self._call:
                 self.raw = model(*args, **kwargs)
@@ -269,28 +303,36 @@ class _Observation:
         if self.activations.ndim == 0 or len(self.activations) != batch:
             raise ValueError(f"layer must return a row for each of {batch} images, got {tuple(self.activations.shape)}")
 
-    def _begin(self, module, args, output):
+    def _begin(self, module, *found):
         self._n_runs += 1
         if self.leaf is not None:
-            return
-        first = first_tensor(output)
+            return None
+        first = first_tensor(found[-1])
+        self.n_tensors = len(found[-1]) if isinstance(found[-1], (tuple, list)) else 1
         if first is None:
             raise TypeError(
-                "layer must return a floating-point tensor, or a tuple or list that starts with one, got"
-                f" {type(output).__name__}"
+                f"layer must {'take' if self.to_input else 'return'} a floating-point tensor, or a tuple or list that"
+                f" starts with one, got {type(found[-1]).__name__}"
             )
         with _disable_current_modes():
             self._as_it_was = first.detach().clone()
+            # What goes around the layer may be the very tensor that it takes, or returns: its input, unchanged.
+            taken = _tensors(found[0])
+            if self.to_input or any(_storage(each) == _storage(first) for each in taken):
+                self.leaf = first.clone()
+                return with_first(found[-1], self.leaf)
         self.leaf = first
+        return None
 
 
 class _Recording(_Observation, TorchDispatchMode):
     """Notes what torch's dispatcher sees of one forward pass from the layer on."""
 
-    def __init__(self, layer):
-        _Observation.__init__(self, layer)
+    def __init__(self, layer, to_input):
+        _Observation.__init__(self, layer, to_input)
         TorchDispatchMode.__init__(self)
         self.steps: list[tuple[Any, list[Any], Any, list[torch.Tensor]]] = []
+        self.is_random = False
         self.before = WeakTensorKeyDictionary()  # what was made before the layer, as long as the model holds it
 
     def run(self, model, args, kwargs):
@@ -304,10 +346,11 @@ class _Recording(_Observation, TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        self.is_random = self.is_random or _is_random(function, leaves)
         if self.leaf is None:
             map_tensors(self._known, result)
         elif self.reason is None:
-            leaves, spec = tree_flatten((args, kwargs))
             self.reason = _obstacle(function, leaves)
             self.steps.append((function, leaves, spec, _tensors(result)))
         return result
@@ -316,7 +359,7 @@ class _Recording(_Observation, TorchDispatchMode):
 def _obstacle(function, leaves):
     """Why an operation cannot be replayed; None where it can."""
     name = str(function)
-    if torch.Tag.nondeterministic_seeded in function.tags and not _is_dropout_of_nothing(name, leaves):
+    if _is_random(function, leaves):
         return f"{name} is random"
     indices = [leaf for leaf in leaves[1:] if isinstance(leaf, torch.Tensor)]
     if name.startswith("aten.index.") and not any(index.dtype in (torch.bool, torch.uint8) for index in indices):
@@ -328,9 +371,11 @@ def _obstacle(function, leaves):
     return None
 
 
-def _is_dropout_of_nothing(name, leaves):
-    """Attention's operators are called random for the dropout that they may have."""
-    return "scaled_dot_product" in name and all(leaf == 0.0 for leaf in leaves if isinstance(leaf, float))
+def _is_random(function, leaves):
+    if torch.Tag.nondeterministic_seeded not in function.tags:
+        return False
+    # Attention's operators are called random for the dropout that they may have.
+    return "scaled_dot_product" not in str(function) or any(leaf != 0.0 for leaf in leaves if isinstance(leaf, float))
 
 
 def _compared(model, first, second, own):
@@ -396,7 +441,7 @@ def _compared(model, first, second, own):
         raise _DependsOnRows
     result = [merged(*pair) for pair in zip(raw, other)]
     steps = _needed(steps, {leaf.number for leaf in result if type(leaf) is _Slot})
-    return _Replay(own.layer, own.activations, own.outputs, steps, result, n_slots, changes_leaf)
+    return _Replay(own, steps, result, n_slots, changes_leaf)
 
 
 def _needed(steps, wanted):
@@ -460,12 +505,18 @@ def _with_more(inputs, more, device):
     return map_tensors(extended, (inputs.args, inputs.kwargs))
 
 
-def _repeated(inputs, times, images, device):
-    """The arguments on the device, with every one of these images so many times."""
+def _hooked(observation, hook):
+    """``hook`` on what is replaced: (module, inputs) or (module, inputs, output)."""
+    layer = observation.layer
+    return layer.register_forward_pre_hook(hook) if observation.to_input else layer.register_forward_hook(hook)
+
+
+def _repeated(inputs, copies, device):
+    """The arguments on the device, as the activations of a call need them."""
     batch = len(inputs.images)
 
     def repeated(tensor):
         tensor = tensor.to(device, copy=True)
-        return tensor[images].repeat_interleave(times, 0) if tensor.ndim and len(tensor) == batch else tensor
+        return copies.of(tensor) if tensor.ndim and len(tensor) == batch else tensor
 
     return map_tensors(repeated, (inputs.args, inputs.kwargs))

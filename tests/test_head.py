@@ -94,9 +94,55 @@ def test_renewed():
         assert torch.equal(renewed.outputs, model(others)) and torch.equal(head.outputs, model(images))
         model.fc.weight.mul_(2)  # read anew
         assert torch.equal(head(renewed.activations), model(others))
-    assert head.renewed(model, others[:1]) is None
+        one = head.renewed(model, others[:1])
+        assert torch.equal(one.outputs, model(others[:1])) and torch.equal(one(one.activations), one.outputs)
     model.fc = nn.Linear(512, 1000)
     assert head.renewed(model, others) is None, "another head"
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+def test_of_a_layers_input_and_tiled(to_input):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, images):
+            return self.body(self.first(images).sin()).exp().mean(1) + images.mean(1)  # around the layer
+
+    model, images = Around(), torch.randn(2, 3, 6, 6)
+    head = record_head(model, model.body, images, to_input)
+    changed = torch.randn(6, 4, 6, 6)
+    with torch.no_grad():
+        expected = (model.body(changed) if to_input else changed).exp().mean(1)
+        tiled = expected + images.mean(1).repeat(3, 1, 1)
+        torch.testing.assert_close(head(changed, tiled=True), tiled, rtol=0, atol=1e-6)
+        of_each = expected + images.mean(1).repeat_interleave(3, 0)
+        torch.testing.assert_close(head(changed), of_each, rtol=0, atol=1e-6)
+    assert head.reason is None
+
+
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5), nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("to_input", [False, True])
+def test_a_layer_that_returns_what_goes_around_it(layer, to_input):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = nn.Conv2d(3, 4, 3), layer
+
+        def forward(self, images):
+            x = self.first(images)
+            return self.layer(x).sin() + x
+
+    model, images, changed = Residual().eval(), torch.randn(2, 3, 6, 6), torch.randn(2, 4, 4, 4)
+    head = record_head(model, model.layer, images, to_input)
+    with torch.no_grad():
+        register = layer.register_forward_pre_hook if to_input else layer.register_forward_hook
+        handle = register(lambda *_: changed.clone())
+        expected = model(images)
+        handle.remove()
+        assert torch.equal(head(changed), expected)
+    assert head.reason is None
 
 
 Result = namedtuple("Result", "logits features scale")

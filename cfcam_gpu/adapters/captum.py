@@ -1,4 +1,4 @@
-"""captum's layer attributions: CF-CAM, and LayerGradCam without a graph of the trunk.
+"""captum's layer attributions: CF-CAM, LayerGradCam without a graph of the trunk, and `captum_heads`.
 
 captum 0.9 differentiates the output down to the layer, no further. What it still pays for is autograd's record of
 everything before the layer; here that part runs without autograd, which saves memory more than time. The weighted sum
@@ -35,6 +35,8 @@ try:
     from captum.log import log_usage
 except ImportError as error:
     raise ImportError(needs("captum 0.9 or later", "captum")) from error
+
+from cfcam_gpu.adapters import captum_heads
 
 # Private names of captum 0.9 that have no public form: the modules captum._utils.common (_run_forward and
 # _select_targets, so that inputs and targets mean what they mean there), captum._utils.gradient, and
@@ -201,29 +203,50 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         return _finished(maps, relu_attributions)
 
 
-ACCELERATED = {original.LayerGradCam: LayerGradCam}
+ACCELERATED = {original.LayerGradCam: LayerGradCam, **captum_heads.METHODS}
 """captum's class -> ours."""
 
 
 def accelerate(attribution):
     """A copy of a captum attribution that is faster: same attributes, arguments and numbers.
 
-    ``LayerGradCam`` gets this module's subclass. Every other attribution is returned as it is, the same object, with a
-    warning of the logger "cfcam_gpu".
+    ``LayerGradCam`` gets this module's subclass, and the classes of `captum_heads.METHODS` get theirs. A
+    ``NoiseTunnel`` gets the faster copy of its method. Every other attribution is returned as it is, the same object,
+    with a warning of the logger "cfcam_gpu" that says why.
 
     Raises:
         TypeError: ``attribution`` is no attribution of captum.
     """
-    if isinstance(attribution, (LayerGradCam, CFCAM)):
+    if isinstance(attribution, (*ACCELERATED.values(), CFCAM)):
         return attribution
     if not isinstance(attribution, Attribution):
         raise TypeError(f"attribution must be an attribution of captum, got {type(attribution).__name__}")
+    if type(attribution) is original.NoiseTunnel:
+        method = accelerate(attribution.attribution_method)
+        if method is attribution.attribution_method:
+            return attribution
+        fast = copy.copy(attribution)
+        fast.attribution_method = method
+        return fast
     reason = obstacle(attribution, ACCELERATED)
     if reason is not None:
-        return left_as_it_is(attribution, reason)
+        return left_as_it_is(attribution, LEFT_ALONE.get(type(attribution).__name__, reason))
     fast = copy.copy(attribution)
     fast.__class__ = ACCELERATED[type(attribution)]
     return fast
+
+
+LEFT_ALONE = {
+    "LayerActivation": "it is one forward pass already",
+    "LayerGradientXActivation": "it is one forward pass and a backward to the layer already",
+    "LayerConductance": "each of its steps runs the network on another image",
+    "InternalInfluence": "each of its steps runs the network on another image",
+    "LayerDeepLift": "it is one forward pass and a backward to the layer already",
+    "LayerDeepLiftShap": "it is one forward pass and a backward to the layer already",
+    "LayerLRP": "its relevance passes through every layer of the network",
+    "GuidedGradCam": "its guided backward passes through every layer of the network",
+}
+"""captum's class -> why it is not sped up."""
 
 
 class _NotHere(Exception):

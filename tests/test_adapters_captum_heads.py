@@ -159,13 +159,17 @@ def test_noise_tunnel(resnet):
     assert adapter.accelerate(left) is left
 
 
-@pytest.mark.parametrize("name", adapter.LEFT_ALONE)
-def test_left_alone_and_said_so(resnet, name, caplog):
-    cls = getattr(original, name)
-    theirs = cls(resnet, resnet.layer4)
+@pytest.mark.parametrize("method", adapter.REASONS, ids=lambda method: method.__name__)
+def test_left_alone_and_said_so(resnet, method, caplog):
+    theirs = method(resnet, resnet.layer4)
     with caplog.at_level(logging.WARNING, logger="cfcam_gpu"):
         assert adapter.accelerate(theirs) is theirs
-    assert adapter.LEFT_ALONE[name] in caplog.text
+    assert adapter.REASONS[method] in caplog.text
+
+
+def test_every_layer_attribution_of_captum_is_in_a_table():
+    layers = {cls for cls in vars(original).values() if isinstance(cls, type) and cls.__name__.startswith("Layer")}
+    assert layers - {original.LayerAttribution} <= {*adapter.ACCELERATED, *adapter.REASONS}
 
 
 def test_the_trunk_runs_no_oftener_than_it_must(resnet):

@@ -219,8 +219,8 @@ def with_attribute(cam, name, value):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda *args: original.KPCA_CAM(*args), "only GradCAM, HiResCAM"),
-        (lambda *args: original.FEM(*args), "only GradCAM, HiResCAM"),
+        (lambda *args: original.KPCA_CAM(*args), "its time is that of the model's forward pass"),
+        (lambda *args: original.FEM(*args), "its time is that of the model's forward pass"),
         (lambda *args: original.FinerCAM(*args, base_method=original.EigenCAM), "which has no head-only backward"),
         (lambda *args: Own(*args), "only GradCAM, HiResCAM"),
         (lambda *args: with_attribute(original.GradCAM(*args), "detach", False), "detach is False"),
@@ -367,10 +367,12 @@ def test_meta_methods_and_metrics(small, images):
         (original.SESS, original.GradCAM, {"scales": [64, 80]}),
     ):
         for chosen in (targets, None):
-            expected = meta(small, layers, base_method=theirs, **options)(images, chosen)
-            fast = meta(small, layers, base_method=getattr(adapter, theirs.__name__), **options)
-            # RefineCAM multiplies the maps and divides by the product's maximum; SESS resizes by cv2 on top.
-            assert_same(fast(images, chosen), expected, 1e-5)
+            slow = meta(small, layers, base_method=theirs, **options)
+            expected, accelerated = slow(images, chosen), adapter.accelerate(slow)
+            assert accelerated is not slow and isinstance(accelerated, meta)
+            for fast in (meta(small, layers, base_method=getattr(adapter, theirs.__name__), **options), accelerated):
+                # RefineCAM multiplies the maps and divides by the product's maximum; SESS resizes by cv2 on top.
+                assert_same(fast(images, chosen), expected, 1e-5)
             assert meta(small, layers, base_method=adapter.CFCAM, **options)(images, chosen).any()
         assert original.RefineCAM(small, layers, base_method=adapter.CFCAM, config=CFCAMConfig.paper())(images).any()
     slow, fast = original.GradCAM(small, layers), adapter.GradCAM(small, layers)

@@ -145,13 +145,11 @@ def test_accelerate_leaves_the_rest(resnet18, caplog):
 
     caplog.set_level(logging.INFO, logger="cfcam_gpu")
     reasons = {
-        original.RefineCAM: "accelerate its base_cam",
-        original.FinerCAM: "accelerate its base_cam",
         original.CAM: "it costs the forward pass alone",
         Own: "only GradCAM, ",
     }
     for make, reason in reasons.items():
-        cam = make(resnet18, ["layer3", "layer4"] if make is original.RefineCAM else "layer4")
+        cam = make(resnet18, "layer4")
         content = dict(vars(cam))
         caplog.clear()
         assert adapter.accelerate(cam) is cam and type(cam) is make and vars(cam) == content
@@ -161,11 +159,18 @@ def test_accelerate_leaves_the_rest(resnet18, caplog):
             adapter.accelerate(other)
 
 
-def test_wrappers_run_on_an_accelerated_base(resnet18, images):
-    with original.FinerCAM(resnet18, "layer3") as cam:
-        expected = cam([1, 2], resnet18(images), normalized=False)
-        cam.base_cam = adapter.accelerate(cam.base_cam)
-        torch.testing.assert_close(cam([1, 2], resnet18(images), normalized=False), expected)
+@pytest.mark.parametrize("base", [original.GradCAM, original.GradCAMpp, original.LayerCAM])
+def test_wrappers_run_on_an_accelerated_base(resnet18, images, base):
+    for wrapper, layers in ((original.FinerCAM, "layer3"), (original.RefineCAM, ["layer3", "layer4"])):
+        with wrapper(resnet18, layers, base_method=base) as cam:
+            expected = cam([1, 2], resnet18(images), normalized=False)
+            assert adapter.accelerate(cam) is cam and type(cam.base_cam) is adapter.ACCELERATED[base]
+            for actual, map_of_theirs in zip(cam([1, 2], resnet18(images), normalized=False), expected, strict=True):
+                torch.testing.assert_close(actual, map_of_theirs)
+        assert not any(module._forward_hooks for module in resnet18.modules())
+
+
+def test_cf_cam_in_a_wrapper(resnet18, images):
     with original.RefineCAM(resnet18, ["layer3", "layer4"], base_method=adapter.CFCAM) as cam:
         assert cam([1, 2], resnet18(images))[0].shape == (2, 8, 12)  # on the grid of layer2, the guide
 

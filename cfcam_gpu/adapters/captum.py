@@ -228,25 +228,25 @@ def accelerate(attribution):
         fast = copy.copy(attribution)
         fast.attribution_method = method
         return fast
-    reason = obstacle(attribution, ACCELERATED)
+    reason = obstacle(attribution, ACCELERATED, REASONS)
     if reason is not None:
-        return left_as_it_is(attribution, LEFT_ALONE.get(type(attribution).__name__, reason))
+        return left_as_it_is(attribution, reason)
     fast = copy.copy(attribution)
     fast.__class__ = ACCELERATED[type(attribution)]
     return fast
 
 
-LEFT_ALONE = {
-    "LayerActivation": "it is one forward pass already",
-    "LayerGradientXActivation": "it is one forward pass and a backward to the layer already",
-    "LayerConductance": "each of its steps runs the network on another image",
-    "InternalInfluence": "each of its steps runs the network on another image",
-    "LayerDeepLift": "it is one forward pass and a backward to the layer already",
-    "LayerDeepLiftShap": "it is one forward pass and a backward to the layer already",
-    "LayerLRP": "its relevance passes through every layer of the network",
-    "GuidedGradCam": "its guided backward passes through every layer of the network",
+REASONS = {
+    original.LayerActivation: "it is one forward pass already",
+    original.LayerGradientXActivation: "it is one forward pass and a backward to the layer already",
+    original.LayerConductance: "each of its steps runs the network on another image",
+    original.InternalInfluence: "each of its steps runs the network on another image",
+    original.LayerDeepLift: "it is one forward pass and a backward to the layer already",
+    original.LayerDeepLiftShap: "it is one forward pass and a backward to the layer already",
+    original.LayerLRP: "its relevance passes through every layer of the network",
+    original.GuidedGradCam: "its guided backward passes through every layer of the network",
 }
-"""captum's class -> why it is not sped up."""
+"""captum's class -> why it is left alone."""
 
 
 class _NotHere(Exception):

@@ -7,10 +7,13 @@ from cfcam_gpu import checks, pipeline
 LOG = logging.getLogger("cfcam_gpu")
 
 
-def obstacle(cam, accelerated):
-    """Why ``cam`` is not sped up, by an adapter's table, their class -> ours; None when its class is there."""
+def obstacle(cam, accelerated, reasons):
+    """Why ``cam`` is not sped up, by an adapter's tables, their class -> ours and their class -> why there is no other
+    for it; None when its class is in the first."""
     if type(cam) in accelerated:
         return None
+    if type(cam) in reasons:
+        return reasons[type(cam)]
     return f"only {', '.join(cls.__name__ for cls in accelerated)} can be sped up, no subclasses"
 
 

@@ -43,6 +43,27 @@ OWN_SETTINGS = {
 """What their constructors set otherwise than those of the other classes."""
 
 
+REASONS = {
+    original.FEM: "its time is that of the model's forward pass",
+    original.KPCA_CAM: "its time is that of the model's forward pass",
+}
+"""pytorch-grad-cam's class -> why it is left alone."""
+
+WRAPPERS = {original.RefineCAM: "base_cam_per_layer", original.SESS: "base_cam"}
+"""pytorch-grad-cam's class that computes nothing of its own -> where it has the objects that do."""
+
+
+def around_accelerated(cam):
+    """A copy of a wrapper around the accelerated objects of what it has; the wrapper itself where none is."""
+    name = WRAPPERS[type(cam)]
+    own = getattr(cam, name)
+    bases = own if isinstance(own, list) else [own]
+    faster = [accelerate(base) for base in bases]
+    if all(one is other for one, other in zip(faster, bases)):
+        return cam
+    return _copy(cam, type(cam), **{name: faster if isinstance(own, list) else faster[0]})
+
+
 def accelerated(cam):
     """A new object of our class for ``cam``'s, with the attributes of ``cam``, which goes on working as before.
 

@@ -44,8 +44,8 @@ def accelerate(cam):
 
     Args:
         cam: an object of pytorch-grad-cam. Sped up: GradCAM, HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM
-            and LayerCAM by a head-only backward, and the classes of `cfcam_gpu.adapters.further.METHODS`; where
-            the class is exactly one of these.
+            and LayerCAM by a head-only backward, and the classes of `cfcam_gpu.adapters.further.METHODS`, also within
+            RefineCAM and SESS; where the class is exactly one of these.
 
     Returns:
         A new object of this package's class of the same name, with the attributes of ``cam``. ``cam`` goes on working
@@ -60,7 +60,9 @@ def accelerate(cam):
 
     if isinstance(cam, (HeadOnlyCAM, *further.METHODS.values())):
         return cam
-    reason = obstacle(cam, {**ACCELERATED, **further.METHODS})
+    if type(cam) in further.WRAPPERS:
+        return further.around_accelerated(cam)
+    reason = obstacle(cam, {**ACCELERATED, **further.METHODS}, further.REASONS)
     if reason is None:
         try:
             return further.accelerated(cam) if type(cam) in further.METHODS else _accelerated(cam)

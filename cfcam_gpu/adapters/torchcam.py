@@ -421,8 +421,6 @@ ACCELERATED = {
 REASONS = {
     original.CAM: "it costs the forward pass alone",
     original.LeGrad: "it needs the gradients of the attention in every chosen block",
-    original.RefineCAM: "it has no computation of its own; accelerate its base_cam",
-    original.FinerCAM: "it has no computation of its own; accelerate its base_cam",
 }
 """torch-cam's class -> why it is left alone."""
 
@@ -431,9 +429,9 @@ def accelerate(cam):
     """A torch-cam extractor, made faster in place: the same object with the same hooks, attributes and numbers.
 
     ``GradCAM``, ``GradCAMpp`` (the library's numbers; those of the definition are `GradCAMpp`'s), ``SmoothGradCAMpp``,
-    ``XGradCAM``, ``LayerCAM``, ``ScoreCAM``, ``SSCAM`` and ``ISCAM`` become subclasses of their own. All other
-    extractors are returned as they are, with a warning of the logger "cfcam_gpu" that says why; among them the wrappers
-    ``RefineCAM`` and ``FinerCAM``, whose ``base_cam`` can be accelerated.
+    ``XGradCAM``, ``LayerCAM``, ``ScoreCAM``, ``SSCAM`` and ``ISCAM`` become subclasses of their own, also as the
+    ``base_cam`` of the wrappers ``RefineCAM`` and ``FinerCAM``. All other extractors are returned as they are, with a
+    warning of the logger "cfcam_gpu" that says why.
 
     Raises:
         TypeError: ``cam`` is no extractor of torch-cam.
@@ -442,7 +440,10 @@ def accelerate(cam):
         return cam
     if not isinstance(cam, (_CAM, _CAMWrapper)):
         raise TypeError(f"cam must be an extractor of torch-cam, got {type(cam).__name__}")
-    reason = REASONS.get(type(cam)) or obstacle(cam, ACCELERATED)
+    if type(cam) in (original.RefineCAM, original.FinerCAM):
+        cam.base_cam = accelerate(cam.base_cam)
+        return cam
+    reason = obstacle(cam, ACCELERATED, REASONS)
     if reason is not None:
         return left_as_it_is(cam, reason)
     faster = ACCELERATED[type(cam)]

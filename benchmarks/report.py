@@ -68,6 +68,7 @@ class Results:
         self.randomization = rows.latest(rows.read(folder / "randomization.jsonl"), *point)
         self.outsiders = rows.latest(rows.read(folder / "outsiders.jsonl"), *point)
         self.architectures = rows.latest(rows.read(folder / "architectures.jsonl"), "model")
+        self.methods = rows.latest(rows.read(folder / "methods.jsonl"), "library", "method", "model")
         self.shapes = rows.latest(rows.read(folder / "shapes.jsonl"), "network", "classes", "seed", "method")
 
     def row(self, kind, model, batch, provider, size=224):
@@ -178,6 +179,66 @@ def accelerated_table(results):
     return markdown(header, body)
 
 
+def methods_table(results):
+    """Every method of the other libraries, on a ResNet-50."""
+    body = []
+    for (library, method, model), row in results.methods.items():
+        if model != "resnet50":
+            continue
+        name = f"{method} ({row['note']})" if row["note"] else method
+        if "left_alone" in row:
+            body.append([library, name, "", "", "left alone", row["left_alone"]])
+        elif "ratio" in row:
+            times = [_time(row[field]) for field in ("theirs_ms", "ours_ms")]
+            body.append([library, name, *times, _speed_up(row), _difference(row)])
+        else:
+            body.append([library, name, "", "", NOT_MEASURED, row["not_measured"]])
+    if not body:
+        return NOT_MEASURED
+    header = ["library", "method", "as it is", "accelerated", "", "largest difference"]
+    return f"{markdown(header, body)}\n\nResNet-50, one image of 224 pixels. {_about_methods(results)}"
+
+
+def methods_elsewhere_table(results):
+    """The same on other networks: how many times as fast, and the largest difference."""
+    models = [model for model in METHODS_ELSEWHERE if any(key[2] == model for key in results.methods)]
+    if not models:
+        return NOT_MEASURED
+    body = []
+    for library, method in dict.fromkeys(key[:2] for key in results.methods):
+        found = [results.methods.get((library, method, model), {}) for model in models]
+        if any("ratio" in row for row in found):
+            cells = [f"{_speed_up(row)}, {_difference(row)}" if "ratio" in row else "" for row in found]
+            body.append([library, method, *cells])
+    header = ["library", "method", *(METHODS_ELSEWHERE[model] for model in models)]
+    return f"{markdown(header, body)}\n\n{_about_methods(results)}"
+
+
+METHODS_ELSEWHERE = {
+    "vit_b_16": "ViT-B/16",
+    "convnext_tiny": "ConvNeXt-Tiny",
+    "demo": "EfficientNet-Lite0, pretrained",
+}
+
+
+def _time(ms):
+    return f"{number(ms)} ms" if ms < 1000 else f"{number(ms / 1000)} s"
+
+
+def _speed_up(row):
+    return f"{number(row['ratio'])}x" if row["ratio"] >= 10 else f"{row['ratio']:.2f}x"
+
+
+def _difference(row):
+    return f"{row['max_difference']:.0e}" if row["max_difference"] else "0"
+
+
+def _about_methods(results):
+    row = list(results.methods.values())[-1]
+    names = (f"{name} {row[name]}" for name in ("torch", "grad-cam", "torchcam", "captum") if name in row)
+    return f"{row['device']}; {', '.join(names)}; {row['date']}, commit {row['commit'] or 'unknown'}."
+
+
 def throughput_table(results):
     """The most maps per second of each provider, at whichever batch that is."""
     columns = _columns(results, (bench.UNIT, *PEERS))
@@ -259,6 +320,8 @@ def numbers_table(results):
 TABLES = {
     "numbers": numbers_table,
     "accelerated": accelerated_table,
+    "methods": methods_table,
+    "methods elsewhere": methods_elsewhere_table,
     "resnet50": compared_table,
     "providers": lambda results: resnet50_table(results, tuple(bench.PROVIDERS)),
     "models": models_table,
@@ -281,8 +344,8 @@ IMAGES = {
 others are drawn here."""
 
 PAGES = {
-    "README.md": ("numbers", "four"),
-    "docs/other-libraries.md": ("accelerated",),
+    "README.md": ("numbers", "methods", "four"),
+    "docs/other-libraries.md": ("accelerated", "methods elsewhere"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),

@@ -8,7 +8,6 @@ bit, or it is not used.
 """
 
 import logging
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from cfcam_gpu.calls import Call, eager_without_grad_in
 from cfcam_gpu.capture import _device
 from cfcam_gpu.inputs import Inputs, check_inputs
 from cfcam_gpu.outputs import first_tensor, map_tensors, with_first
+from cfcam_gpu.random_states import random_state, restore_random_state
 
 LOG = logging.getLogger("cfcam_gpu")
 
@@ -226,9 +226,9 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool 
         recording.finish(batch + more)
         return recording
 
-    untouched = _random_states(device)
+    untouched = random_state(device)
     own = run(0)
-    drawn = _random_states(device)
+    drawn = random_state(device)
     try:
         if own.reason is not None:
             raise _NotRecorded(own.reason)
@@ -242,26 +242,13 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool 
         if not head.is_right():
             raise _NotRecorded("its replay does not give the network's own outputs")
         if own.is_random:
-            _set_random_states(drawn)  # as after one pass, for who draws next
+            restore_random_state(device, drawn)  # as after one pass, for who draws next
         return head
     except _NotRecorded as error:
         if own.is_random:
-            _set_random_states(untouched)  # the whole network draws again
+            restore_random_state(device, untouched)  # the whole network draws again
         LOG.info("%s behind the layer is not run on its own: %s", type(model).__name__, error)
         return _WholeForward(model, inputs, own, str(error))
-
-
-def _random_states(device):
-    """(set, state) of the generators that a model on the device draws from."""
-    states = [(torch.set_rng_state, torch.get_rng_state())]
-    if device.type == "cuda":
-        states.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
-    return states
-
-
-def _set_random_states(states):
-    for set_state, state in states:
-        set_state(state)
 
 
 class _NotRecorded(Exception):

@@ -14,6 +14,7 @@ import captum.attr as original
 import networks
 
 from cfcam_gpu.adapters import captum as adapter
+from cfcam_gpu.head import Head
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
@@ -183,6 +184,29 @@ def test_the_trunk_runs_no_oftener_than_it_must(resnet):
             assert runs["trunk"] <= expected
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("cls", [original.LayerIntegratedGradients, original.LayerFeatureAblation])
+def test_out_of_memory_halves_the_block(resnet, cls, monkeypatch, caplog):
+    images, layer = torch.rand(2, 3, 32, 32), resnet.avgpool
+    channels = (torch.arange(512) // 40).view(1, 512, 1, 1)
+    more = {"n_steps": 7} if cls is original.LayerIntegratedGradients else {"layer_mask": channels}
+    more = more if "n_steps" in more else {**more, "perturbations_per_eval": 6}
+    call = {"target": [3, 4] if "n_steps" in more else 3, **more}
+    theirs = cls(resnet, layer)
+    expected, run = theirs.attribute(images, **call), Head.__call__
+    seen = []
+
+    def limited(self, activations, *args, **kwargs):
+        seen.append(len(activations))
+        if len(activations) > 5:
+            raise torch.OutOfMemoryError
+        return run(self, activations, *args, **kwargs)
+
+    monkeypatch.setattr(Head, "__call__", limited)
+    with caplog.at_level(logging.WARNING, logger="cfcam_gpu"):
+        assert_same(adapter.accelerate(theirs).attribute(images, **call), expected)
+    assert "out of memory, goes on in blocks of" in caplog.text and min(seen) >= 2
 
 
 def refused():

@@ -1,5 +1,7 @@
 """pytorch-grad-cam's AblationCAM, with the network's head alone run for every channel."""
 
+from itertools import chain
+
 import numpy as np
 import pytorch_grad_cam as original
 import torch
@@ -7,6 +9,7 @@ import tqdm
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+from cfcam_gpu.adapters.common import in_blocks
 from cfcam_gpu.adapters.hooked import Hooked
 from cfcam_gpu.head import Head, record_head
 
@@ -71,14 +74,17 @@ class AblationCAM(Hooked, original.AblationCAM):
         of_channels = batch.movedim(-1, 1) if channels_last else batch
         whole = activations.movedim(-1, 0) if channels_last else activations
         channels = torch.as_tensor(np.asarray(channels, np.int64), device=batch.device)
+
+        def run(rows):
+            return _scores(head(batch[rows], image), target)
+
         scores = []
         for start in tqdm.tqdm(range(0, len(channels), self.batch_size)):
             without = channels[start : start + self.batch_size]
             rows = torch.arange(len(without), device=batch.device)
             of_channels[rows, without] = values[: len(without)].reshape(-1, *[1] * (of_channels.ndim - 2))
-            outputs = head(batch[: len(without)], image)
+            scores += chain.from_iterable(in_blocks(run, len(without), "AblationCAM"))
             of_channels[rows, without] = whole[without]
-            scores += _scores(outputs, target)
         return scores
 
 

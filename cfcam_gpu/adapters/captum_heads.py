@@ -24,6 +24,7 @@ from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradi
 from captum.log import log_usage
 from torch import nn
 
+from cfcam_gpu.adapters.common import in_blocks
 from cfcam_gpu.head import Head, record_head
 from cfcam_gpu.inputs import Inputs
 
@@ -83,6 +84,14 @@ class _OnHead:
         return call
 
 
+def _of(targets, rows):
+    """captum's targets of these rows: one for all, or a list or tensor with one for each."""
+    one_for_all = not isinstance(targets, (list, torch.Tensor)) or (
+        isinstance(targets, torch.Tensor) and targets.numel() == 1
+    )
+    return targets if one_for_all else targets[rows]
+
+
 class _Evaluated:
     """In the place of captum's evaluation of a layer: the head has it for the inputs that it was recorded with."""
 
@@ -135,13 +144,24 @@ class LayerIntegratedGradients(_OnHead, original.LayerIntegratedGradients):
         if self._head is None:
             return super()._make_gradient_func(num_outputs_cumsum, attribute_to_layer_input, grad_kwargs)
 
+        @torch.enable_grad()
+        def of_block(steps, targets):
+            output = _run_forward(lambda: self._head(steps, tiled=True), (), targets)
+            assert output[0].numel() == 1, (
+                "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+            )
+            return torch.autograd.grad(torch.unbind(output), steps, **grad_kwargs or {})[0]
+
         def gradients(forward_fn, inputs, target_ind=None, additional_forward_args=None):
-            with torch.enable_grad():
-                output = _run_forward(lambda: self._head(inputs[0], tiled=True), (), target_ind)
-                assert output[0].numel() == 1, (
-                    "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
-                )
-                return torch.autograd.grad(torch.unbind(output), inputs, **grad_kwargs or {})
+            (steps,) = inputs
+
+            def run(block):
+                # Of all steps the very tensor: a slice would keep them alive twice.
+                of_all = block == slice(0, len(steps))
+                return of_block(steps if of_all else steps[block].detach().requires_grad_(), _of(target_ind, block))
+
+            blocks = in_blocks(run, len(steps), type(self).__name__, step=len(self._head.activations))
+            return (blocks[0] if len(blocks) == 1 else torch.cat(blocks),)
 
         return gradients
 
@@ -151,7 +171,11 @@ class _Ablated(_OnHead):
 
     def _of_changed(self, *args):
         """captum's outputs of a changed layer; the arguments are its tensors, the inputs, and how many tensors."""
-        return _run_forward(lambda: self._head(args[0], tiled=True), (), target=self._target)
+        changed, name = args[0], type(self).__name__
+        blocks = in_blocks(
+            lambda block: self._head(changed[block], tiled=True), len(changed), name, step=len(self._head.activations)
+        )
+        return _run_forward(lambda: blocks[0] if len(blocks) == 1 else torch.cat(blocks), (), target=self._target)
 
     def _ablated(self, cls, head, inputs, target, *further):
         whole = inspect.unwrap(cls.attribute)

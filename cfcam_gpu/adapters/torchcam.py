@@ -47,6 +47,7 @@ from cfcam_gpu.calls import eager_without_grad, is_fused
 from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.random_states import random_state, restore_random_state, same_state
 from cfcam_gpu.targets import margin_cotangent
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
@@ -62,9 +63,6 @@ from cfcam_gpu.adapters.torchcam_masked import (
     SSCAM,
     ScoreCAM,
     block_size,
-    random_state,
-    restore_random_state,
-    same_state,
 )
 
 # Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods

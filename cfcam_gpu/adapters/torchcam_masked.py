@@ -8,6 +8,7 @@ import torch
 from torchcam.methods import activation as original
 
 from cfcam_gpu.adapters.common import LOG
+from cfcam_gpu.random_states import random_state, same_state
 
 CACHED_PIXELS = 4 * 224 * 224
 """Of a block of images on a CPU. ResNet-50 takes 64 ms an image in blocks of 32 and 35 ms in blocks of 4, because
@@ -19,26 +20,6 @@ def block_size(images, limit):
     if images.device.type != "cpu":
         return limit
     return min(limit, max(4, CACHED_PIXELS // max(1, images[0, 0].numel())))
-
-
-def random_state(device):
-    """The states of the generators that a model on this device draws from, the CPU's first."""
-    states = [torch.get_rng_state()]
-    if device.type in ("cuda", "xpu"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
-
-
-def restore_random_state(device, states):
-    """Undoes what was drawn since `random_state` gave ``states``."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.get_device_module(device).set_rng_state(states[1], device)
-
-
-def same_state(states, others):
-    """Whether nothing was drawn between two calls of `random_state`."""
-    return all(map(torch.equal, states, others))
 
 
 class _Blocks:

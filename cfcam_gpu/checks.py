@@ -9,6 +9,9 @@ import torch
 
 from cfcam_gpu.config import CFCAMConfig
 
+GRID_AXES = (1, 2, 3)
+"""How many axes a grid may have: of series, images, volumes."""
+
 
 def needs(package: str, extra: str = "demo") -> str:
     """Text of an ImportError: the package, the extra that brings it, and the line that installs it."""
@@ -42,11 +45,12 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_grid(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what is not a non-empty floating-point (B, C, h, w)."""
-    if tensor.ndim != 4:
-        raise ValueError(f"{name} must have shape (B, C, h, w), got {tuple(tensor.shape)}")
+    """Refuse what is not a non-empty floating-point (B, C, h, w), or one of a volume or a series."""
+    if tensor.ndim - 2 not in GRID_AXES:
+        shapes = "(B, C, h, w), of volumes (B, C, d, h, w), of series (B, C, t)"
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(tensor.shape)}")
     if 0 in tensor.shape:
-        raise ValueError(f"{name} (B, C, h, w) must not be empty, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} (B, C, ...) must not be empty, got {tuple(tensor.shape)}")
     check_floating(name, tensor)
 
 
@@ -57,12 +61,14 @@ def check_guide(guide: torch.Tensor | None, activations: torch.Tensor) -> None:
     if not isinstance(guide, torch.Tensor):
         raise TypeError(f"guide must be a torch.Tensor, got {type(guide).__name__}")
     check_grid("guide", guide)
+    expected, got = tuple(activations.shape[2:]), tuple(guide.shape[2:])
+    if len(got) != len(expected):
+        raise ValueError(f"guide must have a grid of as many axes as the activations' {expected}, got {got}")
     if len(guide) != len(activations):
         raise ValueError(f"guide must have the activations' batch size {len(activations)}, got {len(guide)}")
     if guide.device != activations.device:
         raise ValueError(f"guide must be on the activations' device {activations.device}, got {guide.device}")
-    if guide.shape[2] < activations.shape[2] or guide.shape[3] < activations.shape[3]:
-        expected, got = tuple(activations.shape[2:]), tuple(guide.shape[2:])
+    if any(side < least for side, least in zip(got, expected)):
         raise ValueError(f"guide must have a grid of at least the activations' {expected}, got {got}")
 
 
@@ -79,14 +85,16 @@ def check_values(named_tensors: Mapping[str, torch.Tensor], check_finite: bool |
 
 
 def check_output_size(output_size, activations):
-    """``output_size`` as a pair of ints; of None, the size of the activations' grid."""
+    """``output_size`` as ints, (H, W) of images; of None, the size of the activations' grid."""
     if output_size is None:
         return tuple(activations.shape[2:])
-    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != 2:
-        raise TypeError(f"output_size must be a pair (H, W), got {output_size!r}")
+    n_axes = activations.ndim - 2
+    expected = {1: "(T,)", 2: "a pair (H, W)", 3: "(D, H, W)"}[n_axes]
+    if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != n_axes:
+        raise TypeError(f"output_size must be {expected}, got {output_size!r}")
     for side in output_size:
         if isinstance(side, bool) or not isinstance(side, Integral):
-            raise TypeError(f"output_size must be a pair of integers, got {output_size!r}")
+            raise TypeError(f"output_size must be {expected} of integers, got {output_size!r}")
         if side < 1:
-            raise ValueError(f"output_size must be at least (1, 1), got {tuple(output_size)}")
+            raise ValueError(f"output_size must be at least {(1,) * n_axes}, got {tuple(output_size)}")
     return tuple(int(side) for side in output_size)

@@ -50,7 +50,8 @@ class CFCAMConfig:
             L2 norm first: shape, not size.
         eps_percentile: DBSCAN's radius is this percentile of all pairwise distances; in [0, 100].
         min_samples_fraction: DBSCAN's min_samples is max(2, int(fraction * clustered channels)); in [0, 1].
-        sigma: standard deviation of the Gaussian filter in grid cells; in (0, 1024]. The paper's second
+        sigma: standard deviation of the Gaussian filter in grid cells; in (0, 1024], or a tuple of one such number for
+            each axis of the grid, (y, x) or in volumes (z, y, x). The paper's second
             version names a Gaussian without giving sigma or the boundary, and the authors' code has a
             data-dependent "bilateral" convolution instead, so both values are choices made here.
         boundary: what the filter sees outside the grid: "constant" (zeros), "reflect" or "nearest", as in
@@ -89,7 +90,7 @@ class CFCAMConfig:
     descriptor: str = "raw"
     eps_percentile: float = 25.0
     min_samples_fraction: float = 0.05
-    sigma: float = 1.0
+    sigma: float | tuple[float, ...] = 1.0
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
@@ -99,6 +100,8 @@ class CFCAMConfig:
     margin_temperature: float = 1.2
 
     def __post_init__(self) -> None:
+        if isinstance(self.sigma, (tuple, list)):
+            object.__setattr__(self, "sigma", tuple(self.sigma))  # hashable: constants are cached by it
         for name, low, high in (
             ("dominant_percentile", 0.0, 100.0),
             ("eps_percentile", 0.0, 100.0),
@@ -112,13 +115,13 @@ class CFCAMConfig:
             value: Any = getattr(self, name)
             kind: Any
             kind, described = (Integral, "an integer") if name == "affinity_steps" else (Real, "a real number")
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"{name} must be {described}, got {type(value).__name__}")
-            if not low <= value <= high:  # also refuses NaN
-                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
-        for name in ("sigma", "affinity_sigma"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            for each in value if name == "sigma" and isinstance(value, tuple) else (value,):
+                if isinstance(each, bool) or not isinstance(each, kind):
+                    raise TypeError(f"{name} must be {described}, got {type(each).__name__}")
+                if not low <= each <= high:  # also refuses NaN
+                    raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {each}")
+                if name in ("sigma", "affinity_sigma") and each <= 0:
+                    raise ValueError(f"{name} must be above 0, got {each}")
         for name, choices in (
             ("descriptor", DESCRIPTORS),
             ("boundary", BOUNDARIES),
@@ -145,6 +148,13 @@ class CFCAMConfig:
         the pages on faithfulness, as "CF-CAM, stable".
         """
         return cls(affinity_steps=3, margin_temperature=1.5)
+
+    def sigmas(self, n_axes: int) -> tuple[float, ...]:
+        """``sigma`` of each axis of a grid that has so many."""
+        sigmas = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,) * n_axes
+        if len(sigmas) != n_axes:
+            raise ValueError(f"sigma must be one number, or one for each of {n_axes} axes, got {len(sigmas)}")
+        return sigmas
 
     @property
     def averages(self) -> bool:

@@ -1,11 +1,13 @@
 """The separable Gaussian filter as small matrices, what it does to a spatial mean, and the window of an average.
 
 Filtering a grid g is ``K_y @ g @ K_x.T`` with one matrix per axis. Its mean needs no filtering at all:
-mean(K g) = <g, s_y s_x^T> / (h * w) with s = K^T 1, the column sums (`pooling_weights`).
+mean(K g) = <g, s_y s_x^T> / (h * w) with s = K^T 1, the column sums (`pooling_weights`). Of a volume (d, h, w) the two
+first axes are taken together as d * h rows, whose matrix is the Kronecker product of theirs, and a series (t,) is one
+row (`as_rows_and_columns`); what works with rows and columns so works with any number of axes.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 
@@ -48,11 +50,27 @@ def filter_matrix(size, sigma_cells, boundary):
     return matrix
 
 
+def as_rows_and_columns(shape):
+    """(rows, columns) of a grid of any number of axes: all but the last taken together, and the last."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def of_rows(matrices):
+    """The matrix of the rows that several axes make together, of the matrices of each; (1, 1) without an axis."""
+    return reduce(np.kron, matrices, np.ones((1, 1)))
+
+
+def filter_matrices(shape, sigmas, boundary):
+    """`filter_matrix` of the rows and of the columns of a grid, of a sigma for each axis."""
+    *first, last = (filter_matrix(size, sigma, boundary) for size, sigma in zip(shape, sigmas))
+    return of_rows(first), last
+
+
 @lru_cache(maxsize=256)
-def pooling_weights(height, width, sigma_cells, boundary):
-    """Weights whose dot product with a grid is the spatial mean of the filtered grid: float64 (height, width)."""
-    column_sums = [filter_matrix(size, sigma_cells, boundary).sum(0) for size in (height, width)]
-    weights = np.outer(*column_sums) / (height * width)
+def pooling_weights(shape, sigmas, boundary):
+    """Weights whose dot product with a grid is the spatial mean of the filtered grid: float64, of the grid's shape."""
+    column_sums = (filter_matrix(size, sigma, boundary).sum(0) for size, sigma in zip(shape, sigmas))
+    weights = reduce(np.multiply.outer, column_sums) / math.prod(shape)
     weights.flags.writeable = False
     return weights
 
@@ -66,6 +84,12 @@ def window_reach(size, target_size, sigma_cells):
         return size - 1
     # A distance of exactly WINDOW_SIGMAS is inside, however it is rounded.
     return int(min(size - 1, WINDOW_SIGMAS * sigma_cells * size / target_size + 1e-6))
+
+
+def rows_reach(shape, target_shape, sigma_cells):
+    """`window_reach` of the rows that all axes but the last make together."""
+    reaches = [window_reach(size, target, sigma_cells) for size, target in zip(shape[:-1], target_shape)]
+    return sum(reach * math.prod(shape[axis + 1 : -1]) for axis, reach in enumerate(reaches))
 
 
 def window_decay(size, target_size, sigma_cells):
@@ -102,5 +126,13 @@ def window_matrix(size, target_size, sigma_cells):
     distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
     window = np.exp(-window_decay(size, target_size, sigma_cells) * distance**2)
     window[distance > window_reach(size, target_size, sigma_cells)] = 0
+    window.flags.writeable = False
+    return window
+
+
+@lru_cache(maxsize=64)
+def rows_window(shape, target_shape, sigma_cells):
+    """`window_matrix` of the rows that all axes but the last make together."""
+    window = of_rows(window_matrix(size, target, sigma_cells) for size, target in zip(shape[:-1], target_shape))
     window.flags.writeable = False
     return window

@@ -52,7 +52,8 @@ def cf_cam(
     """CF-CAM maps from a layer's activations and the gradients of a score with respect to them.
 
     Args:
-        activations: (B, C, h, w), floating point; a torch tensor or anything else with DLPack (NumPy, CuPy, JAX). Any
+        activations: (B, C, h, w), floating point; a torch tensor or anything else with DLPack (NumPy, CuPy, JAX). Of
+            volumes (B, C, d, h, w), of series (B, C, t); then all that is (h, w) or (H, W) here has as many axes. Any
             strides. |values| below 1e18: squares are taken in float32.
         gradients: (B, C, h, w), likewise, on the same device; or (B, K, C, h, w), those of K scores of each image, of
             which everything that does not depend on the class is done once.
@@ -137,11 +138,11 @@ def _checked(activations, gradients, backend, clustering, check_finite):
 
 def _check_gradients(gradients, activations):
     batch, *of_image = activations.shape
-    several = gradients.ndim == 5 and gradients.shape[1] > 0
+    several = gradients.ndim == activations.ndim + 1 and gradients.shape[1] > 0
     if tuple(gradients.shape) != (batch, *gradients.shape[1 : 1 + several], *of_image):
         raise ValueError(
             f"gradients must match activations {tuple(activations.shape)}, got {tuple(gradients.shape)}; of K classes"
-            " an image they are (B, K, C, h, w)"
+            " an image they are (B, K, C, ...)"
         )
     check_floating("gradients", gradients)
     if gradients.device != activations.device:
@@ -212,8 +213,9 @@ def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):
     Returns:
         (B, H, W) or (B, K, H, W), float32, or float64 for float64 grids.
     """
-    images, grids = grids[0].shape[:-2], [grid.flatten(0, -3) for grid in grids]
-    kernels = all(takes_kernels(grid[:, None], backend) for grid in grids)
+    n_axes = len(output_size)
+    images, grids = grids[0].shape[:-n_axes], [grid.reshape(-1, *grid.shape[-n_axes:]) for grid in grids]
+    kernels = n_axes == 2 and all(takes_kernels(grid[:, None], backend) for grid in grids)
     with plain_arithmetic(grids[0].device):
         maps = _module("triton" if kernels else "torch").grad_cam_maps(grids, tuple(output_size), scale_mean)
     return maps.unflatten(0, images)
@@ -221,7 +223,7 @@ def grad_cam_maps(grids, output_size, scale_mean=True, backend="auto"):
 
 def takes_kernels(activations, backend="auto"):
     """Whether this backend, "auto" resolved, is Triton's for these activations; never for what is no (B, C, h, w)."""
-    if backend in ("torch", "reference") or not isinstance(activations, torch.Tensor) or activations.ndim != 4:
+    if backend in ("torch", "reference") or not isinstance(activations, torch.Tensor) or activations.ndim < 3:
         return False
     return choose(backend, "auto", activations)[0] == "triton"
 

@@ -1,10 +1,13 @@
 """CF-CAM in plain NumPy, SciPy and scikit-learn, in float64: the specification in code.
 
 Every function handles one image, loops over channels and clusters, and has the name of its counterpart in
-`torch_backend`. Slow by design; it judges the fast paths. Needs the ``reference`` extra.
+`torch_backend`. Slow by design; it judges the fast paths. Needs the ``reference`` extra. A grid (h, w) may have any
+number of axes.
 
 Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652 (cfcam.py).
 """
+
+from functools import reduce
 
 import numpy as np
 
@@ -30,7 +33,7 @@ def cf_cam(activations, gradients, output_size, config, guide=None):
     activations = np.asarray(activations, np.float64)
     gradients = np.asarray(gradients, np.float64)
     guides = [None] * len(activations) if guide is None else np.asarray(guide, np.float64)
-    several, results = gradients.ndim == 5, []
+    several, results = gradients.ndim > activations.ndim, []
     for image_activations, image_gradients, image_guide in zip(activations, gradients, guides):
         labels, eps = cluster_channels(image_activations, config)
         of_classes = []
@@ -62,7 +65,12 @@ def cluster_channels(activations, config):
 
 def channel_norms(activations):
     """L2 norm of each channel over the grid: (C,)."""
-    return np.sqrt((activations**2).sum((1, 2)))
+    return np.sqrt((activations**2).sum(_axes(activations)))
+
+
+def _axes(channels):
+    """The grid's axes of (C, h, w)."""
+    return tuple(range(1, channels.ndim))
 
 
 def dominant_channels(norms, config):
@@ -121,13 +129,14 @@ def filter_gradients(gradients, labels, config):
     filtered[labels == DOMINANT] = gradients[labels == DOMINANT]
     for cluster in range(labels.max(initial=NOISE) + 1):
         mean = gradients[labels == cluster].mean(0)
-        filtered[labels == cluster] = gaussian_filter(mean, config.sigma, mode=config.boundary, truncate=4.0)
+        sigmas = config.sigmas(mean.ndim)
+        filtered[labels == cluster] = gaussian_filter(mean, sigmas, mode=config.boundary, truncate=4.0)
     return filtered
 
 
 def channel_weights(filtered, labels, config):
     """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (C,)."""
-    weights = filtered.mean((1, 2))
+    weights = filtered.mean(_axes(filtered))
     kept = labels != NOISE
     if config.weighting == "softmax" and kept.any():
         weights = np.where(kept, np.exp(weights - weights[kept].max()), 0)
@@ -147,7 +156,8 @@ def balance(grid, shape, config):
     """
     if not config.averages:
         return grid
-    weights = np.outer(*(coverage(old, new, config.affinity_sigma) for old, new in zip(grid.shape, shape)))
+    of_axes = (coverage(old, new, config.affinity_sigma) for old, new in zip(grid.shape, shape))
+    weights = reduce(np.multiply.outer, of_axes)
     evidence_for, evidence_against = (weights * np.maximum(grid, 0)).sum(), (weights * np.maximum(-grid, 0)).sum()
     if evidence_against > evidence_for > 0:
         grid = np.where(grid < 0, grid * (evidence_for / evidence_against), grid)
@@ -162,20 +172,20 @@ def average_alike_cells(grid, guide, config):
     """
     if not config.averages:
         return grid
-    height, width = guide.shape[1:]
-    values = resize(grid, (height, width)).ravel()
+    shape = guide.shape[1:]
+    values = resize(grid, shape).ravel()
     features = guide.reshape(len(guide), -1).T
     norms = np.linalg.norm(features, axis=1)
     has_features = (norms > 0) & np.isfinite(norms)
     features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)
-    near = window(grid.shape, (height, width), config.affinity_sigma)
+    near = window(grid.shape, shape, config.affinity_sigma)
     for _ in range(config.affinity_steps):
         averaged = values.copy()  # a cell without features keeps its own
         for cell in np.flatnonzero(has_features):
             affinity = likeness(features @ features[cell], config) * near[cell]
             averaged[cell] = affinity @ values / affinity.sum()
         values = averaged
-    return values.reshape(height, width)
+    return values.reshape(shape)
 
 
 def likeness(cosine, config):
@@ -207,9 +217,10 @@ def class_map(activations, weights, output_size, config, guide=None):
 
 
 def resize(grid, output_size):
-    """Bilinear resize (half-pixel centres, align_corners=False, no antialias) to (H, W)."""
-    rows, columns = (interpolation_matrix(old, new) for old, new in zip(grid.shape, output_size))
-    return rows @ grid @ columns.T
+    """Linear resize (half-pixel centres, align_corners=False, no antialias) to (H, W)."""
+    for axis, (old, new) in enumerate(zip(grid.shape, output_size)):
+        grid = np.moveaxis(np.tensordot(interpolation_matrix(old, new), grid, (1, axis)), 0, axis)
+    return grid
 
 
 def normalize(image, config):

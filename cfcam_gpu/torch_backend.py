@@ -2,9 +2,12 @@
 
 The clustering is an engine's (`cfcam_gpu.clustering`); the rest is the same code. Arithmetic is in float32 for
 float16, bfloat16 and float32 inputs, in float64 for float64. Function names are those of `reference`.
+
+A grid (h, w) may have any number of axes from one to three: (t,), or (d, h, w), and (H, W) then as many.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -14,7 +17,15 @@ from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.constants import constant
-from cfcam_gpu.gaussian import coverage, filter_matrix, pooling_weights, window_matrix, window_reach
+from cfcam_gpu.gaussian import (
+    as_rows_and_columns,
+    coverage,
+    filter_matrices,
+    pooling_weights,
+    rows_reach,
+    rows_window,
+    window_matrix,
+)
 from cfcam_gpu.labels import DOMINANT, NOISE
 
 ROWS_AT_ONCE = 4
@@ -59,7 +70,12 @@ def cf_cam(activations, gradients, output_size, config, engine, guide=None):
 def cluster_and_weigh(activations, gradients, config, engine):
     """Stages 1 to 4: labels int32 (B, C), weights (B, C) or (B, K, C), and eps (B,)."""
     labels, eps = cluster_channels(activations, config, engine)
-    return labels, channel_weights(gradients, labels, config), eps
+    return labels, channel_weights(gradients, labels, config, are_several(gradients, activations)), eps
+
+
+def are_several(gradients, activations):
+    """Whether gradients are of K classes an image, (B, K, C, h, w) beside activations (B, C, h, w)."""
+    return isinstance(gradients, PooledGradients) or gradients.ndim > activations.ndim
 
 
 def as_computed(tensor):
@@ -123,23 +139,35 @@ def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
     `channel_weights` does not need it: the spatial mean of a filtered grid is one dot product.
     """
     gradients = as_computed(gradients)
-    mean = _cluster_mean(gradients.flatten(2), labels).view_as(gradients)
+    mean = _cluster_mean(gradients.flatten(2), labels)
+    shape = gradients.shape[2:]
     rows, columns = (
-        constant(filter_matrix, (size, config.sigma, config.boundary), mean.device, mean.dtype)
-        for size in gradients.shape[2:]
+        constant(
+            _filter_matrix, (tuple(shape), config.sigmas(len(shape)), config.boundary, axis), mean.device, mean.dtype
+        )
+        for axis in (0, 1)
     )
-    filtered = filter_grids(mean.flatten(0, 1), rows, columns).view_as(mean)
-    dominant, noise = (labels[:, :, None, None] == label for label in (DOMINANT, NOISE))
+    filtered = filter_grids(mean.view(-1, *as_rows_and_columns(shape)), rows, columns).view_as(gradients)
+    dominant, noise = (_per_cell(labels == label, gradients) for label in (DOMINANT, NOISE))
     return torch.where(dominant, gradients, torch.where(noise, 0, filtered))
 
 
-def channel_weights(gradients, labels, config):
+def _filter_matrix(shape, sigmas, boundary, axis):
+    return filter_matrices(shape, sigmas, boundary)[axis]
+
+
+def _per_cell(of_channels, grids):
+    """(B, C) with an axis of length one for each axis of the grids (B, C, h, w)."""
+    return of_channels.view(*of_channels.shape, *[1] * (grids.ndim - 2))
+
+
+def channel_weights(gradients, labels, config, several=False):
     """The weight of each channel, the spatial mean of its filtered gradient; 0 for noise: (B, C).
 
-    Of gradients (B, K, C, h, w), or of their `PooledGradients`, (B, K, C).
+    Of ``several`` gradients (B, K, C, h, w), or of `PooledGradients`, (B, K, C).
     """
-    several = isinstance(gradients, PooledGradients) or gradients.ndim == 5
-    pooled = gradients if isinstance(gradients, PooledGradients) else pool_gradients(gradients, config)
+    pooled = gradients if isinstance(gradients, PooledGradients) else pool_gradients(gradients, config, several)
+    several = several or isinstance(gradients, PooledGradients)
     plain, filtered = pooled if several else (each[:, None] for each in pooled)
     of_cluster = _cluster_mean(filtered.transpose(1, 2), labels).transpose(1, 2)
     labels = labels[:, None]
@@ -152,13 +180,14 @@ def channel_weights(gradients, labels, config):
     return weights if several else weights[:, 0]
 
 
-def pool_gradients(gradients, config):
-    """The `PooledGradients` of gradients (B, C, h, w) or (B, K, C, h, w): (B, C) or (B, K, C)."""
-    if gradients.ndim == 5 and gradients.device.type == "cpu":  # as in `row_products`
-        of_classes = [pool_gradients(of_class, config) for of_class in gradients.unbind(1)]
+def pool_gradients(gradients, config, several=True):
+    """The `PooledGradients` of gradients (B, K, C, h, w): (B, K, C); (B, C) of (B, C, h, w), which are not several."""
+    if several and gradients.device.type == "cpu":  # as in `row_products`
+        of_classes = [pool_gradients(of_class, config, several=False) for of_class in gradients.unbind(1)]
         return PooledGradients(*(torch.stack(each, dim=1) for each in zip(*of_classes)))
-    flat = as_computed(gradients).flatten(-2)
-    arguments = (*gradients.shape[-2:], config.sigma, config.boundary)
+    shape = tuple(gradients.shape[2 + several :])
+    flat = as_computed(gradients).flatten(2 + several)
+    arguments = (shape, config.sigmas(len(shape)), config.boundary)
     pooling = constant(pooling_weights, arguments, flat.device, flat.dtype).flatten()
     return PooledGradients(flat.mean(-1), flat @ pooling)
 
@@ -191,12 +220,13 @@ def balance(grids, shape, config):
 
 def evidence_factors(grids, shape, config):
     """What `balance` multiplies each cell by: 1, or less where the cell speaks against the class; as grids."""
-    rows, columns = (
-        constant(coverage, (old, new, config.affinity_sigma), grids.device, grids.dtype)
-        for old, new in zip(grids.shape[-2:], shape)
+    axes = range(-len(shape), 0)
+    of_axes = (
+        constant(coverage, (grids.shape[axis], shape[axis], config.affinity_sigma), grids.device, grids.dtype)
+        for axis in axes
     )
-    weighted = grids * (rows[:, None] * columns)
-    evidence_for, evidence_against = (each.clamp_min(0).sum((-2, -1), True) for each in (weighted, -weighted))
+    weighted = grids * reduce(lambda first, last: first[..., None] * last, of_axes)
+    evidence_for, evidence_against = (each.clamp_min(0).sum(tuple(axes), True) for each in (weighted, -weighted))
     outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
     share = torch.where(outweighed, evidence_for / evidence_against, 1)
     return torch.where(grids < 0, share, 1)
@@ -215,9 +245,10 @@ def average_alike_cells(grids, guide, config):
     """
     if not config.averages:
         return grids
-    batch, target_shape, shape = len(grids), grids.shape[-2:], guide.shape[2:]
+    batch, shape = len(grids), tuple(guide.shape[2:])
+    target_shape = tuple(grids.shape[-len(shape) :])
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
-    values = resize(grids.to(dtype).flatten(0, -3), shape).view(batch, -1, math.prod(shape))
+    values = resize(grids.to(dtype).reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
     values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
     # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
@@ -239,7 +270,7 @@ def average_alike_cells(grids, guide, config):
             mass = sums[:, -1:]
             # 0 for a cell without features, which keeps its own value.
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
-    return values[:, :-1].reshape(*grids.shape[:-2], *shape)
+    return values[:, :-1].reshape(*grids.shape[: -len(shape)], *shape)
 
 
 def affinities(guide, target_shape, config, dtype, rows, columns):
@@ -249,23 +280,24 @@ def affinities(guide, target_shape, config, dtype, rows, columns):
         start, (B, n, m): of n cells from ``start`` on, with themselves and the m - n cells behind them that the window
         reaches. A block has at most ``columns`` of ``rows`` rows, whole rows unless it has only one.
     """
-    height, width = guide.shape[2:]
+    shape = tuple(guide.shape[2:])
+    height, width = as_rows_and_columns(shape)
     # No copy where the channels are the fastest axis: a product of matrices takes its factors either way.
     cells = guide.detach().to(dtype).flatten(2)
     # A third of the time of vector_norm, slow across rows. NaN or infinite features are no features.
     scale = (cells * cells).sum(1).rsqrt().nan_to_num_(0, 0, 0)
-    reach = window_reach(height, target_shape[0], config.affinity_sigma)
+    sigma = config.affinity_sigma
+    reach = rows_reach(shape, target_shape, sigma)
     window = None
     for left in range(0, width, columns):
-        if not math.isinf(config.affinity_sigma):
-            of_rows, of_columns = (
-                constant(window_matrix, (size, target, config.affinity_sigma), cells.device, dtype)
-                for size, target in zip((height, width), target_shape)
-            )
-            # Rows as far apart are as near: one window for all blocks.
-            window = of_rows[:rows, None, : rows + reach, None] * of_columns[None, left : left + columns, None, :]
-            window = window.reshape(-1, window.shape[2] * width)[:, left:]
         for top in range(0, height, rows):
+            # In a plane, rows as far apart are as near: one window for all blocks.
+            if not math.isinf(sigma) and (window is None or top == 0 or len(shape) > 2):
+                of_rows = constant(rows_window, (shape, target_shape, sigma), cells.device, dtype)
+                of_columns = constant(window_matrix, (width, target_shape[-1], sigma), cells.device, dtype)
+                window = of_rows[top : top + rows, None, top : top + rows + reach, None]
+                window = window * of_columns[None, left : left + columns, None, :]
+                window = window.reshape(-1, window.shape[2] * width)[:, left:]
             start, end = top * width + left, min(top + rows + reach, height) * width
             stop = (min(top + rows, height) - 1) * width + min(left + columns, width)
             affinity = cells[:, :, start:stop].transpose(1, 2) @ cells[:, :, start:end]
@@ -284,8 +316,8 @@ def likeness(cosine, config):
 
 def _block_of_cells(target_shape, shape, sigma, values):
     """Rows and columns of a block of `affinities`, and the most other cells that it is compared with."""
-    height, width = shape
-    reach = window_reach(height, target_shape[0], sigma)
+    height, width = as_rows_and_columns(shape)
+    reach = rows_reach(shape, target_shape, sigma)
     on_cpu = values.device.type == "cpu"
     limit = (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // values.element_size() // width
     # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways.
@@ -302,7 +334,8 @@ def class_map(activations, weights, output_size, config, guide=None):
     """The normalised maps of a batch: (B, H, W) in [0, 1]; (B, K, H, W) of weights (B, K, C)."""
     # As published, the positive part is resized; an averaged sum is resized with its sign.
     grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
-    grids, n_bytes = grid.flatten(0, -3), math.prod(output_size) * grid.element_size()
+    n_axes = len(output_size)
+    grids, n_bytes = grid.reshape(-1, *grid.shape[-n_axes:]), math.prod(output_size) * grid.element_size()
     at_once = max(1, MAP_BYTES_ON_CPU // n_bytes) if grid.device.type == "cpu" else len(grids)
     parts = (normalize(resize(part, output_size).relu_(), config) for part in grids.split(at_once))
     if len(grids) <= at_once:
@@ -311,7 +344,7 @@ def class_map(activations, weights, output_size, config, guide=None):
         maps = grids.new_empty(len(grids), *output_size)
         for of_maps, part in zip(maps.split(at_once), parts):
             of_maps.copy_(part)
-    return maps.view(*grid.shape[:-2], *output_size)
+    return maps.view(*grid.shape[:-n_axes], *output_size)
 
 
 def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
@@ -319,14 +352,16 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
 
     Args:
         activations: (B, C, h, w).
-        weights: (B, C); (B, C, h, w) for a weight of each cell's own; (B, K, C) for K sums, (B, K, h, w).
+        weights: (B, C); (B, C, h, w) for a weight of each cell's own, not of a series; (B, K, C) for K sums,
+            (B, K, h, w).
         skip_nan: leave out the terms that are NaN.
         config: with an average over alike cells in it, the sum is balanced (`balance`) and averaged.
         guide: (B, Cg, hg, wg), whose grid the average is on; None: the activations.
     """
     activations, weights = as_computed(activations), weights.detach()
-    if weights.ndim == 4 or skip_nan:
-        terms = activations * (weights if weights.ndim == 4 else weights[:, :, None, None])
+    of_cells = weights.ndim > 3
+    if of_cells or skip_nan:
+        terms = activations * (weights if of_cells else _per_cell(weights, activations))
         grid = terms.nansum(1) if skip_nan else terms.sum(1)
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)
@@ -359,8 +394,9 @@ def row_products(rows, matrix):
 
 
 def resize(grid, output_size):
-    """Bilinear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
-    return F.interpolate(grid[:, None], tuple(output_size), mode="bilinear", align_corners=False)[:, 0]
+    """Linear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
+    mode = ("linear", "bilinear", "trilinear")[grid.ndim - 2]
+    return F.interpolate(grid[:, None], tuple(output_size), mode=mode, align_corners=False)[:, 0]
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True):
@@ -377,13 +413,15 @@ def scale_as_grad_cam(images):
 
     Source: jacobgil/pytorch-grad-cam 1.5.7, ``scale_cam_image``.
     """
-    shifted = images - images.amin((1, 2), True)
-    return shifted / (GRAD_CAM_EPSILON + shifted.amax((1, 2), True))
+    axes = tuple(range(1, images.ndim))
+    shifted = images - images.amin(axes, True)
+    return shifted / (GRAD_CAM_EPSILON + shifted.amax(axes, True))
 
 
 def normalize(images, config):
     """Scale non-negative maps (B, H, W), in place, to [0, 1] each; zeros where one has no positive value."""
-    low, high = images.amin((1, 2), True), images.amax((1, 2), True)
+    axes = tuple(range(1, images.ndim))
+    low, high = images.amin(axes, True), images.amax(axes, True)
     flat = high - low <= FLAT_RANGE * high
     if config.normalize == "max":
         images /= torch.where(flat, torch.inf, high)

@@ -1,8 +1,11 @@
 """CF-CAM in Triton kernels: a dozen launches a batch from the gradients to the maps, and no host synchronisation.
 
-Function names are those of `reference`. The clustering works on float32 distances; see `cfcam_gpu.kernels`.
+Function names are those of `reference`. The clustering works on float32 distances; see `cfcam_gpu.kernels`. To
+everything up to the weighted sum a grid is its cells, in any number of axes; the average and the last resize of
+volumes and series are torch's.
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +17,7 @@ from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.constants import constant
-from cfcam_gpu.gaussian import pooling_weights
+from cfcam_gpu.gaussian import as_rows_and_columns, pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
 from cfcam_gpu.kernels.affinity_sum import affinity_sum
@@ -76,7 +79,7 @@ def refusal(activations):
     if activations.dtype not in launch.DTYPES:
         names = ", ".join(str(dtype) for dtype in launch.DTYPES)
         return ValueError(f'backend="triton" takes {names}, got {activations.dtype}; use backend="torch"')
-    n_channels, n_cells = activations.shape[1], activations.shape[2] * activations.shape[3]
+    n_channels, n_cells = activations.shape[1], math.prod(activations.shape[2:])
     for what, most, got in (
         ("channels", launch.MAX_CHANNELS, n_channels),
         ("grid cells", launch.MAX_GRID_CELLS, n_cells),
@@ -110,6 +113,9 @@ def _cf_cam(activations, gradients, output_size, config, engine, guide):
     cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
     cells = cells.unflatten(2, activations.shape[2:])
     # As published, the positive part is resized; an averaged sum is resized with its sign.
+    if activations.ndim != 4:
+        guide = activations if guide is None else guide
+        return torch_backend.class_map(cells, weights, output_size, config, guide), labels, weights, eps
     grid = class_grid(cells, weights, relu=not config.averages, config=config, guide=guide)
     maps = resize_normalize(grid.flatten(0, -3), output_size, FLAT_RANGE, config.normalize)
     return maps.unflatten(0, grid.shape[:-2]), labels, weights, eps
@@ -117,15 +123,16 @@ def _cf_cam(activations, gradients, output_size, config, engine, guide):
 
 def _cluster_and_weigh(activations, gradients, config, engine):
     """The activations float32 (B, C, h * w), neighbours in memory along C, and labels, weights and eps."""
-    if isinstance(gradients, torch_backend.PooledGradients) or gradients.ndim == 5:
+    if torch_backend.are_several(gradients, activations):
         pooled = (
             gradients if isinstance(gradients, torch_backend.PooledGradients) else pool_gradients(gradients, config)
         )
         plain, filtered = (each.contiguous() for each in pooled)
-        transposed, squared_norm, _, _ = channel_statistics(activations)
+        transposed, squared_norm, _, _ = channel_statistics(_as_planes(activations))
     else:
-        pooling = _pooling(gradients, config)
-        transposed, squared_norm, plain, filtered = channel_statistics(activations, gradients.detach(), pooling)
+        pooling = _pooling(gradients.shape[2:], gradients.device, config)
+        planes = _as_planes(activations), _as_planes(gradients.detach())
+        transposed, squared_norm, plain, filtered = channel_statistics(*planes, pooling)
     labels, eps = _cluster(transposed, squared_norm, config, engine)
     weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
     return transposed.transpose(1, 2), labels, weights, eps
@@ -133,13 +140,19 @@ def _cluster_and_weigh(activations, gradients, config, engine):
 
 def pool_gradients(gradients, config):
     """The `PooledGradients`, float32 (B, K, C), of gradients (B, K, C, h, w)."""
-    pooled = kernels_pool_gradients(gradients.detach(), _pooling(gradients, config))
+    pooling = _pooling(gradients.shape[3:], gradients.device, config)
+    pooled = kernels_pool_gradients(_as_planes(gradients.detach(), first=3), pooling)
     return torch_backend.PooledGradients(*pooled)
 
 
-def _pooling(gradients, config):
-    arguments = (*gradients.shape[-2:], config.sigma, config.boundary)
-    return constant(pooling_weights, arguments, gradients.device, torch.float32).flatten()
+def _pooling(shape, device, config):
+    arguments = (tuple(shape), config.sigmas(len(shape)), config.boundary)
+    return constant(pooling_weights, arguments, device, torch.float32).flatten()
+
+
+def _as_planes(grids, first=2):
+    """Grids, from axis ``first`` on, as planes of rows and columns; a view where the strides allow it."""
+    return grids.reshape(*grids.shape[:first], *as_rows_and_columns(grids.shape[first:]))
 
 
 def _without_cells(*arguments):
@@ -153,12 +166,16 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
     if weights.ndim == 3:
         grid = class_sums(cells, weights.float().contiguous(), relu and not averages)
     else:
-        weights = weights.flatten(2) if weights.ndim == 4 else weights[:, :, None].expand(-1, -1, cells.shape[2])
+        weights = weights.flatten(2) if weights.ndim > 3 else weights[:, :, None].expand(-1, -1, cells.shape[2])
         grid = weighted_sum(cells, weights, relu and not averages, skip_nan)
     grid = grid.unflatten(-1, activations.shape[2:])
     if not averages:
         return grid
     guide = (activations if guide is None else guide).detach()
+    if activations.ndim != 4:
+        grid = torch_backend.balance(grid, guide.shape[2:], config)
+        grid = torch_backend.average_alike_cells(grid, guide, config)
+        return grid.relu_() if relu else grid
     if guide.dtype not in launch.DTYPES:
         guide = guide.float()
     return affinity_sum(grid, guide, config.affinity_power, config.affinity_sigma, config.affinity_steps, relu)
@@ -171,7 +188,7 @@ def grad_cam_maps(grids, output_size, scale_mean=True):
 
 
 def _cluster_channels(activations, config, engine):
-    transposed, squared_norm, _, _ = channel_statistics(activations)
+    transposed, squared_norm, _, _ = channel_statistics(_as_planes(activations))
     return _cluster(transposed, squared_norm, config, engine)
 
 

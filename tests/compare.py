@@ -30,7 +30,8 @@ def stretch_of_map(activations, weights, output_size, config, guide=None):
     1 for the usual map, whose terms (C, h, w) add up to at most a hundred times its range. In one of some thousands
     of random problems they nearly cancel, and what is stretched to the range from 0 to 1 is mostly rounding.
     """
-    terms = torch.as_tensor(weights).double()[:, None, None] * activations.double()
+    of_channels = torch.as_tensor(weights).double().view(-1, *[1] * (activations.ndim - 1))
+    terms = of_channels * activations.double()
     features = activations if guide is None else guide
     total = torch.from_numpy(averaged(terms.sum(0)[None], features[None], config))
     grid = torch_backend.resize(total.relu(), output_size)

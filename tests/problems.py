@@ -43,8 +43,9 @@ def random_config(rng, **choices):
 
 
 def activations_like(shape, dead=0.1, dtype=torch.float32):
-    """Post-ReLU activations (B, C, h, w) with channel scales spread out and a share of dead channels."""
-    scale = torch.rand(*shape[:2], 1, 1) * (torch.rand(*shape[:2], 1, 1) > dead)
+    """Post-ReLU activations (B, C, h, w), or of other axes, with channel scales spread out and a share of dead channels."""
+    of_channels = (*shape[:2], *[1] * (len(shape) - 2))
+    scale = torch.rand(of_channels) * (torch.rand(of_channels) > dead)
     return (torch.randn(shape).relu() * scale).to(dtype)
 
 

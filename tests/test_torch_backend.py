@@ -275,12 +275,12 @@ def test_filter_equals_scipy(boundary, shape, sigma, rng):
     rows, columns = (filter_matrix(size, sigma, boundary) for size in shape)
     assert_close(rows @ grid @ columns.T, expected, torch.float64)
     # The mean of the filtered grid is one dot product.
-    pooled = (grid * pooling_weights(*shape, sigma, boundary)).sum()
+    pooled = (grid * pooling_weights(shape, (sigma, sigma), boundary)).sum()
     assert pooled == pytest.approx(expected.mean(), abs=1e-13)
 
 
 def test_reflect_changes_no_pooled_weight():
-    np.testing.assert_allclose(pooling_weights(7, 5, 1.3, "reflect"), 1 / 35)
+    np.testing.assert_allclose(pooling_weights((7, 5), (1.3, 1.3), "reflect"), 1 / 35)
 
 
 def test_filtered_gradients_equal_the_reference(seed):

@@ -1,0 +1,128 @@
+"""Volumes (B, C, d, h, w) and series (B, C, t): the same pipeline on grids of three axes and of one."""
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_close, stretch_of_map
+from device import DEVICE
+from problems import activations_like
+
+from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, pipeline, reference, torch_backend
+from cfcam_gpu.gaussian import filter_matrices, pooling_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seed")
+
+GRIDS = {
+    "volume": ((3, 4, 5), (6, 8, 10), (9, 17, 20)),
+    "of prime sides": ((2, 3, 5), (5, 7, 11), (7, 13, 17)),
+    "one slice": ((1, 4, 4), (2, 8, 8), (1, 16, 16)),
+    "anisotropic": ((2, 7, 6), (2, 14, 12), (16, 56, 48)),
+    "one cell": ((1, 1, 1), None, (4, 4, 4)),
+    "series": ((9,), (20,), (64,)),
+}
+"""The target layer's grid, the guide's, and the size of the maps."""
+
+
+def needs(backend):
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    elif backend == "reference" and pipeline.unavailable(backend):
+        pytest.skip(f"the reference cannot run: {pipeline.unavailable(backend)}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("config", [CFCAMConfig(), CFCAMConfig.paper()], ids=["default", "paper"])
+def test_against_the_reference(backend, grids, config):
+    needs(backend), needs("reference")
+    shape, of_guide, size = grids
+    activations = activations_like((2, 40, *shape), dead=0.3).to(DEVICE)
+    gradients = torch.randn(2, 40, *shape, device=DEVICE) * 1e-3
+    guide = None if of_guide is None else activations_like((2, 12, *of_guide)).to(DEVICE)
+    result = cf_cam(activations, gradients, size, config, backend, guide=guide)
+    expected = cf_cam(activations, gradients, size, config, "reference", guide=guide)
+    assert result.maps.shape == (2, *size) and torch.equal(result.labels, expected.labels)
+    assert_close(result.weights, expected.weights)
+    for image in range(2):
+        features = None if guide is None else guide[image]
+        stretch = stretch_of_map(activations[image], expected.weights[image], size, config, features)
+        assert_close(result.maps[image], expected.maps[image], stretch=stretch)
+
+
+@pytest.mark.parametrize("grids", [GRIDS["volume"], GRIDS["series"]], ids=["volume", "series"])
+def test_several_classes_in_one_pass(grids):
+    shape, of_guide, size = grids
+    activations, gradients = activations_like((2, 30, *shape)), torch.randn(2, 3, 30, *shape)
+    guide = activations_like((2, 8, *of_guide))
+    result = cf_cam(activations, gradients, size, guide=guide)
+    assert result.maps.shape == (2, 3, *size) and result.weights.shape == (2, 3, 30)
+    for k in range(3):
+        one = cf_cam(activations, gradients[:, k], size, guide=guide)
+        assert torch.equal(result.weights[:, k], one.weights)
+        torch.testing.assert_close(result.maps[:, k], one.maps, rtol=0, atol=2e-6)
+
+
+def test_a_slice_is_an_image():
+    activations, gradients = activations_like((2, 30, 5, 6)), torch.randn(2, 30, 5, 6)
+    guide = activations_like((2, 8, 10, 12))
+    config = CFCAMConfig(boundary="reflect")  # zeros outside would be seen in front of the slice and behind it
+    plane = cf_cam(activations, gradients, (20, 24), config, guide=guide)
+    volume = cf_cam(activations[:, :, None], gradients[:, :, None], (1, 20, 24), config, guide=guide[:, :, None])
+    assert torch.equal(plane.labels, volume.labels)
+    torch.testing.assert_close(volume.maps[:, 0], plane.maps, rtol=0, atol=2e-6)
+
+
+def test_labels_are_scikit_learns():
+    cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed (extra: reference)")
+    activations = activations_like((1, 60, 3, 4, 5))
+    config = CFCAMConfig(dominant_percentile=100.0)
+    labels, eps = cluster_channels(activations, config)
+    rows = activations[0].flatten(1).double().numpy()
+    found = cluster.DBSCAN(eps=float(eps[0]), min_samples=config.min_samples(60)).fit(rows).labels_
+    np.testing.assert_array_equal(labels[0], found)
+
+
+@pytest.mark.parametrize("boundary", ["constant", "reflect", "nearest"])
+@pytest.mark.parametrize("shape, sigmas", [((3, 4, 5), (0.7, 1.5, 1.0)), ((1, 2, 9), (2.0, 2.0, 2.0)), ((8,), (1.3,))])
+def test_the_gaussian_is_scipys(shape, sigmas, boundary, rng):
+    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed (extra: reference)")
+    grid = rng.standard_normal(shape)
+    expected = ndimage.gaussian_filter(grid, sigmas, mode=boundary, truncate=4.0)
+    rows, columns = filter_matrices(shape, sigmas, boundary)
+    filtered = rows @ grid.reshape(-1, shape[-1]) @ columns.T
+    np.testing.assert_allclose(filtered.reshape(shape), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose((grid * pooling_weights(shape, sigmas, boundary)).sum(), expected.mean(), atol=1e-12)
+
+
+def test_the_resize_is_torchs(rng):
+    for shape, size in (((3, 4, 5), (7, 9, 5)), ((5,), (12,))):
+        grid = torch.from_numpy(rng.standard_normal((2, *shape)))
+        expected = [reference.resize(of_image.numpy(), size) for of_image in grid]
+        np.testing.assert_allclose(torch_backend.resize(grid, size), expected, rtol=0, atol=1e-12)
+
+
+VOLUME = torch.rand(2, 8, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        ((VOLUME, VOLUME, (8, 8)), {}, TypeError, r"output_size must be \(D, H, W\), got \(8, 8\)"),
+        ((VOLUME, VOLUME[:, :, 0]), {}, ValueError, r"gradients must match activations \(2, 8, 2, 3, 4\)"),
+        ((VOLUME[:, :, :0], VOLUME[:, :, :0]), {}, ValueError, r"must not be empty, got \(2, 8, 0, 3, 4\)"),
+        ((VOLUME[None], VOLUME[None]), {}, ValueError, r"activations must have shape \(B, C, h, w\), of volumes"),
+        ((VOLUME, VOLUME), {"config": CFCAMConfig(sigma=(1.0, 2.0))}, ValueError, "one for each of 3 axes, got 2"),
+        ((VOLUME, VOLUME), {"guide": VOLUME[:, :, 0]}, ValueError, "guide must have a grid of as many axes"),
+        ((VOLUME, VOLUME), {"guide": VOLUME[:, :, :1]}, ValueError, r"at least the activations' \(2, 3, 4\)"),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        cf_cam(*arguments, **options)
+
+
+def test_bad_sigmas():
+    assert CFCAMConfig(sigma=[1, 2.0]).sigma == (1, 2.0)
+    for sigma, error in (((1.0, 0.0), ValueError), ((1.0, "2"), TypeError), ((1.0, float("nan")), ValueError)):
+        with pytest.raises(error, match="sigma must be"):
+            CFCAMConfig(sigma=sigma)

@@ -5,6 +5,7 @@ more than a pass without autograd: of the tensors that autograd saves, only the 
 score to the last layers needs no others.
 """
 
+import math
 import re
 import weakref
 from collections import deque
@@ -69,11 +70,12 @@ class Ran(NamedTuple):
 
 
 class TokensToMap:
-    """Reshape transform of a transformer: (B, N, D) tokens -> (B, D, h, w), without those that are no patches.
+    """Reshape transform of a transformer: (B, N, D) tokens -> (B, D, h, w), without those that are no patches; of
+    volumes (B, D, d, h, w).
 
     Args:
         n_prefix: tokens before the patches: class, distillation, register or prompt tokens.
-        grid: (h, w) of the patches, row by row.
+        grid: (h, w) of the patches, row by row, or (d, h, w), slice by slice.
         n_suffix: tokens behind the patches.
         order: the token of every cell, row by row, where they are not in a row of their own; ``n_prefix`` and
             ``n_suffix`` then only say how many others there are.
@@ -89,7 +91,7 @@ class TokensToMap:
     def __init__(self, n_prefix, grid, n_suffix=0, order=None, sequence_first=False):
         self.n_prefix, self.grid, self.n_suffix = n_prefix, tuple(grid), n_suffix
         self.order, self.sequence_first = order, sequence_first
-        self.n_tokens = n_prefix + self.grid[0] * self.grid[1] + n_suffix
+        self.n_tokens = n_prefix + math.prod(self.grid) + n_suffix
 
     def __call__(self, tokens):
         if self.sequence_first:
@@ -113,14 +115,22 @@ class TokensToMap:
 
 
 def fits(grid: Sequence[int], image_size: Sequence[int]) -> bool:
-    """Whether (h, w) may be a map of an (H, W) image: of its aspect ratio but for rounding, and more than one cell."""
-    (h, w), (height, width) = grid, image_size
-    return h * w > 1 and h <= height and w <= width and abs(h - w * height / width) <= max(1, height / width)
+    """Whether (h, w) may be a map of an (H, W) image: of its aspect ratio but for rounding, and more than one cell.
+
+    Of a volume (D, H, W), whose frames or slices may be strided otherwise, also (d, h, w).
+    """
+    if len(grid) > len(image_size):
+        return False
+    *depth, h, w = grid
+    *of_image, height, width = image_size[-len(grid) :]
+    if any(cells > size for cells, size in zip((*depth, h, w), (*of_image, height, width))):
+        return False
+    return math.prod(grid) > 1 and abs(h - w * height / width) <= max(1, height / width)
 
 
 def channels_last_to_map(features: torch.Tensor) -> torch.Tensor:
-    """Reshape transform of a channels-last layer: (B, h, w, C) -> (B, C, h, w)."""
-    return features.permute(0, 3, 1, 2)
+    """Reshape transform of a channels-last layer: (B, h, w, C) -> (B, C, h, w), also of (B, d, h, w, C)."""
+    return features.movedim(-1, 1)
 
 
 class DryRun:
@@ -129,7 +139,7 @@ class DryRun:
     Attributes:
         ran: the layers that ran and returned a floating-point tensor, by name, in the order in which they finished.
         scores: (B, n_classes), with a graph.
-        image_size: (H, W).
+        image_size: (H, W), or (D, H, W) of inputs with five axes.
         batch: B.
         widths: of the tokens, (B, N, D), that were seen: {N: {D, ...}}.
         adapters: the modules that wrap a layer and add a low-rank piece to it, each with that layer.
@@ -174,7 +184,7 @@ class DryRun:
                 stack.callback(module.register_forward_pre_hook(call.only(self._before), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(call.only(self._after(name))).remove)
             arguments, named, image = self._inputs(model, example_input)
-            self.image_size, self.batch = tuple(image.shape[-2:]), len(image)
+            self.image_size, self.batch = tuple(image.shape[2:] if image.ndim == 5 else image.shape[-2:]), len(image)
             del image
             stack.enter_context(call)
             self.scores = find_logits(model(*arguments, **named), self.batch)
@@ -317,8 +327,8 @@ class DryRun:
         """A map, of which tokens may be made."""
         if any(edge == known for known, _ in self._sources):
             return
-        if tensor.ndim == 4 and len(tensor) == self.batch:
-            if any(fits(grid, self.image_size) for grid in (tensor.shape[2:], tensor.shape[1:3])):
+        if tensor.ndim in (4, 5) and len(tensor) == self.batch:
+            if any(fits(grid, self.image_size) for grid in (tensor.shape[2:], tensor.shape[1:-1])):
                 self._sources.append((edge, None))
         self._sources.extend((edge, reading) for reading in readings.values() if reading is not None)
 
@@ -463,7 +473,7 @@ def _operator(node):
 
 
 def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):
-    """(h, w) int64: the number of the token that each cell of the map at ``edge`` went into; None if not one token.
+    """(h, w) or (d, h, w) int64: which token each cell of the map at ``edge`` went into; None if not one token.
 
     A gradient is asked back from the tokens to the map, once for every bit of their numbers: from the tokens with that
     bit set. Where each token is made of cells of its own, with whatever weights, a cell has all of the gradient or
@@ -483,7 +493,7 @@ def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):
         return gradient[0].to(torch.promote_types(gradient.dtype, torch.float32))
 
     whole = backward(torch.ones_like(numbers))
-    if whole is None or whole.ndim != 3 or whole.shape[1] * whole.shape[2] < 2:
+    if whole is None or whole.ndim not in (3, 4) or whole[0].numel() < 2:
         return None
     size, found = whole.abs().sum(0), torch.zeros(whole.shape[1:], dtype=torch.int64, device=tensor.device)
     if not bool((size > 0).all()):
@@ -498,16 +508,18 @@ def _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map):
 
 
 def _one_cell_a_token(tokens):
-    """(h, w) with every token once, of a map of which neighbours went into a token together; None if they did not."""
+    """The grid with every token once, of a map of which neighbours went into a token together; None if they did not."""
     if tokens is None:
         return None
-    (height, width), sides = tokens.shape, []
-    for line in (tokens[:, 0], tokens[0]):
+    cells = tokens
+    for axis, size in enumerate(tokens.shape):
+        line = tokens[tuple(slice(None) if each == axis else 0 for each in range(tokens.ndim))]
         changes = (line != line[0]).nonzero()
-        sides.append(int(changes[0]) if len(changes) else len(line))
-    if height % sides[0] or width % sides[1]:
-        return None
-    blocks = tokens.unflatten(1, (-1, sides[1])).unflatten(0, (-1, sides[0]))  # (h, rows, w, columns)
-    cells = blocks[:, 0, :, 0]
-    is_whole = bool((blocks == cells[:, None, :, None]).all()) and len(cells.unique()) == cells.numel() > 1
-    return cells if is_whole else None
+        side = int(changes[0]) if len(changes) else size
+        if size % side:
+            return None
+        blocks = cells.unflatten(axis, (-1, side))
+        cells = blocks.select(axis + 1, 0)
+        if not bool((blocks == cells.unsqueeze(axis + 1)).all()):
+            return None
+    return cells if len(cells.unique()) == cells.numel() > 1 else None

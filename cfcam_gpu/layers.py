@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from math import isqrt
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +55,9 @@ class TargetLayer(NamedTuple):
     name: str
     module: nn.Module
     reshape_transform: Callable | None
-    """What makes a map (B, C, h, w) of its output; None where it is one."""
+    """What makes a map (B, C, h, w), or of volumes (B, C, d, h, w), of its output; None where it is one."""
     shape: tuple
-    """(C, h, w) of the map."""
+    """(C, h, w) of the map, or (C, d, h, w)."""
     n_classes: int
     notice: str | None = None
     """What about the choice is a guess; None where nothing is."""
@@ -69,8 +69,8 @@ class CandidateLayer(NamedTuple):
     name: str
     type: str
     """The name of its class."""
-    grid: tuple[int, int] | None
-    """(h, w) of its map; None where its output is none."""
+    grid: tuple[int, ...] | None
+    """(h, w) of its map, or (d, h, w); None where its output is none."""
     channels: int | None
     """C of its map."""
     chosen: bool
@@ -92,7 +92,8 @@ def find_target_layer(
 def inspect_target_layer(model: nn.Module, example_input: Any, name: str | None = None) -> TargetLayer:
     """The last layer that keeps a map of the image, found by one forward pass and the end of a backward.
 
-    A candidate's output, or the first tensor of it, is (B, C, h, w), (B, h, w, C), (B, N, D) or (N, B, D). It was
+    A candidate's output, or the first tensor of it, is (B, C, h, w), (B, h, w, C), (B, N, D) or (N, B, D); of a volume
+    or video, an input with five axes, (B, C, d, h, w), (B, d, h, w, C) or tokens. It was
     computed from the images: of two towers, the text's is none. Its grid has the image's aspect ratio and more than one
     cell, and the gradient of the top score there is not zero, in more than one channel and outside the tokens that are
     no patches. So a ViT that reads only the class token is explained at its last block's first norm, behind which the
@@ -136,7 +137,7 @@ def inspect_target_layer(model: nn.Module, example_input: Any, name: str | None 
 def candidate_layers(model: nn.Module, example_input: Any, name: str | None = None) -> list[CandidateLayer]:
     """What `inspect_target_layer` had to choose from: the layers that ran, in the order in which they finished.
 
-    Those that returned neither three nor four axes are left out. Args, Raises: as there.
+    Those that returned neither three nor four nor five axes are left out. Args, Raises: as there.
 
     >>> [layer.name for layer in candidate_layers(resnet50, torch.rand(1, 3, 224, 224)) if layer.chosen]
     ['layer4']
@@ -202,15 +203,15 @@ class _Layout(NamedTuple):
 def _layout_in(run: DryRun, ran: Ran) -> _Layout:
     """The layout of what a layer returned, in view of what else was seen in the pass."""
     shape = ran.shape
-    if len(shape) == 4 and shape[0] == run.batch:
-        if _is_of_heads(run, shape):
+    if len(shape) in (4, 5) and shape[0] == run.batch:
+        if len(shape) == 4 and _is_of_heads(run, shape):
             return _Layout(None, reason="has a row of tokens for every attention head")
-        first, last = fits(shape[2:], run.image_size), fits(shape[1:3], run.image_size)
+        first, last = fits(shape[2:], run.image_size), fits(shape[1:-1], run.image_size)
         notice = f"{shape} may be read with its channels first or last; taken as first" if first and last else None
         if first:
             return _Layout(shape[1:], None, notice)
         if last:
-            return _Layout((shape[3], *shape[1:3]), channels_last_to_map)
+            return _Layout((shape[-1], *shape[1:-1]), channels_last_to_map)
     if len(shape) == 3:
         for n_tokens, sequence_first in ((shape[1], False), (shape[0], True)):
             if shape[1 if sequence_first else 0] != run.batch:
@@ -254,20 +255,22 @@ def _guess(run, n_tokens, sequence_first):
     """A grid for tokens that could not be read, or None."""
     maps, tokens = set(), set()
     for each in run.ran.values():
-        if len(each.shape) == 4 and each.sees_image and each.shape[0] == run.batch:
-            grids = [] if _is_of_heads(run, each.shape) else [each.shape[2:], each.shape[1:3]]
+        if len(each.shape) == 2 + len(run.image_size) and each.sees_image and each.shape[0] == run.batch:
+            heads = len(each.shape) == 4 and _is_of_heads(run, each.shape)
+            grids = [] if heads else [each.shape[2:], each.shape[1:-1]]
             maps.update([grid for grid in grids if fits(grid, run.image_size)][:1])
         tokens.update((reading.grid, reading.order) for reading in each.readings.values() if reading is not None)
     if any(order is not None for _, order in tokens):  # no rows to go by
         return None
-    choices = {n_tokens - h * w: (h, w) for h, w in maps}
-    if not maps and run.image_size[0] == run.image_size[1]:
+    choices = {n_tokens - prod(grid): tuple(grid) for grid in maps}
+    if not maps and len(run.image_size) == 2 and run.image_size[0] == run.image_size[1]:
         choices[n_tokens - isqrt(n_tokens) ** 2] = isqrt(n_tokens), isqrt(n_tokens)
-    for h, w in maps | {grid for grid, _ in tokens}:
-        for times in HALVED:
+    for *depth, h, w in maps | {grid for grid, _ in tokens}:
+        for times in HALVED:  # the frames of a video are often not
             half = -(-h // times), -(-w // times)
-            if half[0] * half[1] == n_tokens:
-                choices.setdefault(0, half)
+            for first in dict.fromkeys((tuple(depth), tuple(-(-size // times) for size in depth))):
+                if prod((*first, *half)) == n_tokens:
+                    choices.setdefault(0, (*first, *half))
     n_prefix = min((each for each in choices if 0 <= each <= MAX_PREFIX_TOKENS), default=None)
     if n_prefix is None or not fits(choices[n_prefix], run.image_size):
         return None
@@ -319,14 +322,14 @@ def _matters(gradient):
 
 
 def _candidates(run, layouts, ranked, zero, chosen):
-    """A `CandidateLayer` for every layer with three or four axes."""
+    """A `CandidateLayer` for every layer with three to five axes."""
     edges, found = {}, []
     for each in ranked:
         edges.setdefault((each.edge.node, each.edge.output_nr), each.name)
     for each in run.ran.values():
         layout = layouts[each.name]
         outermost = edges.get((each.edge.node, each.edge.output_nr)) if each.edge is not None else None
-        if len(each.shape) not in (3, 4):
+        if len(each.shape) not in (3, 4, 5):
             continue
         if each.name == chosen:
             reason = "the last layer that keeps a map of the image"

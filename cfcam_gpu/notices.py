@@ -43,7 +43,7 @@ class Notices:
 
     def of_one_cell(self, layers: list[tuple[torch.Tensor, Any, Any]], stacklevel: int) -> bool:
         """That a target layer's grid has one cell; whether that is so. Args: as for `of_zero_maps`."""
-        found = any(activations.shape[-2:].numel() == 1 for activations, *_ in layers)
+        found = any(activations.shape[2:].numel() == 1 for activations, *_ in layers)
         if found and "cell" not in self._told:
             message = "a target layer has no spatial grid, one cell alone: its map is flat; take an earlier layer"
             self._warn("cell", message, stacklevel)
@@ -56,17 +56,17 @@ class Notices:
         largest values are copied while it works, and `poll` says it in a later call.
 
         Args:
-            maps: (B, H, W) or (B, K, H, W), values of at least 0.
+            maps: (B, H, W) or (B, K, H, W), or of other axes, values of at least 0.
             layers: per target layer (activations, gradients, guide), from which the reason is found on a CPU.
         """
         if "zero" in self._told or maps.device.type == "meta":
             return
+        peaks = maps.flatten(2 - layers[0][0].ndim).amax(-1)
         if maps.device.type == "cpu":
-            zero = maps.amax((-2, -1)) <= 0
+            zero = peaks <= 0
             if zero.any():
                 self._of_zero(zero, layers, stacklevel + 1)
         elif maps.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            peaks = maps.amax((-2, -1))
             host = torch.empty(peaks.shape, dtype=peaks.dtype, pin_memory=True)
             host.copy_(peaks, non_blocking=True)
             copied = torch.cuda.Event()
@@ -157,7 +157,8 @@ def _reason_of_layer(activations, gradients, image, target):
         return SILENT
     if not any(part.any() for part in parts):
         return UNUSED
-    if (activations.amax((-2, -1)) - activations.amin((-2, -1))).amax() <= ALIKE_CELLS * largest:
+    cells = activations.flatten(1)
+    if (cells.amax(1) - cells.amin(1)).amax() <= ALIKE_CELLS * largest:
         return ALIKE
     return AGAINST
 

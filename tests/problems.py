@@ -43,7 +43,7 @@ def random_config(rng, **choices):
 
 
 def activations_like(shape, dead=0.1, dtype=torch.float32):
-    """Post-ReLU activations (B, C, h, w), or of other axes, with channel scales spread out and a share of dead channels."""
+    """Post-ReLU activations (B, C, h, w), or of other axes, channel scales spread out and a share of channels dead."""
     of_channels = (*shape[:2], *[1] * (len(shape) - 2))
     scale = torch.rand(of_channels) * (torch.rand(of_channels) > dead)
     return (torch.randn(shape).relu() * scale).to(dtype)

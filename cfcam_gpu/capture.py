@@ -53,6 +53,7 @@ class Capture:
             ``pool`` has made of them.
         classes: the class indices that are explained, int64 (B,) or (B, K); None where the targets are callables.
         guides: per target layer the guide (B, Cg, hg, wg), detached; None where the layer has no other than itself.
+        order: the layers' indices in the order in which they ran.
     """
 
     outputs: Any
@@ -60,6 +61,7 @@ class Capture:
     gradients: tuple[Any, ...]
     guides: tuple[torch.Tensor | None, ...]
     classes: torch.Tensor | None
+    order: tuple[int, ...]
 
 
 class HeadCapture:
@@ -89,6 +91,8 @@ class HeadCapture:
             (`margin_cotangent`).
         chosen_side: of a model with a single logit (B, 1), and without targets, explain the side that was chosen: the
             logit where it is 0 or more, minus the logit where it is below. Default: the logit.
+        any_rows: take activations with any number of rows, as of a model that runs two views of each image at once.
+            Default: one row for each image.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module`` or is scripted or traced; ``target_layers`` is no list of modules;
@@ -114,6 +118,7 @@ class HeadCapture:
         guided: bool = True,
         margin_temperature: float = 0.0,
         chosen_side: bool = False,
+        any_rows: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
@@ -138,6 +143,7 @@ class HeadCapture:
         self.reshape_transform = reshape_transform
         self.margin_temperature = margin_temperature
         self.chosen_side = chosen_side
+        self.any_rows = any_rows
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
         self._guides = guides if guided else None
@@ -256,7 +262,7 @@ class HeadCapture:
         shape = tuple(activations.shape)
         if len(shape) != 4:
             raise ValueError(f"{name} must return (B, C, h, w), got {shape}{hint}")
-        if shape[0] != batch:
+        if shape[0] != batch and not self.any_rows:
             raise ValueError(f"{name} must return one row per image, ({batch}, C, h, w), got {shape}{hint}")
         if not shape[2] * shape[3]:
             raise ValueError(f"{name} must return a grid with at least one cell, got {shape}")
@@ -366,7 +372,9 @@ class _Pass:
             else:
                 gradients = of._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
         outputs = map_tensors(torch.Tensor.detach, outputs)
-        return Capture(outputs, activations, gradients, guides, found.classes)
+        ran = list(self._taps)
+        order = tuple(sorted(range(len(taps)), key=lambda index: ran.index(of.target_layers[index])))
+        return Capture(outputs, activations, gradients, guides, found.classes, order)
 
     def _backward(self, roots):
         roots = [root for root in roots if root.requires_grad and root.device.type != "cpu"]

@@ -333,6 +333,8 @@ class _Recording(_Observation, TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        if function.namespace == "profiler":  # which DataParallel calls, and changes nothing
+            return result
         leaves, spec = tree_flatten((args, kwargs))
         self.is_random = self.is_random or _is_random(function, leaves)
         if self.leaf is None:

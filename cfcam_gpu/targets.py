@@ -1,6 +1,7 @@
 """What is explained: targets as callers give them, and the scores that are differentiated."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,8 +21,18 @@ class."""
 # Targets as callers give them.
 
 
+@dataclass(frozen=True)
+class OwnRule:
+    """In the place of targets, a caller's own rule for what is explained.
+
+    ``scores(outputs)`` gives one-element tensors, of which the sum is differentiated; numbers among them are constants.
+    """
+
+    scores: Callable[[Any], Sequence[torch.Tensor | float]]
+
+
 def check_targets(targets, batch, several=False):
-    """``targets`` as None, int64 indices (B,) on whatever device, or a tuple of B callables.
+    """``targets`` as None, int64 indices (B,) on whatever device, a tuple of B callables, or the `OwnRule` it is.
 
     Args:
         targets: as for a call of `HeadCapture`.
@@ -31,8 +42,8 @@ def check_targets(targets, batch, several=False):
     Raises:
         TypeError, ValueError: they are of another kind, or not B, or not the same number for each image.
     """
-    if targets is None:
-        return None
+    if targets is None or isinstance(targets, OwnRule):
+        return targets
     expected = f"({batch},) or ({batch}, K)" if several else f"({batch},)"
     if isinstance(targets, np.ndarray) and targets.ndim > 1:
         if targets.dtype.kind not in "iu":
@@ -137,11 +148,18 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
         top: the number of classes of highest score to explain, where ``targets`` are None.
         chosen_side: of a single logit and no targets, the side that was chosen, as for `HeadCapture`.
     """
+    if isinstance(targets, OwnRule):
+        found = [
+            _one_score(f"targets[{index}]", score)
+            for index, score in enumerate(targets.scores(outputs))
+            if isinstance(score, torch.Tensor)
+        ]
+        return Scores(found, None, None)
     if isinstance(targets, tuple):
         images = (image_part(outputs, i, batch) for i in range(batch))
         if not isinstance(targets[0], tuple):
             found = (
-                _one_score(f"targets[{i}]", target, image) for i, (target, image) in enumerate(zip(targets, images))
+                _one_score(f"targets[{i}]", target(image)) for i, (target, image) in enumerate(zip(targets, images))
             )
             return Scores(list(found), None, None)
         rows = [
@@ -212,8 +230,7 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
 
 
-def _one_score(name, target, output):
-    score = target(output)
+def _one_score(name, score):
     if not isinstance(score, torch.Tensor):
         raise TypeError(f"{name} must return a one-element tensor, got {_type(score)}")
     if score.numel() != 1:
@@ -222,7 +239,7 @@ def _one_score(name, target, output):
 
 
 def _differentiable(name, target, output):
-    score = _one_score(name, target, output)
+    score = _one_score(name, target(output))
     if not score.requires_grad:
         raise ValueError(
             f"{name} must return a score that a gradient flows back from, got one without (detach, argmax?)"

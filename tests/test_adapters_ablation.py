@@ -57,6 +57,13 @@ def test_grids(resnet18, images, options):
     assert n_run == n_passes * len(images) + len(images) + 1
 
 
+def test_data_parallel(resnet18, images):
+    """Its forward calls the profiler, which leaves the numbers alone."""
+    targets = [ClassifierOutputTarget(5), Softmaxed()]
+    n_run = compare(nn.DataParallel(resnet18), [resnet18.layer4[1].conv1], images, targets, batch_size=64)
+    assert n_run == 2 * len(images) + len(images) + 1
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.Sigmoid(), nn.ReLU()])
 def test_smallest_values_of_any_sign(activation):
     model = nn.Sequential(nn.Conv2d(3, 9, 3), activation, nn.Conv2d(9, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))

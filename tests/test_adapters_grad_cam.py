@@ -729,6 +729,179 @@ def test_other_targets_and_outputs(small, images):
     assert cam.outputs["logits"].shape == (2, 5)
 
 
+# What the library takes, is taken, and paired as there.
+
+
+class Then(nn.Module):
+    """A network, and something done with what it returns."""
+
+    def __init__(self, model, then):
+        super().__init__()
+        self.model, self.then = model, then
+
+    def forward(self, x):
+        return self.then(self.model(x))
+
+
+def both(method, model, layers, transform=None):
+    """The original's object, and ours: made directly, and from another of the original's."""
+    slow = getattr(original, method)(model, layers, transform)
+    fast = getattr(adapter, method)(model, layers, transform)
+    return slow, (fast, accelerate(getattr(original, method)(model, layers, transform)))
+
+
+AS_TARGETS = {
+    "a generator": lambda targets: (target for target in targets),
+    "an array": lambda targets: np.array(targets, dtype=object),
+    "a view": lambda targets: dict(enumerate(targets)).values(),
+    "modules": lambda targets: nn.ModuleList([Then(nn.Identity(), target) for target in targets]),
+    "more than there are images": lambda targets: [*targets, *categories(0, 0)],
+}
+
+
+@pytest.mark.parametrize("name", AS_TARGETS)
+def test_targets_in_other_containers(small, images, name):
+    slow, ours = both("GradCAM", small.double(), [small[2]])
+    expected = slow(images.double(), AS_TARGETS[name](categories(1, 2)))
+    for cam in ours:
+        assert_same(cam(images.double(), AS_TARGETS[name](categories(1, 2))), expected)
+    assert adapter.CFCAM(small, [small[2]])(images.double(), AS_TARGETS[name](categories(1, 2))).any()
+    for cam in ours:
+        for wrong in ({1, 2}, "ab", range(2), {"a": 1, "b": 2}):
+            with pytest.raises(TypeError, match="targets must be"):
+                cam(images.double(), wrong)
+
+
+def test_constants_among_the_scores(small, images):
+    targets = [lambda output: 0.0, lambda output: output[3]]
+    slow, ours = both("LayerCAM", small, [small[2]])
+    for cam in ours:
+        assert_same(cam(images, targets), slow(images, targets))
+        with pytest.raises(ValueError, match="score must be differentiable"):
+            cam(images, targets[:1] * 2)
+
+
+PAIRED = {
+    "a tuple of one image": (1, lambda y: (y, y.square()), categories(3)),
+    "a list of one image": (1, lambda y: [y, y.square()], [lambda output: output[0, 2]]),
+    "two outputs, two targets": (1, lambda y: (y, y.square()), [lambda o: o[0, 3], lambda o: o[0, 1]]),
+    "two outputs of three images": (3, lambda y: (y, y.square()), [lambda o: o[:, 3].sum(), lambda o: o[1, 1]] * 2),
+    "a list as long as the batch": (2, lambda y: [y, y.square()], [lambda o: o[:, 3].sum(), lambda o: o[1, 1]]),
+    "two rows an image": (2, lambda y: torch.cat([y, y.square()]), categories(1, 2, 3)),
+    "no rows": (1, lambda y: y[0], [lambda output: output]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_outputs_are_paired_with_targets(small, name):
+    """As ``zip`` in the original does it: rows, or what is in a tuple or a list."""
+    batch, then, targets = PAIRED[name]
+    model, images = Then(small.double(), then).eval(), torch.randn(batch, 3, 48, 40).double()
+    slow, ours = both("GradCAMElementWise", model, [small[2]])
+    for cam in ours:
+        assert_same(cam(images, targets), slow(images, targets))
+        assert_same(cam(images, targets, aug_smooth=True), slow(images, targets, aug_smooth=True), 1e-5)
+        cam.batch_size = 5
+        assert_same(cam(images, targets), slow(images, targets))
+
+
+@pytest.mark.parametrize("then", [lambda y: y[:, None], lambda y: torch.cat([y, y.square()])])
+@pytest.mark.parametrize("method", ["HiResCAM", "FinerCAM"])
+def test_top_classes_of_other_rows(small, images, then, method):
+    model, images = Then(small.double(), then).eval(), images.double()
+    slow = getattr(original, method)(model, [small[2]])
+    if method == "FinerCAM" and then(torch.zeros(2, 5)).ndim == 3:
+        pytest.skip("the original takes rows of classes")
+    fast = accelerate(slow)
+    assert type(fast) is not type(slow)
+    np.testing.assert_allclose(fast(images), slow(images, None), atol=TOLERANCE)
+    if method == "HiResCAM":
+        fast.batch_size = 1
+        np.testing.assert_allclose(fast(images), slow(images, None), atol=TOLERANCE)
+        smooth = {"targets": None, "aug_smooth": True}
+        np.testing.assert_allclose(fast(images, **smooth), slow(images, **smooth), atol=1e-5)
+
+
+def test_layers_that_run_two_views_at_once(small, images):
+    """The activations have two rows for each image, and so have the original's maps."""
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small
+
+        def forward(self, x):
+            straight, flipped = self.model(torch.cat([x, x.flip(-1)])).chunk(2)
+            return straight + flipped.square()
+
+    model, images = Views().double().eval(), images.double()
+    for method in METHODS:
+        slow, ours = both(method, model, [small[2]])
+        for options in ({}, {"aug_smooth": True}):
+            expected = slow(images, categories(1, 2), **options)
+            assert len(expected) == 4
+            for cam in ours:
+                for cam.batch_size in (None, 1):
+                    assert_same(cam(images, categories(1, 2), **options), expected, 1e-5)
+    with pytest.raises(ValueError, match="one row per image"):
+        adapter.CFCAM(model, [small[2]])(images, categories(1, 2))
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, lambda *layers: nn.ModuleList(layers)])
+def test_a_container_of_target_layers(small, images, container):
+    slow, ours = both("GradCAMElementWise", small, container(small[0], small[2]))
+    for cam in ours:
+        assert_same(cam(images, categories(1, 2)), slow(images, categories(1, 2)))
+    cams = adapter.CFCAM(small, container(small[0], small[2])), adapter.CFCAM(small, [small[0], small[2]])
+    assert_same(cams[0](images, [1, 2]), cams[1](images, [1, 2]))
+
+
+def test_layers_are_in_the_order_in_which_they_run(small, images):
+    targets = categories(1, 2)
+    slow, ours = both("GradCAM", small, [small[4], small[0], small[2]])
+    slow(images, targets)
+    per_layer, hooks = slow.compute_cam_per_layer(images, targets, False), slow.activations_and_grads
+    tensors = [*hooks.activations, *hooks.gradients]
+    for cam in ours:
+        for found, expected in zip(cam.compute_cam_per_layer(images, targets), per_layer):
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+        hooks = cam.activations_and_grads
+        assert len(tensors) == 6
+        assert all(map(torch.equal, [*hooks.activations, *hooks.gradients], tensors))
+
+
+def test_only_true_is_true(small, images):
+    slow, ours = both("GradCAM", small, [small[2]])
+    for smooth in (1, "yes", np.True_):
+        for cam in ours:
+            assert_same(cam(images, categories(1, 2), smooth), slow(images, categories(1, 2), smooth))
+
+
+def test_a_model_that_is_put_in_training_again(images):
+    """The accelerated object takes the mode as it is, as the original does; alone, because batch norm is of a batch."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+    model, images = model.double(), images.double()
+    model(images)
+    slow = original.GradCAM(model, [model[2]])
+    fast = accelerate(slow)
+    model.train()
+    model[1].momentum = 0.0
+    for smooth in (False, True):
+        for fast.batch_size in (None, 1):
+            assert_same(fast(images, categories(1, 2), smooth), slow(images, categories(1, 2), smooth), 1e-5)
+    assert all(module.training for module in model.modules())
+
+
+def test_activations_that_are_no_grid(images):
+    """The original resizes channels and tokens as if they were an image."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.Flatten(2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(5))
+    model(images)
+    slow = original.HiResCAM(model, [model[2]])
+    assert slow(images, categories(1, 2)).any()
+    with pytest.raises(ValueError, match=r"must return \(B, C, h, w\), got \(2, 8, 96\)"):
+        accelerate(slow)(images, categories(1, 2))
+
+
 def test_bad_constructions(small):
     for arguments, error in (
         ((small, []), ValueError),

@@ -10,6 +10,7 @@ from cfcam_gpu import weights
 from cfcam_gpu.adapters.hooked import Hooked
 from cfcam_gpu.adapters.projection import principal_projection
 from cfcam_gpu.adapters.pytorch_grad_cam import HeadOnlyCAM, _computed, _off_the_model
+from cfcam_gpu.targets import OwnRule
 
 
 class FinerCAM(original.FinerCAM):
@@ -28,7 +29,8 @@ class FinerCAM(original.FinerCAM):
         if not isinstance(self.base_cam, HeadOnlyCAM):
             return super().forward(input_tensor, targets, eigen_smooth, alpha, comparison_categories, target_idx)
         if targets is None:
-            targets = [_Compared(alpha, comparison_categories, target_idx)] * len(input_tensor)
+            compared = _Compared(alpha, comparison_categories, target_idx)
+            targets = OwnRule(lambda outputs: [compared(output) for output in outputs])
         return self.base_cam.forward(input_tensor, targets, eigen_smooth)
 
 

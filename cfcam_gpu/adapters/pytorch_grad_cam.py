@@ -7,13 +7,15 @@ can stand wherever its own can: in FinerCAM, RefineCAM, SESS and the metrics. `H
 
 import math
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterable, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -22,7 +24,8 @@ from cfcam_gpu.adapters.common import LOG, Configured, left_as_it_is, obstacle
 from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
-from cfcam_gpu.targets import check_targets
+from cfcam_gpu.outputs import find_logits, image_part
+from cfcam_gpu.targets import OwnRule, check_targets
 
 try:
     import pytorch_grad_cam as original
@@ -50,7 +53,8 @@ def accelerate(cam):
     Returns:
         A new object of this package's class of the same name, with the attributes of ``cam``. ``cam`` goes on working
         as before; its hooks are off the model for the length of each call of the new object, so that they cost it
-        nothing, and for good when ``cam`` itself is let go of, as in ``cam = accelerate(cam)``.
+        nothing, and for good when ``cam`` itself is let go of, as in ``cam = accelerate(cam)``. As with ``cam``, which
+        called ``model.eval()`` when it was made, the model runs in the mode that it is in.
 
         Everything else comes back as it was, the same object, with a warning on the logger ``cfcam_gpu`` that names
         the reason: other methods, a subclass or an instance with a method of the user's own, ``detach=False``,
@@ -93,7 +97,14 @@ def _accelerated(cam):
 
 def _on_a_head_only_backward(cam, method):
     hooks = cam.activations_and_grads
-    captured = HeadActivationsAndGradients(cam.model, list(cam.target_layers), hooks.reshape_transform, hooks.handles)
+    captured = HeadActivationsAndGradients(
+        cam.model,
+        list(cam.target_layers),
+        hooks.reshape_transform,
+        hooks.handles,
+        evaluated=False,
+        **method._capture_options,
+    )
     fast = _copy(cam, method, activations_and_grads=captured)
     if hasattr(cam, "outputs"):
         fast.outputs = tree_map_only(torch.Tensor, torch.Tensor.detach, cam.outputs)
@@ -113,17 +124,18 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
     Args:
         model, target_layers, reshape_transform: as for `HeadCapture`.
         foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
-        options: ``guide_layer``, ``guided`` and ``margin_temperature``, as for `HeadCapture`.
+        evaluated: have the model in eval mode during every pass; False for the mode that it is in.
+        options: ``guide_layer``, ``guided``, ``margin_temperature`` and ``any_rows``, as for `HeadCapture`.
 
     Attributes:
-        activations, gradients: lists of one tensor per target layer of the latest `capture`, detached, on the model's
-            device.
+        activations, gradients: lists of one tensor per target layer of the latest `capture`, in the order in which the
+            layers ran, detached, on the model's device.
     """
 
-    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=(), **options):
+    def __init__(self, model, target_layers, reshape_transform=None, foreign_hooks=(), evaluated=True, **options):
         super().__init__(model, [], reshape_transform)
         self._captured = HeadCapture(model, target_layers, reshape_transform, **options)
-        self._foreign_hooks = foreign_hooks
+        self._foreign_hooks, self._evaluated = foreign_hooks, evaluated
         self._told = False
 
     def __call__(self, x):
@@ -138,31 +150,39 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         return tree_map_only(torch.Tensor, _as_leaf, outputs)
 
     def capture(self, input_tensor, targets, **several):
-        """The `Capture` of one pass, the model in eval mode meanwhile.
+        """The `Capture` of one pass.
 
         Args:
             several: what `HeadCapture` is called with for several classes of an image.
 
         Returns:
-            outputs; and for each layer (activations, gradients, shape, guide): both (B, C, h, w) and shape (h, w), or
-            for 5-D inputs (B, C, d, h * w) and (d, h, w); the guide (B, Cg, hg, wg) or None.
+            outputs; and for each layer, in the order in which they ran, (activations, gradients, shape, guide): both
+            (B, C, h, w) and shape (h, w), or for 5-D inputs (B, C, d, h * w) and (d, h, w); the guide
+            (B, Cg, hg, wg) or None.
         """
         volumes = []
         captured = self._captured
         if isinstance(input_tensor, torch.Tensor) and input_tensor.dim() == 5:
-            temperature = captured.margin_temperature
+            options = {name: getattr(captured, name) for name in ("margin_temperature", "any_rows")}
             layers, transform = captured.target_layers, self._flattening(volumes)
-            captured = HeadCapture(captured.model, layers, transform, margin_temperature=temperature)
+            captured = HeadCapture(captured.model, layers, transform, **options)
         with self._undisturbed():
             capture = captured(input_tensor, targets, **several)
         self._warn_of_repeated_layers(captured)
-        self.activations, self.gradients = list(capture.activations), list(capture.gradients)
         shapes = volumes or [activations.shape[2:] for activations in capture.activations]
-        return capture.outputs, list(zip(capture.activations, capture.gradients, shapes, capture.guides))
+        layers = list(zip(capture.activations, capture.gradients, shapes, capture.guides))
+        layers = [layers[index] for index in capture.order]
+        self.activations, self.gradients = ([layer[part] for layer in layers] for part in (0, 1))
+        return capture.outputs, layers
 
     @property
     def guide_names(self):
         return self._captured.guide_names
+
+    @property
+    def is_training(self):
+        """Whether an image's outputs may hang on the others in its batch, or on chance."""
+        return not self._evaluated and any(module.training for module in self.model.modules())
 
     def _flattening(self, volumes):
         """A reshape_transform that makes grids of volumes, and notes their shapes: the activations' come first."""
@@ -186,7 +206,7 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
 
     @contextmanager
     def _undisturbed(self):
-        with _evaluated(self.model), _off_the_model(self._foreign_hooks):
+        with _evaluated(self.model) if self._evaluated else nullcontext(), _off_the_model(self._foreign_hooks):
             yield
 
 
@@ -199,13 +219,14 @@ class HeadOnlyCAM:
     bilinearly, averaged over the layers and scaled again. `maps` gives the same on the model's device.
 
     Args:
-        model, target_layers, reshape_transform: as for `HeadCapture`. A layer that runs several times in a forward
-            pass counts with its last run (the original: its first); a log line says so.
+        model, target_layers, reshape_transform: as for `HeadCapture`, or ``nn.Sequential`` or ``nn.ModuleList`` for
+            the layers in it. A layer that runs several times in a forward pass counts with its last run (the original:
+            its first); a log line says so.
 
     Attributes:
         outputs: the model's outputs of the latest call, detached; of ``aug_smooth``, those of its last view.
         batch_size: the most images of one pass; None, the default, for no limit. ``aug_smooth`` puts all its views
-            (six, unless ``tta_transforms`` was set) in one batch.
+            (six, unless ``tta_transforms`` was set) in one batch, of a model in eval mode.
 
     Raises:
         TypeError, ValueError: as `HeadCapture`.
@@ -213,10 +234,14 @@ class HeadOnlyCAM:
     Video and volumes: inputs (B, C, D, H, W) with layers that give (B, C, d, h, w) are supported, with maps
     (B, D, H, W); these are resized on the host, by SciPy's spline, as the original does.
 
-    Targets may be class indices as well as the library's callables. Not copied from pytorch-grad-cam 1.5.7:
+    Targets may be class indices as well as the library's callables, which are paired with what the model returns as
+    there: with its rows, or of a tuple or list with its elements; of other containers with each image's part. Not
+    copied from pytorch-grad-cam 1.5.7:
 
+    - activations that are no grid, which HiResCAM and others add up over whatever the second axis is: here an error;
     - fewer targets than images, where ``zip`` leaves maps of zeros: here a ValueError;
-    - ``model.eval()`` for good: here for the length of a call, and every module's flag is then as before;
+    - ``model.eval()`` for good: here for the length of a call, and every module's flag is then as before (an object
+      from `accelerate` leaves the mode to the caller);
     - ``model.zero_grad()`` and filled ``.grad`` of all parameters: here neither is touched;
     - ``__exit__`` prints an IndexError of the ``with`` block and goes on: here it is raised;
     - on the CPU, activations share memory with the layer's output, so that a later in-place operation (a ReLU, a
@@ -232,11 +257,13 @@ class HeadOnlyCAM:
     # Of the weighted sum and the scaling; `CFCAM` takes them as arguments.
     _grid_options: dict[str, Any] = {"config": None, "backend": "auto"}
 
-    _capture_options: dict[str, Any] = {}
+    _capture_options: dict[str, Any] = {"any_rows": True}
     _several: dict[str, Any] = {}
     """How the capture takes several classes of an image; empty where it takes one."""
 
     def __init__(self, model, target_layers, reshape_transform=None):
+        if isinstance(target_layers, (torch.nn.Sequential, torch.nn.ModuleList)):
+            target_layers = list(target_layers)
         hook_free = HeadActivationsAndGradients(model, target_layers, reshape_transform, **self._capture_options)
         with _evaluated(model):  # the original's constructor calls model.eval()
             super().__init__(model, target_layers, reshape_transform)
@@ -265,17 +292,15 @@ class HeadOnlyCAM:
         Args:
             input_tensor: (B, C, H, W) or (B, C, D, H, W), floating point.
             targets: None for the top class of each image (and of each view), or one class index or callable per
-                image; as for `HeadCapture`.
-            aug_smooth: the mean over the views of ``tta_transforms``, in one batched pass.
+                image; as for `HeadCapture`. More callables than there are outputs are not used.
+            aug_smooth: True for the mean over the views of ``tta_transforms``, in one batched pass. As in the original
+                nothing else stands for True.
             eigen_smooth: the first principal component of the weighted activations instead of their sum. Its sign is
                 that of LAPACK's singular vectors, as in the original, so this part runs on the host.
         """
-        if aug_smooth:
+        if aug_smooth is True:
             return self._smoothed(input_tensor, targets, eigen_smooth)
-        grids = self._grids(input_tensor, targets, eigen_smooth)
-        if input_tensor.dim() == 5:
-            return self._mean_of_volumes(grids, input_tensor)
-        return self._scaled(grids, input_tensor)
+        return self._resized(self._grids(input_tensor, targets, eigen_smooth), input_tensor)
 
     def compute_cam_per_layer(self, input_tensor, targets, eigen_smooth=False):
         """List of each layer's scaled maps, NumPy (B, 1, H, W), from a pass of its own."""
@@ -286,15 +311,37 @@ class HeadOnlyCAM:
             layers = [self._scaled([grid], input_tensor, scale_mean=False) for grid in grids]
         return [_to_numpy(layer[:, None]) for layer in layers]
 
-    def _grids(self, input_tensor, targets, eigen_smooth):
-        """Of one pass, each layer's non-negative map on its own grid: list of (B, h, w) or (B, d, h, w)."""
-        passes = []
-        for images, chosen in self._chunks(input_tensor, targets):
-            outputs, layers = self.activations_and_grads.capture(images, chosen, **self._several)
-            passes.append((outputs, [self._grid(*layer, eigen_smooth) for layer in layers]))
+    def _grids(self, input_tensor, targets, eigen_smooth, a_row_each=False):
+        """Of one pass, each layer's non-negative map on its own grid: list of (B, h, w) or (B, d, h, w).
+
+        Args:
+            a_row_each: raise `_NotARowEach` where outputs or activations are not one for each image.
+        """
+        targets = _listed(targets, len(input_tensor), several=bool(self._several))
+        chunks = self._chunks(input_tensor, targets)
+        try:
+            passes = [self._pass(*chunk, eigen_smooth, a_row_each or len(chunks) > 1) for chunk in chunks]
+        except _NotARowEach:
+            if a_row_each:
+                raise
+            passes = [self._pass(input_tensor, targets, eigen_smooth)]
         outputs, grids = zip(*passes)
         self.outputs = outputs[0] if len(outputs) == 1 else _join(outputs)
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*grids)]
+
+    def _pass(self, images, targets, eigen_smooth, a_row_each=False):
+        """The outputs of a forward pass, and the layers' grids."""
+        rule = _rule(targets, len(images), a_row_each, top=not self._several)
+        outputs, layers = self.activations_and_grads.capture(images, rule, **self._several)
+        grids = [self._grid(*layer, eigen_smooth) for layer in layers]
+        if a_row_each and any(len(grid) != len(images) for grid in grids):
+            raise _NotARowEach
+        return outputs, grids
+
+    def _resized(self, grids, input_tensor):
+        if input_tensor.dim() == 5:
+            return self._mean_of_volumes(grids, input_tensor)
+        return self._scaled(grids, input_tensor)
 
     def _scaled(self, grids, input_tensor, scale_mean=True):
         return pipeline.grad_cam_maps(grids, input_tensor.shape[-2:], scale_mean, self._grid_options["backend"])
@@ -309,12 +356,12 @@ class HeadOnlyCAM:
         return [maps.relu_().to(grid.device) for maps, grid in zip(scaled, grids)]  # a spline goes below zero
 
     def _chunks(self, input_tensor, targets):
-        if self.batch_size is None or len(input_tensor) <= self.batch_size:
+        if self.batch_size is None or len(input_tensor) <= self.batch_size or self.activations_and_grads.is_training:
             return [(input_tensor, targets)]
-        targets = check_targets(targets, len(input_tensor), several=bool(self._several))
         starts = range(0, len(input_tensor), self.batch_size)
         rows = [slice(start, start + self.batch_size) for start in starts]
-        return [(input_tensor[part], None if targets is None else targets[part]) for part in rows]
+        of_part = lambda part: targets if targets is None or isinstance(targets, OwnRule) else targets[part]
+        return [(input_tensor[part], of_part(part)) for part in rows]
 
     def _grid(self, activations, gradients, shape, guide, eigen_smooth):
         """The non-negative map of one layer on its own grid, (B, *shape), or on its guide's."""
@@ -340,18 +387,26 @@ class HeadOnlyCAM:
         return grid if guide is not None else grid.reshape(len(grid), *shape)
 
     def _smoothed(self, input_tensor, targets, eigen_smooth):
-        batch = len(input_tensor)
-        targets = check_targets(targets, batch)
+        targets = _listed(targets, len(input_tensor))
         transforms = list(self.tta_transforms)
         views = [transform.augment_image(input_tensor) for transform in transforms]
-        if len({view.shape for view in views}) == 1:
-            repeated = None if targets is None else _repeat(targets, len(views))
-            maps = self.maps(torch.cat(views), repeated, eigen_smooth=eigen_smooth).split(batch)
-            self.outputs = _last_images(self.outputs, batch, len(views) * batch)
-        else:
+        maps = self._of_one_batch(views, targets, eigen_smooth)
+        if maps is None:
             maps = [self.maps(view, targets, eigen_smooth=eigen_smooth) for view in views]
         back = [transform.deaugment_mask(view[:, None])[:, 0] for transform, view in zip(transforms, maps)]
         return torch.stack(back).mean(0)
+
+    def _of_one_batch(self, views, targets, eigen_smooth):
+        """The maps of each of the views, from a batch of all of them; None where they cannot go together."""
+        if len({view.shape for view in views}) > 1 or self.activations_and_grads.is_training:
+            return None
+        batch, images = len(views[0]), torch.cat(views)
+        try:
+            grids = self._grids(images, _repeat(targets, batch, len(views)), eigen_smooth, a_row_each=True)
+        except _NotARowEach:
+            return None
+        self.outputs = _last_images(self.outputs, batch, len(images))
+        return self._resized(grids, images).split(batch)
 
     def __exit__(self, *exception):
         self.activations_and_grads.release()
@@ -406,11 +461,11 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         """The names of the target layers' guides, as `cfcam_gpu.CFCAM` has them."""
         return self.activations_and_grads.guide_names
 
-    def _grids(self, input_tensor, targets, eigen_smooth):
-        targets = _indices(targets)
-        if isinstance(targets, (list, tuple)):
+    def _grids(self, input_tensor, targets, *args, **options):
+        targets = _indices(_listed(targets, len(input_tensor), several=True), len(input_tensor))
+        if isinstance(targets, tuple):
             targets = [_indices(of_image) for of_image in targets]
-        return super()._grids(input_tensor, targets, eigen_smooth)
+        return super()._grids(input_tensor, targets, *args, **options)
 
     def _grid(self, activations, gradients, shape, guide, eigen_smooth):
         if isinstance(gradients, torch.Tensor) and gradients.ndim == 4:
@@ -443,7 +498,7 @@ class HiResCAM(HeadOnlyCAM, original.HiResCAM):
 
     def maps(self, input_tensor, targets=None, aug_smooth=False, eigen_smooth=False):
         """As `HeadOnlyCAM.maps`; warns, where the original prints, that eigen_smooth voids HiResCAM's guarantee."""
-        if eigen_smooth and not aug_smooth:
+        if eigen_smooth:
             warnings.warn("HiResCAM's faithfulness guarantees do not hold with eigen_smooth", stacklevel=3)
         return super().maps(input_tensor, targets, aug_smooth, eigen_smooth)
 
@@ -479,10 +534,54 @@ ACCELERATED = {
 """pytorch-grad-cam's class -> ours, on a head-only backward."""
 
 
-def _indices(targets):
-    """The classes of targets that all are ``ClassifierOutputTarget``; other targets as they are."""
+class _NotARowEach(Exception):
+    """What goes through the model together would not come apart again."""
+
+
+def _listed(targets, batch, several=False):
+    """``targets`` as `check_targets` returns them; of callables also any iterable, and more than there are images."""
+    listed = targets
+    if isinstance(targets, Iterable) and not isinstance(targets, (torch.Tensor, str)):
+        listed = tuple(targets if isinstance(targets, Sized) else islice(targets, batch))
+        if len(listed) > batch and all(callable(target) for target in listed):
+            return listed
+        if isinstance(targets, (list, tuple, np.ndarray)) or not all(callable(target) for target in listed):
+            listed = targets
+    return check_targets(listed, batch, several)
+
+
+def _rule(targets, batch, a_row_each, top):
+    """What the original differentiates, as an `OwnRule`; other targets than its own as they are."""
+    if targets is None and top:
+        return OwnRule(partial(_top_scores, batch, a_row_each))
+    if isinstance(targets, tuple) and all(callable(target) for target in targets):
+        return OwnRule(partial(_paired_scores, targets, batch, a_row_each))
+    return targets
+
+
+def _top_scores(batch, a_row_each, outputs):
+    logits = outputs
+    if isinstance(outputs, torch.Tensor) and outputs.ndim > 1:
+        if a_row_each and len(outputs) != batch:
+            raise _NotARowEach
+        logits = outputs[:, 0] if outputs.ndim == 3 and outputs.shape[1] == 1 else outputs
+        batch = len(outputs)
+    logits = find_logits(logits, batch)
+    return [logits.gather(1, logits.detach().argmax(1, keepdim=True)).sum()]
+
+
+def _paired_scores(targets, batch, a_row_each, outputs):
+    is_sequence = isinstance(outputs, (torch.Tensor, tuple, list))
+    if a_row_each and is_sequence and (isinstance(outputs, tuple) or len(outputs) != batch):
+        raise _NotARowEach
+    parts = outputs if is_sequence else (image_part(outputs, index, batch) for index in range(batch))
+    return [target(part) for target, part in zip(targets, parts)]
+
+
+def _indices(targets, most=None):
+    """The classes of targets that all are ``ClassifierOutputTarget``, ``most`` of them; other targets as they are."""
     if isinstance(targets, (list, tuple)) and all(type(target) is ClassifierOutputTarget for target in targets):
-        categories = [target.category for target in targets]
+        categories = [target.category for target in targets[:most]]
         if all(isinstance(category, Integral) and category >= 0 for category in categories):
             return categories
     return targets
@@ -501,8 +600,10 @@ def _as_leaf(tensor):
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
 
 
-def _repeat(targets, times):
-    return targets.repeat(times) if isinstance(targets, torch.Tensor) else targets * times
+def _repeat(targets, batch, times):
+    if targets is None or isinstance(targets, torch.Tensor):
+        return targets if targets is None else targets.repeat(times)
+    return targets[:batch] * times
 
 
 def _join(outputs):

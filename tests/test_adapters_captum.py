@@ -298,6 +298,81 @@ def state(model):
     ] + [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()]
 
 
+class Residual(nn.Module):
+    """Branches around a layer, before it runs and after; ``own`` is what the first convolution returns."""
+
+    def __init__(self, seen_as=None):
+        super().__init__()
+        self.stem, self.body, self.same = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Identity()
+        self.act, self.mixed, self.head = nn.ReLU(inplace=True), nn.MultiheadAttention(6, 2, batch_first=True), Head()
+        self.seen_as = seen_as
+
+    def forward(self, x):
+        own = self.stem(x)
+        own = own if self.seen_as is None else self.seen_as(own)
+        y = own.sin() + self.same(own) * self.body(own)
+        y = self.act(y) * y + own
+        tokens = y.flatten(2).transpose(1, 2)
+        return self.head(tokens.square() + self.mixed(tokens, tokens, tokens, need_weights=False)[0])
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, tokens):
+        return self.linear(tokens.sigmoid().mean(1))
+
+
+@pytest.mark.parametrize("seen_as", [None, lambda tensor: tensor.transpose(2, 3)])
+@pytest.mark.parametrize("layer", ["stem", "body", "same", "act", "mixed", "head"])
+@pytest.mark.parametrize("to_input", [False, True])
+def test_what_goes_around_the_layer_counts(seed, layer, to_input, seen_as):
+    """As in captum, whose gradient is that of the tensor, wherever the model takes it."""
+    model = Residual(seen_as).double().eval()
+    options = {"target": [1, 3], "attribute_to_layer_input": to_input}
+    if layer == "mixed" and not to_input:
+        options["grad_kwargs"] = {"allow_unused": True, "materialize_grads": True}
+        model.mixed.register_forward_hook(lambda module, args, output: output[:1])
+    for images in (torch.randn(2, 3, 12, 10).double(), torch.randn(2, 3, 12, 10).double().requires_grad_()):
+        expected = original.LayerGradCam(model, model.get_submodule(layer)).attribute(images.clone(), **options)
+        cam = adapter.LayerGradCam(model, model.get_submodule(layer))
+        with torch.inference_mode():
+            within = images.detach().clone()  # on which captum fails
+        for taken in (images, within):
+            found = cam.attribute(taken, **options)
+            assert isinstance(found, tuple) == isinstance(expected, tuple)
+            for ours, theirs in zip(*((each if isinstance(each, tuple) else (each,)) for each in (found, expected))):
+                assert theirs.any()
+                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-9, atol=1e-12)
+    assert not any(tensor.requires_grad for tensor in (within, *model.buffers()))
+
+
+def test_the_callers_own_tensor_as_the_layers_input(seed):
+    """What the model made of it before the layer counts where it takes gradients, as in captum, which then leaves
+    ``requires_grad`` on."""
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.head((x.sin() + self.conv(x)).mean((2, 3)))
+
+    model, images = First().double().eval(), torch.randn(2, 3, 8, 8).double()
+    slow, fast = original.LayerGradCam(model, model.conv), adapter.LayerGradCam(model, model.conv)
+    found = []
+    for requires in (False, True):
+        expected = slow.attribute(images.clone().requires_grad_(requires), 2, attribute_to_layer_input=True)
+        taken = images.clone().requires_grad_(requires)
+        found.append(fast.attribute(taken, 2, attribute_to_layer_input=True))
+        torch.testing.assert_close(found[-1], expected.detach(), rtol=1e-9, atol=1e-12)
+        assert taken.requires_grad == requires and taken.grad is None
+    assert not torch.allclose(*found)
+
+
 @pytest.mark.parametrize("make", [adapter.LayerGradCam, adapter.CFCAM])
 def test_state_is_as_before(resnet18, images, make):
     resnet18.layer1.train()

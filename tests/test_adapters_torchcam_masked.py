@@ -92,6 +92,15 @@ def both(method, model, images, arguments, layer="trunk", **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_no_images(model, images, method):
+    """As many maps as there are images."""
+    for make in (lambda cam: cam, adapter.accelerate):
+        with make(getattr(original, method)(model, "trunk", **METHODS[method])) as cam:
+            (maps,), _ = extract(cam, images[:0], 3)
+            assert maps.shape == (0, images.shape[2] // 2, images.shape[3] // 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_same_numbers(model, images, method):
     for arguments in (
         3,

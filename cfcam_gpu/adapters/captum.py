@@ -12,16 +12,18 @@ where that is what the layer gets or returns.
 """
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from cfcam_gpu import pipeline, torch_backend
 from cfcam_gpu.adapters.common import Configured, left_as_it_is, obstacle
 from cfcam_gpu.calls import Call, eager_without_grad
-from cfcam_gpu.capture import GuideLayer, make_guides, named_modules
+from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.guides import AUTO
@@ -48,7 +50,8 @@ class LayerGradCam(original.LayerGradCam):
 
     captum's own code runs, with its results and its errors, where there is nothing to save: DataParallel and
     ``device_ids``, ``grad_kwargs`` with ``create_graph``, layers that do not give floating-point tensors, and outputs
-    that need a target and have none.
+    that need a target and have none. So it does, from a graph of the whole network, for ``attribute_to_layer_input``
+    and layers that return what they get: other branches may have taken that before the layer.
 
     >>> attribution = LayerGradCam(model, model.layer4).attribute(images, target=3)  # images (2, 3, 224, 224)
     >>> attribution.shape
@@ -68,7 +71,13 @@ class LayerGradCam(original.LayerGradCam):
     ):
         """(N, 1, h, w), signed, or a tuple of them for a layer with several tensors; arguments as in captum."""
         taken = (inputs, target, additional_forward_args, attribute_to_layer_input)
-        captured = _capture(self, *taken, grad_kwargs)
+        try:
+            captured = _capture(self, *taken, grad_kwargs)
+        except _Around:
+            inputs, additional_forward_args = _private((inputs, additional_forward_args))
+            taken = (inputs, target, additional_forward_args, attribute_to_layer_input)
+            with eager_without_grad():
+                return super().attribute(*taken, relu_attributions, attr_dim_summation, grad_kwargs)
         if captured is None:
             return super().attribute(*taken, relu_attributions, attr_dim_summation, grad_kwargs)
         maps = []
@@ -169,10 +178,15 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
             inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
         grad_kwargs = {name: value for name, value in (grad_kwargs or {}).items() if name != "create_graph"}
         kept = None if guides is None else guides.begin()
-        captured = _capture(single, inputs, *taken, grad_kwargs, kept, temperature)
+        whole = nullcontext()
+        try:
+            captured = _capture(single, inputs, *taken, grad_kwargs, kept, temperature)
+        except _Around:
+            captured, whole = None, eager_without_grad()
+            inputs, additional_forward_args = _private((inputs, additional_forward_args))
         if captured is None:
             kept = None if guides is None else guides.begin()
-            with _watched(single.forward_func, kept, Call(), self.layer, attribute_to_layer_input):
+            with whole, _watched(single.forward_func, kept, Call(), self.layer, attribute_to_layer_input):
                 captured = compute_layer_gradients_and_eval(
                     lambda *args: _score(single.forward_func(*args), target, temperature),
                     self.layer,
@@ -253,6 +267,10 @@ class _NotHere(Exception):
     """The layer's tensors are left to captum."""
 
 
+class _Around(Exception):
+    """The graph must begin before the layer: its tensor may have been used by then, as by a branch around the layer."""
+
+
 def _capture(
     attribution,
     inputs,
@@ -265,6 +283,8 @@ def _capture(
 ):
     """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run.
 
+    Raises `_Around` where it must run in eager code and without the caller's tensors (`_private`).
+
     ``kept`` keeps the guide of this one layer. With a temperature, the score of a class is its margin.
     """
     forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
@@ -275,30 +295,33 @@ def _capture(
         or grad_kwargs.get("create_graph")
     ):
         return None
-    starts, call = [], Call()
+    if attribute_to_layer_input:
+        raise _Around
+    starts, rooted, call = [], [], Call()
 
-    def tap(module, layer_inputs, layer_output=None):
-        found = layer_inputs if attribute_to_layer_input else layer_output
+    def tap(module, layer_inputs, found):
         tensors = found if isinstance(found, (tuple, list)) else (found,)
         if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
             raise _NotHere
+        if any(tensor is each for tensor in tensors for each in layer_inputs) and not getattr(module, "inplace", False):
+            raise _Around
         torch.set_grad_enabled(True)
-        starts[:] = [_start(tensor) for tensor in tensors]  # of a layer that runs more than once the last run counts
-        # The model goes on with copies, so that no in-place operation behind the layer reaches the activations.
-        copies = [tensor.clone() for tensor in starts]
+        each = {id(tensor): _start(tensor, rooted) for tensor in tensors}  # one tensor may be there several times
+        starts[:] = [each[id(tensor)] for tensor in tensors]  # of a layer that runs more than once the last run counts
+        handed_on = [start.handed_on for start in starts]
         if kept is not None:
             kept.at_target(0)
         if not isinstance(found, (tuple, list)):
-            return copies[0]
+            return handed_on[0]
         if hasattr(found, "_fields"):
-            return type(found)(*copies)
-        return copies if isinstance(found, list) else tuple(copies)
+            return type(found)(*handed_on)
+        return handed_on if isinstance(found, list) else tuple(handed_on)
 
-    register = layer.register_forward_pre_hook if attribute_to_layer_input else layer.register_forward_hook
+    inputs, additional_forward_args = _private((inputs, additional_forward_args))
     with eager_without_grad():
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
-        handle = register(call.only(tap))
+        handle = layer.register_forward_hook(call.only(tap))
         try:
             with _watched(forward_func, kept, call):
                 outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
@@ -309,13 +332,22 @@ def _capture(
             usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
             if not (usable and output.ndim and len(output) and output[0].numel() == 1):
                 return None
+            materialized = grad_kwargs.get("materialize_grads", False)
+            options = {name: value for name, value in grad_kwargs.items() if name != "materialize_grads"}
             with torch.enable_grad():
-                gradients = torch.autograd.grad(torch.unbind(output), starts, **grad_kwargs)
-            return gradients, tuple(tensor.detach() for tensor in starts)
+                edges = [start.edge for start in starts]
+                gradients = torch.autograd.grad(torch.unbind(output), edges, **options)
+            activations = tuple(start.activations for start in starts)
+            if materialized:  # which autograd does not do for edges
+                filled = zip(gradients, activations)
+                gradients = tuple(torch.zeros_like(like) if each is None else each for each, like in filled)
+            return gradients, activations
         except _NotHere:
             return None
         finally:
             handle.remove()
+            while rooted:
+                rooted.pop().detach_()  # the model may hold on to its tensor
 
 
 def _score(outputs, target, margin_temperature):
@@ -344,11 +376,44 @@ def _watched(forward_func, kept, call, layer=None, to_input=False):
             handle.remove()
 
 
-def _start(tensor):
-    """``tensor`` as a place to differentiate to: itself in a graph, else a leaf on its memory."""
+def _private(values):
+    """The caller's tensors under names of our own, because the layer may get or return them; they stay as they are."""
+
+    def private(tensor):
+        if tensor.is_inference():
+            return tensor.clone()
+        return tensor if tensor.requires_grad else tensor.detach()
+
+    return tree_map_only(torch.Tensor, private, values)
+
+
+class _Start(NamedTuple):
+    """A place to differentiate to. In-place operations behind the layer reach neither the activations nor the edge."""
+
+    activations: torch.Tensor
+    edge: GradientEdge
+    handed_on: torch.Tensor
+    """What the model goes on with."""
+
+
+def _start(tensor, rooted):
+    """The `_Start` of a tensor: itself, under every name that the model has for it, where autograd can have that."""
+    if not _is_apart(tensor):
+        if not tensor.requires_grad:
+            tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
+            rooted.append(tensor)
+        return _Start(tensor.detach().clone(), get_gradient_edge(tensor), tensor)
     if tensor.is_inference():
         tensor = tensor.clone()
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    if not tensor.requires_grad:
+        tensor = tensor.detach().requires_grad_()
+    return _Start(tensor.detach(), get_gradient_edge(tensor), tensor.clone())
+
+
+def _is_apart(tensor):
+    """Whether the model must go on with a copy: autograd takes no in-place operation on these, or loses the place."""
+    is_leaf = tensor.is_leaf and tensor.requires_grad
+    return tensor._is_view() or tensor.is_inference() or isinstance(tensor, nn.Parameter) or is_leaf
 
 
 def _pooled(gradients):

@@ -354,7 +354,7 @@ class SmoothGradCAMpp(_HeadOnly, original.SmoothGradCAMpp):
 
     def _compute_smoothgrad_weights(self, class_idx, eps, **kwargs):
         one_by_one = partial(super()._compute_smoothgrad_weights, class_idx, eps, **kwargs)
-        if any(module.training for module in self.model.modules()):
+        if not len(self._input) or any(module.training for module in self.model.modules()):
             return one_by_one()
         device, first = self._input.device, list(self.hook_a)
         before = random_state(device)

@@ -19,7 +19,7 @@ def block_size(images, limit):
     """How many images like ``images`` (B, C, ...) go through the network together, at most ``limit``."""
     if images.device.type != "cpu":
         return limit
-    return min(limit, max(4, CACHED_PIXELS // max(1, images[0, 0].numel())))
+    return min(limit, max(4, CACHED_PIXELS // max(1, images.shape[2:].numel())))
 
 
 class _Blocks:

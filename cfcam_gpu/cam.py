@@ -51,6 +51,15 @@ FINDING = threading.Lock()
 """Of all objects: threads that share one are to find its layer once."""
 
 
+def _output_size(images, captured):
+    """The size of the maps: of the images' last axes, as many as the target layers' grids have."""
+    n_axes = {activations.ndim - 2 for activations, *_ in captured}
+    if len(n_axes) > 1:
+        grids = ", ".join(str(tuple(activations.shape[2:])) for activations, *_ in captured)
+        raise ValueError(f"target_layers must have grids of equally many axes, got {grids}")
+    return tuple(images.shape[-n_axes.pop() :])
+
+
 class _Latest(threading.local):
     """What the latest call of each thread found."""
 
@@ -199,7 +208,8 @@ class CFCAM:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
-            input_tensor: the images (B, ..., H, W), of any dtype that the model takes. Of a model with several inputs a
+            input_tensor: the images (B, ..., H, W), of any dtype that the model takes; volumes and videos
+                (B, C, D, H, W), series (B, C, T). Of a model with several inputs a
                 tuple of them, a dict by their names, or one of them with the rest as keywords. The images, which give B
                 and (H, W), are then this argument where it is a tensor of three dimensions or more, else the first
                 input (B, C, H, W); without such the first of most dimensions. For a model that takes one dict write
@@ -215,7 +225,8 @@ class CFCAM:
 
         Returns:
             (B, H, W) float32 in [0, 1] (float64 for a float64 model), scaled as ``config.normalize`` says; of K targets
-            an image (B, K, H, W). Several layers: the mean of their maps, scaled again.
+            an image (B, K, H, W). Several layers: the mean of their maps, scaled again. Of a layer with a grid of three
+            axes (B, D, H, W), of a series (B, T), of the input's size.
 
         Raises:
             ValueError: a wrong number of targets, a class out of range, more classes than there are, an output without
@@ -246,7 +257,7 @@ class CFCAM:
     def _explain(self, input_tensor, targets, top, inputs):
         checked = check_inputs(input_tensor, inputs, self.model)
         capture, captured = self._run(checked, targets, top, stacklevel=5)
-        size = checked.images.shape[-2:]
+        size = _output_size(checked.images, captured)
         found = [
             pipeline.cf_cam(activations, gradients, size, self.config, guide=guide, **self._choices)
             for activations, gradients, guide in captured
@@ -254,10 +265,10 @@ class CFCAM:
         maps, labels, weights = found[0].maps, found[0].labels, found[0].weights
         if len(found) > 1:
             mean = torch.stack([of_layer.maps for of_layer in found]).mean(0)
-            maps = torch_backend.normalize(mean.flatten(0, -3), self.config).view_as(mean)
+            maps = torch_backend.normalize(mean.reshape(-1, *size), self.config).view_as(mean)
             labels, weights = (tuple(getattr(each, name) for each in found) for name in ("labels", "weights"))
         if not self._notices.of_one_cell(captured, stacklevel=4):
-            self._notices.of_zero_maps(maps, captured, stacklevel=4)
+            self._notices.of_zero_maps(maps, captured, 4, len(size))
         explained = targets if capture.classes is None else capture.classes
         return Explanation(maps, capture.outputs, explained, labels, weights)
 
@@ -277,8 +288,9 @@ class CFCAM:
         for activations, gradients, guide in captured:
             weights = pipeline.channel_weights(activations, gradients, self.config, **self._choices)
             grids.append(pipeline.class_grid(activations, weights, config=self.config, guide=guide, backend=backend))
-        maps = pipeline.grad_cam_maps(grids, checked.images.shape[-2:], backend=backend).float().cpu()
-        self._notices.of_zero_maps(maps, captured, stacklevel=3)
+        size = _output_size(checked.images, captured)
+        maps = pipeline.grad_cam_maps(grids, size, backend=backend).float().cpu()
+        self._notices.of_zero_maps(maps, captured, 3, len(size))
         return maps.numpy()
 
     def capture(

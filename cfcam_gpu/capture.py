@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -46,7 +47,8 @@ class Capture:
     Attributes:
         outputs: what the model returned, in containers of the same types (tuples, dicts, dataclasses and others, see
             `cfcam_gpu.outputs`), every tensor detached.
-        activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype.
+        activations: one detached (B, C, h, w) tensor per target layer, in the layers' order and dtype; of volumes
+            (B, C, d, h, w) and of series (B, C, t).
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
             May be an expanded view (stride 0), as autograd hands it out. Of K targets an image (B, K, C, h, w), or what
@@ -251,8 +253,9 @@ class HeadCapture:
     def __exit__(self, *exception):
         self.release()
 
-    def _to_grid(self, layer, activations, batch):
-        """``activations`` as (B, C, h, w), or an error that names the layer."""
+    def _to_grid(self, layer, activations, inputs):
+        """``activations`` as (B, C, h, w), of a volume (B, C, d, h, w), or an error that names the layer."""
+        batch, n_axes = len(inputs.images), inputs.images.ndim - 2
         name, hint = f"target layer {self._names[layer]!r}", "; pass a reshape_transform that makes it so"
         if self.reshape_transform is not None:
             activations = self.reshape_transform(activations)
@@ -260,12 +263,19 @@ class HeadCapture:
             if not isinstance(activations, torch.Tensor):
                 raise TypeError(f"{name} must return a tensor, got {_type(activations)}")
         shape = tuple(activations.shape)
-        if len(shape) != 4:
-            raise ValueError(f"{name} must return (B, C, h, w), got {shape}{hint}")
+        axes = {1: "t", 3: "d, h, w"}.get(n_axes, "h, w")
+        # A plane also of inputs with further axes, of which the model makes images.
+        if len(shape) != 4 and not (n_axes in (1, 3) and len(shape) == 2 + n_axes):
+            raise ValueError(f"{name} must return (B, C, {axes}), got {shape}{hint}")
         if shape[0] != batch and not self.any_rows:
-            raise ValueError(f"{name} must return one row per image, ({batch}, C, h, w), got {shape}{hint}")
-        if not shape[2] * shape[3]:
+            raise ValueError(f"{name} must return one row per image, ({batch}, C, {axes}), got {shape}{hint}")
+        if not prod(shape[2:]):
             raise ValueError(f"{name} must return a grid with at least one cell, got {shape}")
+        if len(shape) == 3 and self.reshape_transform is None and any(map(_is_of_tokens, layer.modules())):
+            raise ValueError(
+                f"{name} returns {shape}, of which its kind of layer mostly has the channels last; pass a"
+                " reshape_transform that makes (B, C, t) of it"
+            )
         return activations
 
     def _differentiate(self, roots, edges, cotangents=None):
@@ -324,6 +334,10 @@ class HeadCapture:
         return [None if of_edge[0] is None else torch.stack(of_edge) for of_edge in zip(*each)]
 
 
+def _is_of_tokens(module):
+    return isinstance(module, (nn.LayerNorm, nn.MultiheadAttention, nn.RNNBase, nn.Linear))
+
+
 class _DidNotRun(ValueError):
     """A target layer did not run, or not where its hook could see it."""
 
@@ -359,7 +373,7 @@ class _Pass:
         with self._call:
             outputs = self._forward(inputs)
         taps = [self._taps[layer] for layer in of.target_layers]
-        activations = tuple(of._to_grid(layer, tap.activations, batch) for layer, tap in zip(of.target_layers, taps))
+        activations = tuple(of._to_grid(layer, tap.activations, inputs) for layer, tap in zip(of.target_layers, taps))
         guides = (None,) * len(taps)
         if self._guides is not None:
             guides = tuple(map(self._guides.of, range(len(taps)), of.target_names, activations))

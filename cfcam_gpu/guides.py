@@ -8,6 +8,7 @@ What has been found out about the model is in `Guides`, for all passes; what a p
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -167,9 +168,12 @@ class GuidesOfPass:
         else:
             reading = self._readings[index]
             guide = kept.tensor if reading is None else reading(kept.tensor)
-            if guide.ndim != 4 or len(guide) != len(activations):
-                problem = f"{name} must return ({len(activations)}, C, h, w), a map per image, got {tuple(guide.shape)}"
-            elif guide.shape[2] < sides[0] or guide.shape[3] < sides[1]:
+            if guide.ndim != activations.ndim or len(guide) != len(activations):
+                axes = {1: "t", 2: "h, w", 3: "d, h, w"}[len(sides)]
+                problem = (
+                    f"{name} must return ({len(activations)}, C, {axes}), a map per image, got {tuple(guide.shape)}"
+                )
+            elif any(cells < side for cells, side in zip(guide.shape[2:], sides)):
                 expected = f"the size {sides} of target layer {target_name!r}"
                 problem = f"{name} must have a grid of at least {expected}, got {tuple(guide.shape[2:])}"
         if problem and self._known._asked[index] == AUTO:  # it was right for other inputs
@@ -184,9 +188,9 @@ class GuidesOfPass:
         choices = []
         for candidate in self._candidates.get(index, ()):
             for reading in (self._known._reshape, None, channels_last_to_map):
-                grid = _grid(candidate.kept.tensor, reading)
+                grid = _grid(candidate.kept.tensor, reading, len(sides))
                 if grid is not None and _fits(grid, sides):
-                    choices.append((grid[0] * grid[1], candidate.depth, -candidate.order, candidate, reading))
+                    choices.append((prod(grid), candidate.depth, -candidate.order, candidate, reading))
                     break
         if not choices:
             return None
@@ -204,21 +208,26 @@ class GuidesOfPass:
         return bool(changed) or self._is_stale
 
 
-def _grid(tensor, reading):
-    """(h, w) of a layer's output as this transform reads it; None where it is no (B, C, h, w) then."""
+def _grid(tensor, reading, n_axes):
+    """The grid, of ``n_axes``, of a layer's output as this transform reads it; None where it has none then."""
     try:
         found = tensor if reading is None else reading(tensor)
     except Exception:  # a transform was written for the target layer's output, and may do anything with another's
         return None
-    is_map = isinstance(found, torch.Tensor) and found.ndim == 4 and len(found) == len(tensor)
+    is_map = isinstance(found, torch.Tensor) and found.ndim == 2 + n_axes and len(found) == len(tensor)
     return tuple(found.shape[2:]) if is_map else None
 
 
 def _fits(grid, sides):
-    """Whether the grid is fine enough for a target of these sides, and of its shape but for what strides round off."""
+    """Whether the grid is fine enough for a target of these sides, and of its shape but for what strides round off.
+
+    Of a volume only the slices' sides: its depth, or a video's frames, may be strided otherwise.
+    """
     least, most = FINER
+    *depths, rows, columns = zip(grid, sides) if len(sides) > 1 else ((1, 1), (grid[0], sides[0]), (grid[0], sides[0]))
+    if any(not side <= cells <= most * side for cells, side in depths) or prod(sides) == 1:  # nothing to make finer
+        return False
     # A side of 2 n - 1 cells too is halved to n.
-    is_finer = all(least * (side - 1) < cells <= most * side for cells, side in zip(grid, sides))
-    times = grid[0] / sides[0], grid[1] / sides[1]
-    is_finer = is_finer and sides[0] * sides[1] > 1  # of one cell there is nothing to make finer
-    return is_finer and abs(times[0] - times[1]) <= max(times) / min(sides)
+    is_finer = all(least * (side - 1) < cells <= most * side for cells, side in (rows, columns))
+    times = rows[0] / rows[1], columns[0] / columns[1]
+    return is_finer and abs(times[0] - times[1]) <= max(times) / min(rows[1], columns[1])

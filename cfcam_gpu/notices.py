@@ -49,7 +49,9 @@ class Notices:
             self._warn("cell", message, stacklevel)
         return found
 
-    def of_zero_maps(self, maps: torch.Tensor, layers: list[tuple[torch.Tensor, Any, Any]], stacklevel: int) -> None:
+    def of_zero_maps(
+        self, maps: torch.Tensor, layers: list[tuple[torch.Tensor, Any, Any]], stacklevel: int, n_axes: int = 2
+    ) -> None:
         """That maps are zero everywhere, of which images, and why.
 
         On a CPU it is said in the call that made them. Elsewhere the host would have to wait for the device, so their
@@ -58,10 +60,11 @@ class Notices:
         Args:
             maps: (B, H, W) or (B, K, H, W), or of other axes, values of at least 0.
             layers: per target layer (activations, gradients, guide), from which the reason is found on a CPU.
+            n_axes: of a map.
         """
         if "zero" in self._told or maps.device.type == "meta":
             return
-        peaks = maps.flatten(2 - layers[0][0].ndim).amax(-1)
+        peaks = maps.flatten(-n_axes).amax(-1)
         if maps.device.type == "cpu":
             zero = peaks <= 0
             if zero.any():

@@ -6,8 +6,10 @@ import torch
 from compare import assert_close, stretch_of_map
 from device import DEVICE
 from problems import activations_like
+from torch import nn
 
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, pipeline, reference, torch_backend
+from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, cluster_channels, pipeline, reference, torch_backend
+from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.gaussian import filter_matrices, pooling_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
@@ -126,3 +128,108 @@ def test_bad_sigmas():
     for sigma, error in (((1.0, 0.0), ValueError), ((1.0, "2"), TypeError), ((1.0, float("nan")), ValueError)):
         with pytest.raises(error, match="sigma must be"):
             CFCAMConfig(sigma=sigma)
+
+
+# From a model.
+
+
+class Video(nn.Module):
+    """(B, 2, D, H, W) to 5 logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv3d(2, 8, 3, stride=(1, 2, 2), padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv3d(8, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)).mean((2, 3, 4)))
+
+
+class Series(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv1d(2, 8, 5, stride=2, padding=2), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv1d(8, 16, 5, stride=2, padding=2), nn.ReLU())
+        self.tokens, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.tokens(self.second(self.first(x)).transpose(1, 2)).mean(1))
+
+
+def test_a_video_from_the_model_to_the_maps():
+    model, clips = Video().eval(), torch.rand(2, 2, 6, 20, 24)
+    cam = CFCAM(model)
+    maps = cam.maps(clips, targets=[1, 2])
+    assert cam.target_names == ["second"] and cam.guide_names == ["first"]
+    assert maps.shape == (2, 6, 20, 24) and maps.amax() == 1 and maps.amin() == 0
+    capture = HeadCapture(model, [model.second], guide_layer=model.first, margin_temperature=1.2)(clips, [1, 2])
+    expected = cf_cam(capture.activations[0], capture.gradients[0], (6, 20, 24), guide=capture.guides[0])
+    torch.testing.assert_close(maps, expected.maps, rtol=0, atol=2e-6)
+    several = cam.explain(clips, top=3)
+    assert several.maps.shape == (2, 3, 6, 20, 24) and several.weights.shape == (2, 3, 16)
+    assert cam(clips).shape == (2, 6, 20, 24)
+    both = CFCAM(model, [model.first, model.second])
+    assert both.maps(clips).shape == (2, 6, 20, 24) and both(clips).max() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_series_from_the_model_to_the_maps():
+    model, series = Series().eval(), torch.rand(3, 2, 40)
+    cam = CFCAM(model, [model.second])
+    assert cam.maps(series, targets=[0, 1, 2]).shape == (3, 40) and cam.guide_names == ["first"]
+    assert cam(series).shape == (3, 40)
+    with pytest.raises(ValueError, match="'tokens' returns .* mostly has the channels last; pass a reshape_transform"):
+        CFCAM(model, [model.tokens]).maps(series)
+    tokens = CFCAM(model, [model.tokens], lambda tokens: tokens.transpose(1, 2))
+    assert tokens.maps(series).shape == (3, 40)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "s3d", "swin3d_t", "mvit_v2_s"])
+def test_torchvisions_video_models_by_name(name):
+    pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
+    frames, side = (16, 224) if name == "s3d" else (4, 64)
+    model, clip = video_model(name), torch.rand(1, 3, frames, side, side)
+    target, guide = {
+        "r3d_18": ("layer4", "layer3"),
+        "s3d": ("features", "features.12"),
+        "swin3d_t": ("norm", "features.4"),
+        "mvit_v2_s": ("blocks.2.norm1", None),
+    }[name]
+    cam = CFCAM(model)
+    maps = cam.maps(clip)
+    assert cam.target_names == [target] and (guide is None or cam.guide_names == [guide])
+    assert maps.shape == (1, frames, side, side) and maps.isfinite().all()
+
+
+def video_model(name):
+    """torchvision's, untrained; of an MViT v2 three of the blocks, for small clips."""
+    from torchvision.models import get_model
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    if name != "mvit_v2_s":
+        return get_model(name, weights=None).eval()
+    three = [3, 3, 3]
+    blocks = [
+        MSBlockConfig(1, 96, 96, three, three, [1, 1, 1], [1, 8, 8]),
+        MSBlockConfig(2, 96, 192, three, three, [1, 2, 2], [1, 4, 4]),
+        MSBlockConfig(2, 192, 192, three, three, [1, 1, 1], [1, 4, 4]),
+    ]
+    options = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
+    return MViT(spatial_size=(64, 64), temporal_size=4, block_setting=blocks, **options).eval()
+
+
+def test_layers_of_images_and_of_volumes_together():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.volume, self.plane, self.head = nn.Conv3d(2, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.plane(self.volume(x).mean(2)).mean((2, 3)))
+
+    model, clips = Mixed().eval(), torch.rand(2, 2, 5, 12, 12)
+    assert CFCAM(model, [model.plane]).maps(clips).shape == (2, 12, 12)
+    assert CFCAM(model, [model.volume]).maps(clips).shape == (2, 5, 12, 12)
+    with pytest.raises(ValueError, match=r"grids of equally many axes, got \(3, 10, 10\), \(8, 8\)"):
+        CFCAM(model, [model.volume, model.plane], guide_layer=None).maps(clips)
+    assert not any(module._forward_hooks for module in model.modules())

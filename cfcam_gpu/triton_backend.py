@@ -206,8 +206,10 @@ def _cluster(transposed, squared_norm, config, engine):
     rank = None if config.dominant_percentile == 100 else dominant_rank(n_channels, config.dominant_percentile)
     low_rank, fraction, min_samples = _rank_table(max_rows, config, transposed.device)
 
-    labels, member, n_rows, degree, histogram, above = dominant_channels(squared_norm, rank, max_rows, unit)
-    distances = pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit)
+    labels, member, n_rows, descriptors, degree, histogram, above = dominant_channels(
+        squared_norm, transposed, rank, max_rows, unit
+    )
+    distances = pairwise_distances(descriptors, n_rows, histogram)
     prefix, remaining = torch.empty(2, batch, 2, dtype=torch.int32, device=transposed.device)
     for digit in (1, 2):
         refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, TILE)

@@ -16,6 +16,16 @@ from cfcam_gpu.kernels.pairwise_distances import TILE
 
 
 @triton.jit
+def count_bits(words):
+    """How many bits of each word are set: what compilers recognise as one instruction."""
+    words = words.to(tl.uint32, bitcast=True)
+    words -= (words >> 1) & 0x55555555
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return ((words * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def adjacency_kernel(
     distances_ptr,
     n_rows_ptr,
@@ -49,31 +59,48 @@ def adjacency_kernel(
                 tl.atomic_min(above_ptr + image, below_bits, sem="relaxed")
         radius = tl.maximum(below, eps_floor)
 
-        index = tl.arange(0, TILE)
-        row = tile_row * TILE + index
-        column = tile_column * TILE + index
-        offset = (image * n_tiles + tile) * TILE * TILE + index[:, None] * TILE + index[None, :]
-        distances = tl.load(distances_ptr + offset)
-        near = tl.abs(distances) <= radius
-        # The distance at the next rank, of pairs alone: the other end of eps's interpolation.
-        bits = distances.to(tl.int32, bitcast=True)
-        beyond = tl.where(bits > below_bits, bits, LARGEST_INT32)
-        tl.atomic_min(above_ptr + image, tl.min(tl.min(beyond, axis=1), axis=0), sem="relaxed")
-
+        # Words are made in registers: a thread reads four neighbours at a time of one row, or one cell of four columns.
         WORDS: tl.constexpr = TILE // 32
+        distances_ptr += (image * n_tiles + tile) * TILE * TILE
         word = tl.arange(0, WORDS)
-        bit = (1 << tl.arange(0, 32))[None, None, :]
-        ones = near.to(tl.int32)
-        by_row = tl.sum(tl.reshape(ones, [TILE, WORDS, 32]) * bit, axis=2)
-        target = (image * max_rows + row).to(tl.int64)[:, None] * n_words + tile_column * WORDS + word[None, :]
-        tl.store(bits_ptr + target, by_row, mask=(row < n_rows)[:, None])
-        tl.atomic_add(degree_ptr + image * max_rows + row, tl.sum(ones, axis=1), mask=row < n_rows, sem="relaxed")
+        quad = tl.arange(0, 4)
+        place = tl.arange(0, TILE)
+        start = word[:, None, None] * (32 * TILE) + place[None, :, None] * 4 + quad[None, None, :]
+        by_row = tl.zeros([WORDS, TILE], tl.int32)
+        # The distance at the next rank, of pairs alone: the other end of eps's interpolation. Unsigned, the differences
+        # of what is no pair, or not beyond, are larger than those of all that are.
+        least = tl.full([WORDS, TILE, 4], 0xFFFFFFFF, tl.uint32)
+        next_bits = (below_bits + 1).to(tl.uint32, bitcast=True)
+        for step in tl.static_range(8):
+            distances = tl.load(distances_ptr + (start + step * 4 * TILE))
+            bit = (1 << (4 * step + quad))[None, None, :]
+            by_row |= tl.sum(tl.where(tl.abs(distances) <= radius, bit, 0), axis=2)
+            least = tl.minimum(least, distances.to(tl.uint32, bitcast=True) - next_bits)
+        beyond = (tl.min(tl.reshape(least, [WORDS * TILE * 4], can_reorder=True), axis=0) + next_bits).to(tl.int32)
+        tl.atomic_min(above_ptr + image, tl.where(beyond > below_bits, beyond, LARGEST_INT32), sem="relaxed")
+        row = tile_row * TILE + place % (TILE // 4) * 4 + place // (TILE // 4)
+        in_rows = (row < n_rows)[None, :]
+        of_row = image * max_rows + row[None, :] + 0 * word[:, None]
+        tl.store(bits_ptr + of_row * n_words + tile_column * WORDS + word[:, None], by_row, mask=in_rows)
+        tl.atomic_add(degree_ptr + of_row, count_bits(by_row), mask=in_rows, sem="relaxed")
         if tile_row != tile_column:
-            by_column = tl.sum(tl.reshape(tl.trans(ones), [TILE, WORDS, 32]) * bit, axis=2)
-            target = (image * max_rows + column).to(tl.int64)[:, None] * n_words + tile_row * WORDS + word[None, :]
-            tl.store(bits_ptr + target, by_column, mask=(column < n_rows)[:, None])
+            # Four threads share a word, of eight rows each: here all of a tile are pairs.
+            byte = tl.arange(0, 4)
+            four = tl.arange(0, TILE // 4)
+            first = word[:, None, None, None] * 32 + four[None, :, None, None] * (4 * TILE)
+            first += byte[None, None, :, None] * 8 + quad[None, None, None, :]
+            parts = tl.zeros([WORDS, TILE // 4, 4, 4], tl.int32)
+            for step in tl.static_range(8):
+                pairs = tl.load(distances_ptr + (first + (step // 4 * 4 + step % 4 * TILE)))
+                parts |= tl.where(pairs <= radius, 1 << step, 0)
+            by_column = tl.sum(parts << (8 * byte)[None, None, :, None], axis=2)
+            column = (tile_column * TILE + 4 * four[:, None] + quad[None, :])[None, :, :]
             in_columns = column < n_rows
-            tl.atomic_add(degree_ptr + image * max_rows + column, tl.sum(ones, axis=0), mask=in_columns, sem="relaxed")
+            of_column = image * max_rows + column + 0 * word[:, None, None]
+            tl.store(
+                bits_ptr + of_column * n_words + tile_row * WORDS + word[:, None, None], by_column, mask=in_columns
+            )
+            tl.atomic_add(degree_ptr + of_column, count_bits(by_column), mask=in_columns, sem="relaxed")
 
 
 def adjacency(distances, n_rows, histogram, prefix, remaining, degree, above, eps_floor):

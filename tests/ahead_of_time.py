@@ -101,7 +101,7 @@ def fused_sums(ptx, fusion):
     return fused
 
 
-SIZES = ("N_CHANNELS", "N_STEPS")
+SIZES = ("STRIDE", "N_STEPS")
 """Constants of a launch that are sizes."""
 
 

@@ -38,8 +38,8 @@ def kernel_distances(activations, config):
     if config.dominant_percentile < 100:
         rank = triton_backend.dominant_rank(n_channels, config.dominant_percentile)
     max_rows = triton_backend._max_rows(n_channels, config)
-    _, member, n_rows, _, histogram, _ = dominant_channels(squared_norm, rank, max_rows, unit)
-    distances = pairwise_distances(transposed, squared_norm, member, n_rows, histogram, unit)
+    _, member, n_rows, descriptors, _, histogram, _ = dominant_channels(squared_norm, transposed, rank, max_rows, unit)
+    distances = pairwise_distances(descriptors, n_rows, histogram)
     members = [of_image[:n].long().cpu() for of_image, n in zip(member, n_rows.tolist())]
     return [matrix.cpu().numpy() for matrix in distance_matrices(distances, n_rows)], members
 

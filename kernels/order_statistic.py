@@ -30,7 +30,12 @@ LAST_OFFSET = tl.constexpr(3072)
 HISTOGRAM_BINS = 4096
 """Counters of an image."""
 
-TILES_PER_PROGRAM = 4
+TILES_AT_ONCE = 4
+"""Tiles that a program reads in one step."""
+
+PROGRAMS, MOST_TILES = 2048, 16
+"""Programs that a launch has at least before each of them goes through more tiles, and how many: each finds the digit
+before its own anew."""
 
 
 @triton.jit
@@ -62,19 +67,21 @@ def order_statistic_kernel(
     prefix_ptr,
     remaining_ptr,
     n_tiles,
+    tiles_per_program,
     PASS: tl.constexpr,
     TILE: tl.constexpr,
-    TILES_PER_PROGRAM: tl.constexpr,
+    TILES: tl.constexpr,
     HISTOGRAM_SIZE: tl.constexpr,
 ):
-    programs_per_image = tl.cdiv(n_tiles, TILES_PER_PROGRAM)
+    programs_per_image = tl.cdiv(n_tiles, tiles_per_program)
     image = (tl.program_id(0) // programs_per_image).to(tl.int64)
     program = tl.program_id(0) % programs_per_image
     n_rows = tl.load(n_rows_ptr + image)
     columns = tl.cdiv(n_rows, TILE)
-    n_tiles_used = columns * (columns + 1) // 2
+    start = program * tiles_per_program
+    end = tl.where(n_rows > 1, tl.minimum(start + tiles_per_program, columns * (columns + 1) // 2), 0)
     histogram_ptr += image * HISTOGRAM_SIZE
-    if (program * TILES_PER_PROGRAM < n_tiles_used) & (n_rows > 1):
+    if start < end:
         if PASS == 1:
             prefix, remaining = find_bin(histogram_ptr, tl.load(low_rank_ptr + n_rows), FIRST_BINS)
         else:
@@ -85,14 +92,16 @@ def order_statistic_kernel(
             tl.store(remaining_ptr + image * 2 + (PASS - 1), remaining)
 
         SHIFT: tl.constexpr = FIRST_SHIFT - DIGIT_BITS * PASS
-        tile = program * TILES_PER_PROGRAM + tl.arange(0, TILES_PER_PROGRAM)
-        offset = (image * n_tiles + tile)[:, None] * (TILE * TILE) + tl.arange(0, TILE * TILE)[None, :]
-        used = (tile < n_tiles_used)[:, None]
-        bits = tl.load(distances_ptr + offset, mask=used, other=float("-inf")).to(tl.uint32, bitcast=True)
-        # Unsigned, whatever has another prefix is behind the last bin, and so is what is no pair: it has a sign.
         first = (prefix << (SHIFT + DIGIT_BITS)).to(tl.uint32)
-        digit = tl.minimum((bits - first) >> SHIFT, DIGIT_BINS).to(tl.int32)
-        counts = tl.histogram(tl.reshape(digit, [TILES_PER_PROGRAM * TILE * TILE], can_reorder=True), 2 * DIGIT_BINS)
+        counts = tl.zeros([2 * DIGIT_BINS], tl.int32)
+        while start < end:
+            tile = start + tl.arange(0, TILES)
+            offset = (image * n_tiles + tile)[:, None] * (TILE * TILE) + tl.arange(0, TILE * TILE)[None, :]
+            bits = tl.load(distances_ptr + offset, mask=(tile < end)[:, None], other=float("-inf"))
+            # Unsigned, whatever has another prefix is behind the last bin, and so is what is no pair: it has a sign.
+            digits = tl.minimum((bits.to(tl.uint32, bitcast=True) - first) >> SHIFT, DIGIT_BINS).to(tl.int32)
+            counts += tl.histogram(tl.reshape(digits, [TILES * TILE * TILE], can_reorder=True), 2 * DIGIT_BINS)
+            start += TILES
         bins = tl.arange(0, 2 * DIGIT_BINS)
         OFFSET: tl.constexpr = SECOND_OFFSET if PASS == 1 else LAST_OFFSET
         wanted = (counts != 0) & (bins < DIGIT_BINS)
@@ -111,7 +120,8 @@ def refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, til
         digit: 1 or 2.
     """
     batch, n_tiles = distances.shape[:2]
-    order_statistic_kernel[(batch * cdiv(n_tiles, TILES_PER_PROGRAM),)](
+    tiles_per_program = max(1, min(batch * n_tiles // PROGRAMS, MOST_TILES) // TILES_AT_ONCE) * TILES_AT_ONCE
+    order_statistic_kernel[(batch * cdiv(n_tiles, tiles_per_program),)](
         distances,
         n_rows,
         low_rank,
@@ -119,9 +129,10 @@ def refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, til
         prefix,
         remaining,
         n_tiles,
+        tiles_per_program,
         PASS=digit,
         TILE=tile,
-        TILES_PER_PROGRAM=TILES_PER_PROGRAM,
+        TILES=TILES_AT_ONCE,
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
         num_warps=8,
     )

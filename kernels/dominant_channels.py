@@ -95,7 +95,7 @@ def dominant_channels_kernel(
     scale = tl.full([BLOCK_C], 1.0, tl.float32)
     if UNIT:
         scale = 1.0 / tl.sqrt_rn(tl.where(clustered, squared_norm, 1.0))
-    # Zeros up to a whole tile, which are read and count for nothing.
+    # No numbers up to a whole tile, which are read and whose distances are none.
     padding = n_rows + tl.arange(0, TILE)
     in_padding = padding < tl.cdiv(n_rows, TILE) * TILE
     # As if scattered, so that the loads have the layout of the stores, which are.
@@ -111,9 +111,9 @@ def dominant_channels_kernel(
         if UNIT:
             value *= scale[None, :]
         tl.store(descriptors_ptr + (cell[:, None] * STRIDE + row[None, :]), value, mask=inside)
-        zeros = tl.zeros([CELLS, TILE], tl.float32)
+        nothing = tl.full([CELLS, TILE], float("nan"), tl.float32)
         inside = (cell < end)[:, None] & in_padding[None, :]
-        tl.store(descriptors_ptr + (cell[:, None] * STRIDE + padding[None, :]), zeros, mask=inside)
+        tl.store(descriptors_ptr + (cell[:, None] * STRIDE + padding[None, :]), nothing, mask=inside)
         start += CELLS
 
 
@@ -128,7 +128,7 @@ def dominant_channels(squared_norm, transposed, rank, max_rows, unit):
 
     Returns:
         labels int32 (B, C), DOMINANT or NOISE; member int32 (B, max_rows), the clustered channels in ascending order;
-        n_rows int32 (B,), how many there are; descriptors float32 (B, h * w, n), their values and zeros up to a
+        n_rows int32 (B,), how many there are; descriptors float32 (B, h * w, n), their values, and nan up to a
         multiple of TILE; and the counters as they start: degree int32 (B, max_rows) and histogram int32 (B,
         HISTOGRAM_BINS), zeros, and above int32 (B,), the largest int32.
     """

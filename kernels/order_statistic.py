@@ -30,7 +30,7 @@ LAST_OFFSET = tl.constexpr(3072)
 HISTOGRAM_BINS = 4096
 """Counters of an image."""
 
-TILES_AT_ONCE = 4
+TILES_AT_ONCE = 2
 """Tiles that a program reads in one step."""
 
 PROGRAMS, MOST_TILES = 2048, 16

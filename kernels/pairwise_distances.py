@@ -18,6 +18,9 @@ from cfcam_gpu.kernels.order_statistic import FIRST_BINS, FIRST_SHIFT, HISTOGRAM
 TILE = 64
 """Side of a tile of distances."""
 
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+"""What three programs a multiprocessor leave: left to itself, the CUDA assembler takes fewer, and spills some."""
+
 
 @triton.jit
 def pairwise_distances_kernel(
@@ -72,11 +75,13 @@ def pairwise_distances_kernel(
             start += 1
             of_row += STRIDE
             of_column += STRIDE
-        distances = tl.sqrt_rn(squared)
-        pair = (row < column) & (column < n_rows)
-        # A sign tells what is no pair: a channel and itself, a pair the other way round; -nan a column of no channel.
-        nothing = tl.full([1, 1, 1, 1, 1], -1, tl.int32).to(tl.float32, bitcast=True)
-        stored = tl.where(pair, distances, tl.where(column < n_rows, -distances, nothing))
+        stored = tl.sqrt_rn(squared)
+        n_columns = tl.minimum(n_rows - tile_column * TILE, TILE)
+        n_pairs = tl.where(tile_row == tile_column, n_columns * (n_columns - 1) // 2, TILE * n_columns)
+        if n_pairs < TILE * TILE:
+            # A sign tells what is no pair: a channel and itself, a pair the other way round, what is no channel.
+            ahead = tl.where(column < n_rows, column, 0) - 1 - row
+            stored = (stored.to(tl.int32, bitcast=True) | (ahead & -(2**31))).to(tl.float32, bitcast=True)
         # In the order of the threads: a column's four neighbours, the rows of a fourth of the tile.
         offset = (in_halves // 4 * (4 * TILE) + in_halves % 4)[:, None, :, :, None]
         offset += (of_tile % 4 * TILE + of_tile // 4 * 4)[None, :, None, None, :]
@@ -85,8 +90,6 @@ def pairwise_distances_kernel(
         # What is no pair has a digit behind the last, where it is counted with not-a-numbers, and taken off again.
         digit = tl.minimum(stored.to(tl.uint32, bitcast=True) >> FIRST_SHIFT, FIRST_BINS - 1).to(tl.int32)
         counts = tl.histogram(tl.reshape(digit, [TILE * TILE], can_reorder=True), FIRST_BINS)
-        n_columns = tl.minimum(n_rows - tile_column * TILE, TILE)
-        n_pairs = tl.where(tile_row == tile_column, n_columns * (n_columns - 1) // 2, TILE * n_columns)
         bins = tl.arange(0, FIRST_BINS)
         counts -= tl.where(bins == FIRST_BINS - 1, TILE * TILE - n_pairs, 0)
         tl.atomic_add(histogram_ptr + image * HISTOGRAM_SIZE + bins, counts, mask=counts != 0, sem="relaxed")
@@ -121,6 +124,7 @@ def pairwise_distances(descriptors, n_rows, histogram):
         CELLS=7,  # divides 7 x 7 and 14 x 14
         HISTOGRAM_SIZE=HISTOGRAM_BINS,
         num_warps=4,
+        **REGISTERS,
     )
     return distances
 

@@ -18,7 +18,7 @@ from cfcam_gpu.kernels.order_statistic import DIGIT_BINS, DIGIT_BITS, FIRST_BINS
 from cfcam_gpu.kernels.pairwise_distances import TILE
 
 PROGRAMS = 264
-"""Programs that a launch has at least, where there are as many cells: the time of a small batch is that of one."""
+"""Programs of a launch that share the cells of a small batch, whose time is that of one program."""
 
 CELLS_AT_ONCE, MOST_CELLS = 2, 100
 """Cells that a program gathers in one step, and in all."""
@@ -140,7 +140,7 @@ def dominant_channels(squared_norm, transposed, rank, max_rows, unit):
     histogram = torch.empty(batch, HISTOGRAM_BINS, **options)
     stride = cdiv(max_rows, TILE) * TILE
     descriptors = torch.empty(batch, n_cells, stride, dtype=torch.float32, device=squared_norm.device)
-    cells_per_part = min(cdiv(n_cells, cdiv(PROGRAMS, batch)), MOST_CELLS)
+    cells_per_part = min(cdiv(n_cells, max(PROGRAMS // batch, 1)), MOST_CELLS)
     cells_per_part = cdiv(cells_per_part, CELLS_AT_ONCE) * CELLS_AT_ONCE
     n_parts = cdiv(n_cells, cells_per_part)
     dominant_channels_kernel[(batch * n_parts,)](

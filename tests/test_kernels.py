@@ -93,6 +93,16 @@ def test_components_in_several_steps(rng, monkeypatch):
         check_labels(rows[None, :, :, None], config)
 
 
+def test_programs_of_large_batches(seed, monkeypatch):
+    # Several tiles a program, the last of which has fewer; all cells of an image.
+    for module in ("adjacency", "dominant_channels", "order_statistic"):
+        monkeypatch.setattr(f"cfcam_gpu.kernels.{module}.PROGRAMS", 1)
+    for percentile in (75.0, 100.0):
+        for descriptor in ("raw", "unit"):
+            config = CFCAMConfig(dominant_percentile=percentile, descriptor=descriptor)
+            check_labels(activations_like((2, 260, 5, 3)), config)
+
+
 @pytest.mark.parametrize("n_clusters", [2, 5])
 def test_border_channels_of_several_clusters(n_clusters, rng):
     # On a line: clusters of 20, all within 1 of each other, and between two of them one that is near to 4 of each.

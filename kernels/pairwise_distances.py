@@ -50,7 +50,7 @@ def pairwise_distances_kernel(
         in_halves += 4 * tl.arange(0, SIDE // 2)[None, None, :]
         row = (tile_row * TILE + of_tile)[None, :, None, None, :]
         column = (tile_column * TILE + in_halves)[:, None, :, :, None]
-        # Rows of padding are zeros, which nobody looks at: without masks four channels are one load.
+        # Channels of padding are there, and no numbers: without masks four channels are one load.
         of_row = descriptors_ptr + image * n_cells * STRIDE + tile_row * TILE
         of_column = descriptors_ptr + image * n_cells * STRIDE + tile_column * TILE
         squared = tl.zeros([2, 4, 4, SIDE // 2, SIDE], tl.float32)
@@ -99,11 +99,10 @@ def pairwise_distances(descriptors, n_rows, histogram):
     """Distances float32 (B, n_tiles, TILE // 4, 4, TILE // 4, 4) of the upper tiles, numbered column by column.
 
     Within a tile, that of row 4 i + j and column 4 k + l is at (k, j, i, l). What is no pair of two channels in
-    ascending order has a sign: a distance the other way round, -0 on the diagonal, -nan in columns beyond the channels
-    there are.
+    ascending order has a sign: a distance the other way round, -0 on the diagonal, -nan beyond the channels there are.
 
     Args:
-        descriptors: float32 (B, h * w, n), n a multiple of TILE: of the clustered channels, and zeros.
+        descriptors: float32 (B, h * w, n), n a multiple of TILE: of the clustered channels, and nan up to whole tiles.
         n_rows: int32 (B,), how many channels there are.
         histogram: int32 (B, HISTOGRAM_BINS), zeros; its first digit is counted.
     """

@@ -97,10 +97,9 @@ def test_programs_of_large_batches(seed, monkeypatch):
     # Several tiles a program, the last of which has fewer; all cells of an image.
     for module in ("adjacency", "dominant_channels", "order_statistic"):
         monkeypatch.setattr(f"cfcam_gpu.kernels.{module}.PROGRAMS", 1)
-    for percentile in (75.0, 100.0):
-        for descriptor in ("raw", "unit"):
-            config = CFCAMConfig(dominant_percentile=percentile, descriptor=descriptor)
-            check_labels(activations_like((2, 260, 5, 3)), config)
+    for percentile, descriptor in ((75.0, "raw"), (100.0, "unit")):
+        config = CFCAMConfig(dominant_percentile=percentile, descriptor=descriptor)
+        check_labels(activations_like((2, 260, 5, 3)), config)
 
 
 @pytest.mark.parametrize("n_clusters", [2, 5])

@@ -77,7 +77,8 @@ class HeadCapture:
 
     A layer that runs several times counts with its last call. The number of calls is remembered, so that from the
     second pass on the trunk reaches up to that call; should a pass make fewer calls, it is repeated. A pass is also
-    repeated, once in the object's life, when the model itself switches autograd off around a target layer, and when it
+    repeated, once in the object's life, when the model itself switches autograd off around a target layer, when the
+    guide that was found is an output that was let go of (an early layer, rarely), and when it
     changes a guide's output in place.
 
     Args:
@@ -377,6 +378,8 @@ class _Pass:
         guides = (None,) * len(taps)
         if self._guides is not None:
             guides = tuple(map(self._guides.of, range(len(taps)), of.target_names, activations))
+            if self._guides.must_repeat():
+                return None
         with torch.enable_grad():  # a target may run the model: that is no part of the pass
             found = scores(outputs, targets, batch, of.margin_temperature, top, of.chosen_side)
         edges = [tap.edge for tap in taps]

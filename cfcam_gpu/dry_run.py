@@ -233,11 +233,12 @@ class DryRun:
         image = inputs.images
 
         def private(tensor):
-            copy = tensor.detach().to(_device(model, tensor), copy=True)
-            if tensor is not image or not self._linked or not copy.is_floating_point():
-                return copy
-            # A frozen model still needs a graph, and a leaf could not be changed in place.
-            copy = copy.requires_grad_().mul(1)
+            is_image = tensor is image
+            tensor, device = tensor.detach(), _device(model, tensor)
+            if not is_image or not self._linked or not tensor.is_floating_point():
+                return tensor.to(device, copy=True)
+            # A frozen model still needs a graph, and a leaf could not be changed in place: the product is the copy.
+            copy = tensor.to(device, copy=tensor.is_inference()).requires_grad_().mul(1)
             self._image = copy.grad_fn
             self._image_edge = get_gradient_edge(copy)
             return copy

@@ -23,6 +23,10 @@ FINER = (2, 4)
 """How many times the target's sides a guide's are, at least and at most, where it is chosen. A layer much farther from
 the target sees edges and colours rather than things, and its cells are many."""
 
+HELD_BYTES, HELD_OF_LARGEST = 4 * 2**20, 0.75
+"""Of the layers of which one may turn out to be the guide, how much a pass holds at once: so much in any case, and as a
+multiple of the largest output of a layer. The last two stages before the target layer are within it."""
+
 
 class _Kept(NamedTuple):
     tensor: torch.Tensor
@@ -36,7 +40,14 @@ class _Candidate(NamedTuple):
     depth: int  # of the module's name: 0 for a child of the model
     order: int  # in which the modules finished
     module: nn.Module
-    kept: _Kept
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def like(self) -> torch.Tensor:
+        """A tensor as this layer returned it, but for the values."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 class Guides:
@@ -45,7 +56,8 @@ class Guides:
     Of a layer "auto", the guide is found in the first pass: the last layer whose output is a map with at least twice
     the target's sides (`FINER`). Of the layers with that grid it is the outermost, as for target layers: the end of a
     stage or of a block, and not a layer inside the next one, before that makes the map smaller. Layers that had run
-    more than once do not count. Where there is none, the target layer guides itself.
+    more than once do not count. Where there is none, the target layer guides itself. A pass that looks for the guide
+    holds few of the outputs; where the guide's is not among them, the pass is repeated.
 
     Args:
         guides: per target layer a module, "auto", or None for the target layer itself.
@@ -69,6 +81,7 @@ class Guides:
         self._readings = [reshape_transform] * len(self._asked)
         self._copies = copies
         self._copied: set[nn.Module] = set()
+        self._holds_all = copies
 
     def names(self, target_names: Sequence[str]) -> list[str] | None:
         """Per target layer the guide's name, its own where it guides itself; None before they have been found."""
@@ -92,7 +105,12 @@ class GuidesOfPass:
         self._runs: Counter[nn.Module] = Counter()
         self._latest: dict[nn.Module, _Kept] = {}
         self._seen: dict[tuple, list[_Candidate]] = {}  # the latest two of every size and depth
-        self._candidates: dict[int, list[_Candidate]] = {}  # per target layer what had been seen when it ran
+        self._held: dict[nn.Module, _Kept] = {}  # outputs of some of them
+        self._likely: dict[tuple, _Candidate] = {}  # of every size the one that would be chosen
+        self._largest = 0
+        self._not_held: set[int] = set()
+        # Per target layer what had been seen, and was held, when it ran.
+        self._candidates: dict[int, tuple[list[_Candidate], dict[nn.Module, _Kept]]] = {}
         self._guides: dict[int, _Kept | None] = {}  # per target layer what its guide had returned by then
         self._used: list[tuple[nn.Module, _Kept | None]] = []
         self._is_stale = False
@@ -129,13 +147,37 @@ class GuidesOfPass:
     def _look(self, module, inputs, output):
         self._runs[module] += 1
         tensor = first_tensor(output)
-        if self._runs[module] > 1 or tensor is None or tensor.ndim < 3:
+        if self._runs[module] > 1 or tensor is None or tensor.ndim < 3 or tensor.layout != torch.strided:
             return
-        depth = self._known._names[module].count(".")
-        candidate = _Candidate(depth, self._runs.total(), module, self._kept(module, tensor))
+        depth, size = self._known._names[module].count("."), tuple(tensor.shape[2:])
+        layout = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+        candidate = _Candidate(depth, self._runs.total(), module, *layout)
         # Two, because the latest may turn out to be a shared layer, which runs again.
-        latest = self._seen.setdefault((*tensor.shape[2:], depth), [])
+        latest = self._seen.setdefault((*size, depth), [])
+        for older in latest[:-1]:
+            self._held.pop(older.module, None)
         latest[:] = [*latest[-1:], candidate]
+        if self._known._holds_all:
+            self._held[module] = self._kept(module, tensor)
+        else:
+            self._hold_if_likely(size, candidate, tensor)
+
+    def _hold_if_likely(self, size, candidate, tensor):
+        """Hold the tensor where it would be chosen of those of its size; the largest are let go of first."""
+        self._largest = max(self._largest, tensor.nbytes)
+        before = self._likely.get(size)
+        if before is not None:
+            if before.depth < candidate.depth and self._runs[before.module] == 1:
+                return
+            self._held.pop(before.module, None)
+        self._likely[size] = candidate
+        if tensor.untyped_storage().nbytes() > (most := max(HELD_BYTES, HELD_OF_LARGEST * self._largest)):
+            return
+        self._held[candidate.module] = self._kept(candidate.module, tensor)
+        sizes = {module: kept.tensor.untyped_storage().nbytes() for module, kept in self._held.items()}
+        while sum(sizes.values()) > most:
+            largest = max(sizes, key=sizes.__getitem__)
+            del sizes[largest], self._held[largest]
 
     def at_target(self, index: int) -> None:
         """Called when target layer ``index`` has run: what has run until now may guide it."""
@@ -145,7 +187,7 @@ class GuidesOfPass:
         elif found == AUTO:
             # Now and not later: a shared layer that runs behind the target layer too is still the one it was.
             candidates = chain.from_iterable(self._seen.values())
-            self._candidates[index] = [each for each in candidates if self._runs[each.module] == 1]
+            self._candidates[index] = [each for each in candidates if self._runs[each.module] == 1], dict(self._held)
 
     def of(self, index: int, target_name: str, activations: torch.Tensor) -> torch.Tensor | None:
         """The guide (B, Cg, hg, wg) of target layer ``index`` in this pass, None where that is the layer itself.
@@ -155,10 +197,10 @@ class GuidesOfPass:
         """
         found, sides = self._found[index], tuple(activations.shape[2:])
         if found == AUTO:
-            found = self._choose(index, sides)
+            found = self._choose(index, len(activations), sides)
             self._found[index], self._known._readings[index] = found, self._readings[index]
             self._known._found[index] = found
-        if not isinstance(found, nn.Module):
+        if not isinstance(found, nn.Module) or index in self._not_held:
             return None
         kept, name = self._guides.get(index), f"guide layer {self._known._names[found]!r}"
         self._used.append((found, kept))
@@ -177,35 +219,41 @@ class GuidesOfPass:
                 expected = f"the size {sides} of target layer {target_name!r}"
                 problem = f"{name} must have a grid of at least {expected}, got {tuple(guide.shape[2:])}"
         if problem and self._known._asked[index] == AUTO:  # it was right for other inputs
-            self._known._found[index], self._is_stale = AUTO, True
+            self._known._found[index], self._known._holds_all, self._is_stale = AUTO, True, True
             return None
         if problem:
             raise ValueError(problem)
         return guide
 
-    def _choose(self, index, sides):
+    def _choose(self, index, batch, sides):
         """The guide for a target of these sides, or None: the smallest grid, then the outermost, then the latest."""
         choices = []
-        for candidate in self._candidates.get(index, ()):
+        candidates, held = self._candidates.get(index, ((), {}))
+        for candidate in candidates:
+            if candidate.shape[0] != batch:
+                continue
+            tensor = held[candidate.module].tensor if candidate.module in held else candidate.like()
             for reading in (self._known._reshape, None, channels_last_to_map):
-                grid = _grid(candidate.kept.tensor, reading, len(sides))
+                grid = _grid(tensor, reading, len(sides))
                 if grid is not None and _fits(grid, sides):
                     choices.append((prod(grid), candidate.depth, -candidate.order, candidate, reading))
                     break
         if not choices:
             return None
         *_, candidate, self._readings[index] = min(choices, key=lambda choice: choice[:3])
-        self._guides[index] = candidate.kept
+        self._guides[index] = held.get(candidate.module)
+        if candidate.module not in held:
+            self._not_held.add(index)
         return candidate.module
 
     def must_repeat(self) -> bool:
-        """Whether a guide has been changed in place since, or is not the right one for these inputs.
+        """Whether a guide has been changed in place since, is not the right one for these inputs, or was not held.
 
         The next pass works on copies, or finds another.
         """
         changed = [module for module, kept in self._used if kept and kept.is_changed()]
         self._known._copied.update(changed)
-        return bool(changed) or self._is_stale
+        return bool(changed) or bool(self._not_held) or self._is_stale
 
 
 def _grid(tensor, reading, n_axes):

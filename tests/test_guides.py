@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from cfcam_gpu import guides
 from cfcam_gpu.capture import HeadCapture
+from cfcam_gpu.guides import Guides
 
 IMAGES = (2, 3, 64, 64)
 
@@ -157,6 +159,59 @@ def test_a_guide_that_does_not_fit_other_inputs_is_found_again(seed):
     assert capture(torch.rand(IMAGES)).guides[0].shape == (2, 6, 16, 16)
     assert capture(torch.rand(2, 3, 24, 24)).guides[0].shape == (2, 4, 24, 24)
     assert hooks_on(model) == 0
+
+
+def test_a_guide_that_was_not_held(seed, monkeypatch):
+    """The pass is repeated for it, once in the object's life, with the same result."""
+    model = initialised(Stages(conv(3, 4), conv(4, 8), conv(8, 8, 2), conv(8, 8, 2), conv(8, 8, 2)))
+    images, passes = torch.rand(IMAGES), []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for held, n_passes in ((1, [1, 1]), (0, [2, 1])):
+        monkeypatch.setattr(guides, "HELD_BYTES", 0)
+        monkeypatch.setattr(guides, "HELD_OF_LARGEST", held)
+        capture = HeadCapture(model, [model.stages[2], model.stages[4]], guide_layer="auto")
+        for expected in n_passes:
+            passes.clear()
+            found = capture(images, targets=[lambda output: output[1]] * 2).guides
+            assert len(passes) == expected
+            assert capture.guide_names == ["stages.1", "stages.3"]
+            for guide, stage in zip(found, (1, 3)):
+                assert torch.equal(guide, outputs_of(model, model.stages[stage], images)[0])
+    handle.remove()
+    assert hooks_on(model) == 0
+
+
+def test_few_outputs_are_held(seed):
+    """Of all that a pass looks at, as many bytes at once as there is room for, and of a block its end."""
+    block = lambda c_in, c_out: nn.Sequential(nn.Sequential(conv(c_in, c_out, 2), nn.Tanh()), nn.Sequential(nn.Tanh()))
+    model = initialised(Stages(conv(3, 8), block(8, 16), block(16, 32), block(32, 64), conv(64, 8, 2)))
+    known = Guides(["auto"], {}, None)
+    within = known.begin()
+    handles, most = within.register([(name, module) for name, module in model.named_modules() if name]), []
+
+    def count(*_):
+        most.append(sum(kept.tensor.nbytes for kept in within._held.values()))
+
+    handles += [module.register_forward_hook(count) for module in model.modules()]
+    images = torch.rand(1, 3, 512, 512)
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    largest = 8 * 512 * 512 * 4
+    assert largest / 2 < max(most) <= guides.HELD_OF_LARGEST * largest
+    assert {known._names[module] for module in within._held} >= {"stages.2", "stages.3"}
+
+
+def test_rows_that_are_not_the_images_are_no_guide(seed):
+    class Views(Stages):
+        def forward(self, x):
+            straight, flipped = self.stages[0](torch.cat([x, x.flip(-1)])).chunk(2)
+            return self.fc(self.stages[1](straight + flipped).mean((2, 3)))
+
+    model = initialised(Views(conv(3, 4), conv(4, 6, 2)))
+    capture = HeadCapture(model, [model.stages[1]], guide_layer="auto")
+    assert capture(torch.rand(IMAGES)).guides == (None,) and capture.guide_names == ["stages.1"]
 
 
 def test_frozen_and_captured_without_autograd(resnet18):

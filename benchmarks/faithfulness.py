@@ -73,6 +73,15 @@ def network(name):
     return model.eval(), Preprocess(size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic")
 
 
+def of_classes(model, classes):
+    """An EfficientNet-Lite whose logits are only those of these classes."""
+    model = copy.deepcopy(model)
+    of_all = model._fc
+    model._fc = torch.nn.Linear(of_all.in_features, len(classes))
+    model._fc.weight.data, model._fc.bias.data = of_all.weight.data[classes], of_all.bias.data[classes]
+    return model
+
+
 def compiled(model, images):
     """The model in torch.compile's form, several times as fast on a CPU, when its outputs are the same."""
     faster = torch.compile(model, options={"freezing": True})
@@ -489,6 +498,9 @@ def main(argv=None):
     )
     parser.add_argument("--layer", help="target layer; default: the last that keeps a map of the image")
     parser.add_argument("--half", choices=("choose", "confirm"), help="default: both")
+    parser.add_argument(
+        "--own-classes", action="store_true", help="the network's logits are only those of the half's own classes"
+    )
     parser.add_argument("--limit", type=int, help="only this many photographs of each half")
     parser.add_argument("--only", nargs="*", help="only the methods with these names")
     parser.add_argument("--score-cam", type=int, default=0, metavar="N", help="also Score-CAM, on N photographs")
@@ -498,13 +510,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
     args = parser.parse_args(argv)
 
-    model, preprocess = network(args.network)
+    all_classes, preprocess = network(args.network)
+    model = all_classes
     files, images, true_classes = photographs(args.photos, preprocess)
-    name, layer, _ = find_target_layer(model, images[:1])
+    layer_name, layer, _ = find_target_layer(model, images[:1])
     if args.layer:
-        name, layer = args.layer, get_layer(model, args.layer)
+        layer_name, layer = args.layer, get_layer(model, args.layer)
     path = args.out / "faithfulness.jsonl"
-    point = {"network": args.network, "layer": name}
     here = rows.about("cfcam_gpu", "grad-cam", "torchmetrics")
     done = {(row["network"], row["layer"], row["half"], row["method"]) for row in rows.read(path)}
     with torch.no_grad():
@@ -518,18 +530,24 @@ def main(argv=None):
                 methods.update({name: from_grid(grid_of) for name, grid_of in VARIANTS.items()})
             if args.only:
                 methods = {name: method for name, method in methods.items() if name in (*args.only, "Grad-CAM")}
-            subject = Subject(model, images[chosen], true_classes[chosen], layer)
+            subjects_classes, network_name = true_classes[chosen], args.network
+            if args.own_classes:
+                classes, subjects_classes = subjects_classes.unique(return_inverse=True)
+                model, network_name = of_classes(all_classes, classes), f"{args.network}, {len(classes)} classes"
+                layer = get_layer(model, layer_name)
+            point = {"network": network_name, "layer": layer_name}
+            subject = Subject(model, images[chosen], subjects_classes, layer)
             if args.picture:
                 names = [file.stem.split("_", 2)[-1].replace("_", " ") for file in files[chosen]]
                 return picture(subject, names, args.picture)
             if args.randomization:
-                for method, row in randomization(subject, name, args.randomization):
+                for method, row in randomization(subject, layer_name, args.randomization):
                     rows.write("randomization", [{**point, "half": half, "method": method, **row, **here}], args.out)
                 return 0
             peer_model, peer_layer = check_peers(subject, layer)
             grad_cam = None
-            for method in tqdm(methods, desc=f"{args.network}, {name}, {half}"):
-                key = (args.network, name, half, method)
+            for method in tqdm(methods, desc=f"{network_name}, {layer_name}, {half}"):
+                key = (network_name, layer_name, half, method)
                 if key in done and not args.again and method != "Grad-CAM":
                     continue
                 values, zero = measured(subject, methods[method])

@@ -205,7 +205,7 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
                 options = {"relu": False, "guide": guide, **self._grid_options}
                 result = pipeline.class_grid(activations, weights, **options)[:, None]
             else:
-                result = weights[:, :, None, None] * activations
+                result = weights.view(*weights.shape, *[1] * (activations.ndim - 2)) * activations
                 with pipeline.plain_arithmetic(activations.device):
                     features = activations if guide is None else guide
                     if self.config.averages:

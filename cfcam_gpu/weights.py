@@ -93,6 +93,12 @@ def principal_projection(terms: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(projections)).view(len(terms), *terms.shape[2:]).to(terms.device)
 
 
+def weighted(activations, of_channels):
+    """w_c A_c: the activations (B, C, h, w) times weights (B, C), or (B, C, h, w) for a weight of each cell's own."""
+    # The weights first, as in pytorch-grad-cam: of two layouts the product takes the first one's.
+    return (of_channels if of_channels.ndim == activations.ndim else _per_cell(of_channels, activations)) * activations
+
+
 def summed(values, dims):
     """The sum over ``dims``; on a CPU by NumPy, in its order.
 

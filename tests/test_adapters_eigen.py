@@ -11,7 +11,8 @@ pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installe
 import pytorch_grad_cam as original
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from cfcam_gpu.adapters import hooked, projection, score
+from cfcam_gpu import projection
+from cfcam_gpu.adapters import hooked, score
 from cfcam_gpu.adapters.further import METHODS, accelerated
 
 TOLERANCE = 2e-6

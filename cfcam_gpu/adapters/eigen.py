@@ -9,8 +9,8 @@ import pytorch_grad_cam as original
 import torch
 
 from cfcam_gpu.adapters.hooked import Hooked
-from cfcam_gpu.adapters.projection import first_component, principal_projection
 from cfcam_gpu.adapters.pytorch_grad_cam import HeadOnlyCAM, _computed
+from cfcam_gpu.projection import first_component, principal_projection
 
 
 class EigenCAM(Hooked, original.EigenCAM):

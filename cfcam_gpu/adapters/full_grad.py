@@ -7,7 +7,7 @@ import torch
 from pytorch_grad_cam.utils.image import scale_accross_batch_and_channels
 
 from cfcam_gpu.adapters.hooked import Hooked
-from cfcam_gpu.adapters.projection import first_component
+from cfcam_gpu.projection import first_component
 
 SMALLEST_MAXIMUM = 1e-7
 """Added to what a channel is divided by, as in the original's ``scale_cam_image``."""

@@ -8,8 +8,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWe
 
 from cfcam_gpu import weights
 from cfcam_gpu.adapters.hooked import Hooked
-from cfcam_gpu.adapters.projection import principal_projection
 from cfcam_gpu.adapters.pytorch_grad_cam import HeadOnlyCAM, _computed, _off_the_model
+from cfcam_gpu.projection import principal_projection
 from cfcam_gpu.targets import OwnRule
 
 

@@ -4,8 +4,8 @@ import torch
 from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
 from torch.autograd.graph import get_gradient_edge
 
-from cfcam_gpu.adapters.projection import first_component
 from cfcam_gpu.adapters.pytorch_grad_cam import _off_the_model
+from cfcam_gpu.projection import first_component
 
 
 class CallHooks(ActivationsAndGradients):

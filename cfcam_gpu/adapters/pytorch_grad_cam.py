@@ -36,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{needs('pytorch-grad-cam', 'grad-cam')} ({error})") from error
 
-from cfcam_gpu.adapters.projection import principal_projection
+from cfcam_gpu.projection import principal_projection
 
 # No private name of pytorch-grad-cam is used, but modules that it does not export: activations_and_gradients, base_cam,
 # utils.image and utils.model_targets.
@@ -373,8 +373,7 @@ class HeadOnlyCAM:
             computed = _computed(activations)
             of_channels = self.channel_weights(computed, _computed(gradients))
             if eigen_smooth or not pipeline.takes_kernels(activations, self._grid_options["backend"]):
-                # The weights first, as in the original: of two layouts the product takes the first one's.
-                terms = (of_channels if of_channels.dim() == 4 else of_channels[:, :, None, None]) * computed
+                terms = weights.weighted(computed, of_channels)
                 grid = principal_projection(terms) if eigen_smooth else weights.summed(terms, 1)
                 if average is not None:
                     features = computed if guide is None else guide

@@ -8,6 +8,7 @@ bit, or it is not used.
 """
 
 import logging
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ from cfcam_gpu.outputs import first_tensor, map_tensors, with_first
 from cfcam_gpu.random_states import random_state, restore_random_state
 
 LOG = logging.getLogger("cfcam_gpu")
+
+
+REPEATED = "the layer runs more than once in a forward pass"
+"""A `Head.reason`."""
 
 
 class Head:
@@ -119,7 +124,7 @@ class _Step(NamedTuple):
 class _Replay(Head):
     def __init__(self, seen, steps, result, n_slots, changes_leaf):
         self.activations, self.n_tensors, self.outputs = seen.activations, seen.n_tensors, seen.outputs
-        self._layer, self._to_input = seen.layer, seen.to_input
+        self._layer, self._to_input, self._n_runs = seen.layer, seen.to_input, seen.n_runs
         self._steps, self._n_slots, self._changes_leaf = steps, n_slots, changes_leaf
         self._result = result  # what is returned in the place of each of the outputs' tensors
 
@@ -128,7 +133,7 @@ class _Replay(Head):
         inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
         if any(type(leaf) is _Kept for leaf in leaves):
             return None
-        seen = _Observation(self._layer, self._to_input)
+        seen = _Observation(self._layer, self._to_input, self._n_runs)
         with eager_without_grad_in(model):
             seen.run(model, *_with_more(inputs, 0, _device(model, inputs.images)))
         seen.finish(len(inputs.images))
@@ -178,10 +183,11 @@ class _WholeForward(Head):
         self._model, self._inputs, self._recorded = model, inputs, recording
 
     def _run(self, activations, copies):
-        call = Call()
+        call, runs = Call(), count(1)
 
         def replace(module, *found):
-            return with_first(found[-1], activations)
+            is_meant = self._recorded.n_runs in (1, next(runs))  # of one that was to run once, every run
+            return with_first(found[-1], activations) if is_meant else None
 
         args, kwargs = _repeated(self._inputs, copies, self.activations.device)
         handle = _hooked(self._recorded, call.only(replace))
@@ -192,18 +198,20 @@ class _WholeForward(Head):
             handle.remove()
 
 
-def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool = False) -> Head:
+def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool = False, n_runs: int = 1) -> Head:
     """The part of ``model`` behind ``layer``, for inputs of this kind.
 
     Where it cannot be recorded, the head that is returned runs the whole network for every call; `Head.reason` says
     why, and so does a line on the logger ``cfcam_gpu``. That is so for control flow that depends on values, random
-    operations, batch norm in training, a layer that runs twice, and operations that change tensors from before it.
+    operations, batch norm in training, a layer that runs more often than is said, and operations that change tensors
+    from before it.
 
     Args:
         model: runs in the mode it is in; nothing is left on it.
         layer: one of its modules, whose output is a floating-point tensor, or a tuple or list that starts with one.
         inputs: a batch (B, ...), or as for `CFCAM.maps` a tuple or a dict of the model's arguments.
         to_input: the part begins with the layer, whose input takes the place of its output.
+        n_runs: how often the layer runs in a forward pass. The part is what is behind its last run.
 
     Returns:
         `Head`: differentiable, for any number of rows of activations. It reads the weights of the model at every call,
@@ -220,7 +228,7 @@ def record_head(model: nn.Module, layer: nn.Module, inputs: Any, to_input: bool 
     batch, device = len(inputs.images), _device(model, inputs.images)
 
     def run(more):
-        recording = _Recording(layer, to_input)
+        recording = _Recording(layer, to_input, n_runs)
         with eager_without_grad_in(model), recording:
             recording.run(model, *_with_more(inputs, more, device))
         recording.finish(batch + more)
@@ -263,12 +271,12 @@ class _DependsOnRows(_NotRecorded):
 class _Observation:
     """A layer's output, or its input, and the model's output, of one forward pass."""
 
-    def __init__(self, layer, to_input):
-        self.layer, self.to_input, self._call = layer, to_input, Call()
+    def __init__(self, layer, to_input, n_runs):
+        self.layer, self.to_input, self.n_runs, self._call = layer, to_input, n_runs, Call()
         self.reason: str | None = None
         self.leaf: torch.Tensor | None = None
         self.raw: Any = None
-        self._n_runs = 0
+        self._seen_runs = 0
 
     def run(self, model, args, kwargs):
         handle = _hooked(self, self._call.only(self._begin))
@@ -277,10 +285,12 @@ class _Observation:
                 self.raw = model(*args, **kwargs)
         finally:
             handle.remove()
-        if self.leaf is None:
+        if not self._seen_runs:
             raise ValueError("layer must run in the forward pass of the model, but it did not")
-        if self._n_runs > 1:
-            self.reason = "the layer runs more than once in a forward pass"
+        if self._seen_runs != self.n_runs > 1:
+            raise ValueError(f"layer must run {self.n_runs} times in the forward pass (n_runs), got {self._seen_runs}")
+        if self._seen_runs > 1 and self.n_runs == 1:
+            self.reason = REPEATED
 
     def finish(self, batch):
         """The activations and outputs, apart from what the model may go on to change."""
@@ -291,8 +301,8 @@ class _Observation:
             raise ValueError(f"layer must return a row for each of {batch} images, got {tuple(self.activations.shape)}")
 
     def _begin(self, module, *found):
-        self._n_runs += 1
-        if self.leaf is not None:
+        self._seen_runs += 1
+        if self._seen_runs != self.n_runs:
             return None
         first = first_tensor(found[-1])
         self.n_tensors = len(found[-1]) if isinstance(found[-1], (tuple, list)) else 1
@@ -315,8 +325,8 @@ class _Observation:
 class _Recording(_Observation, TorchDispatchMode):
     """Notes what torch's dispatcher sees of one forward pass from the layer on."""
 
-    def __init__(self, layer, to_input):
-        _Observation.__init__(self, layer, to_input)
+    def __init__(self, layer, to_input, n_runs):
+        _Observation.__init__(self, layer, to_input, n_runs)
         TorchDispatchMode.__init__(self)
         self.steps: list[tuple[Any, list[Any], Any, list[torch.Tensor]]] = []
         self.is_random = False

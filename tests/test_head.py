@@ -122,6 +122,27 @@ def test_of_a_layers_input_and_tiled(to_input):
     assert head.reason is None
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_behind_the_last_run_of_a_layer(recorded):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Tanh()
+
+        def forward(self, x):
+            x = self.act(self.second(self.act(self.first(x))))
+            return (x * 2 if recorded or x.sum().item() > -1e30 else x).mean((2, 3))
+
+    model, images = Shared(), torch.randn(2, 3, 9, 9)
+    head = record_head(model, model.act, images, n_runs=2)
+    assert (head.reason is None) == recorded and head.activations.shape == (2, 6, 5, 5)
+    changed = torch.randn(4, 6, 5, 5)
+    torch.testing.assert_close(head(changed), 2 * changed.mean((2, 3)))
+    assert "more than once" in record_head(model, model.act, images).reason
+    with pytest.raises(ValueError, match="must run 3 times in the forward pass .*, got 2"):
+        record_head(model, model.act, images, n_runs=3)
+
+
 @pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5), nn.ReLU(inplace=True)])
 @pytest.mark.parametrize("to_input", [False, True])
 def test_a_layer_that_returns_what_goes_around_it(layer, to_input):

@@ -1,7 +1,5 @@
 """pytorch-grad-cam's AblationCAM, with the network's head alone run for every channel."""
 
-from itertools import chain
-
 import numpy as np
 import pytorch_grad_cam as original
 import torch
@@ -9,12 +7,9 @@ import tqdm
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-from cfcam_gpu.adapters.common import in_blocks
 from cfcam_gpu.adapters.hooked import Hooked
 from cfcam_gpu.head import Head, record_head
-
-ABLATION_VALUE = 1e7
-"""What the original takes off the smallest activation where that is not 0."""
+from cfcam_gpu.perturbed import ablated_values, scores_without
 
 
 class AblationCAM(Hooked, original.AblationCAM):
@@ -62,30 +57,16 @@ class AblationCAM(Hooked, original.AblationCAM):
         return head
 
     def _scores_without(self, head, image, channels, target, channels_last):
-        """The target's score of the image without each of the channels."""
-        activations = head.activations[image]
-        smallest = activations.amin()
-        # The original sets one channel of a batch after the other, each below the smallest value that it then finds.
-        ablated = [smallest]
-        for _ in range(min(self.batch_size, len(channels))):
-            ablated.append(ablated[-1] - ABLATION_VALUE)
-        values = torch.stack(ablated[1:]).where(smallest != 0, torch.zeros_like(smallest))
-        batch = activations[None].repeat(len(values), *[1] * activations.ndim)
-        of_channels = batch.movedim(-1, 1) if channels_last else batch
-        whole = activations.movedim(-1, 0) if channels_last else activations
-        channels = torch.as_tensor(np.asarray(channels, np.int64), device=batch.device)
-
-        def run(rows):
-            return _scores(head(batch[rows], image), target)
-
-        scores = []
-        for start in tqdm.tqdm(range(0, len(channels), self.batch_size)):
-            without = channels[start : start + self.batch_size]
-            rows = torch.arange(len(without), device=batch.device)
-            of_channels[rows, without] = values[: len(without)].reshape(-1, *[1] * (of_channels.ndim - 2))
-            scores += chain.from_iterable(in_blocks(run, len(without), "AblationCAM"))
-            of_channels[rows, without] = whole[without]
-        return scores
+        """The target's score of the image without each of the channels, as floats."""
+        activations, size = head.activations[image], self.batch_size
+        channels = torch.as_tensor(np.asarray(channels, np.int64), device=activations.device)
+        values = ablated_values(activations, min(size, len(channels)))
+        values = values[torch.arange(len(channels), device=values.device) % size]
+        axis = activations.ndim if channels_last else 1
+        score = lambda outputs, n_rows: torch.tensor(_scores(outputs, target), dtype=torch.float64)
+        with tqdm.tqdm(total=-(-len(channels) // size)) as bar:
+            options = {"axis": axis, "size": size, "done": bar.update}
+            return scores_without(head, image, channels, values, score, **options).tolist()
 
 
 def _scores(outputs, target):

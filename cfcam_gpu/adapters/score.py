@@ -5,8 +5,8 @@ import torch
 import tqdm
 
 from cfcam_gpu.adapters.ablation import _scores
-from cfcam_gpu.adapters.common import LOG
 from cfcam_gpu.adapters.hooked import Hooked
+from cfcam_gpu.perturbed import n_masks, scores_masked
 
 BATCH_SIZE = 16
 """The original's, for objects without a ``batch_size`` of their own."""
@@ -40,36 +40,7 @@ class ScoreCAM(Hooked, original.ScoreCAM):
 
     def _scores_of(self, image, channels, target):
         """The target's score of the image (C, H, W) masked with each of the channels (n, h, w), as floats."""
-        blank = ~channels.flatten(1).any(1)
-        run = ~blank | (blank.cumsum(0) == 1)  # of the blank ones the first
-        channels = channels[run]
-        scores = []
         size = getattr(self, "batch_size", BATCH_SIZE)
-        with tqdm.tqdm(total=-(-len(channels) // size)) as bar:
-            while len(scores) < len(channels):
-                part = channels[len(scores) : len(scores) + size]
-                try:
-                    scores += _scores(self.model(_masked(image, part)), target)
-                except torch.cuda.OutOfMemoryError:
-                    if size == 1:
-                        raise
-                    size //= 2
-                    LOG.warning("ScoreCAM: out of memory, goes on with batches of %d", size)
-                else:
-                    bar.update()
-        found = torch.tensor(scores, dtype=torch.float64)
-        # Each channel's place among those that were run; the blank ones have the first blank one's.
-        places = run.cumsum(0).sub_(1).cpu()
-        blank = blank.cpu()
-        if blank.any():
-            places[blank] = places[blank.nonzero()[0, 0]]
-        return found[places].tolist()
-
-
-def _masked(image, channels):
-    """The image (C, H, W) times each of the channels (n, h, w), resized and scaled to [0, 1]: (n, C, H, W)."""
-    masks = torch.nn.UpsamplingBilinear2d(size=image.shape[-2:])(channels[None])[0]
-    low, high = masks.flatten(1).aminmax(dim=1)
-    masks = (masks - low[:, None, None]) / (high - low + 1e-8)[:, None, None]
-    masked = image * masks[:, None]
-    return masked.contiguous(memory_format=torch.channels_last) if masked.device.type == "cpu" else masked
+        score = lambda images: torch.tensor(_scores(self.model(images), target), dtype=torch.float64)
+        with tqdm.tqdm(total=-(-n_masks(channels) // size)) as bar:
+            return scores_masked(image, channels, score, size=size, done=bar.update).tolist()

@@ -20,8 +20,9 @@ if not (Path(__file__).parent / "kernels").is_dir():
     sys.meta_path.insert(0, _KernelsBeside)  # before another checkout's, which may be installed as editable
 
 from cfcam_gpu.adapters import accelerate
-from cfcam_gpu.cam import CFCAM, Explanation
+from cfcam_gpu.cam import CFCAM
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.explainer import Explanation
 from cfcam_gpu.pipeline import CFCAMResult, cf_cam, cluster_channels
 
 __all__ = ["CFCAM", "CFCAMConfig", "CFCAMResult", "Explanation", "accelerate", "cf_cam", "cluster_channels"]

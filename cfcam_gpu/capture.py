@@ -27,8 +27,8 @@ from cfcam_gpu import obstacles
 from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
 from cfcam_gpu.guides import AUTO, Guides
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
-from cfcam_gpu.outputs import map_tensors, with_first
-from cfcam_gpu.targets import Targets, check_targets, check_top, scores
+from cfcam_gpu.outputs import find_logits, map_tensors, with_first
+from cfcam_gpu.targets import Targets, check_targets, check_top, chosen_classes, scores
 
 GuideLayer: TypeAlias = nn.Module | str | None | Sequence[nn.Module | str | None]
 """Which earlier layer guides the average: a module, "auto" or None; or one of these per target layer."""
@@ -52,7 +52,7 @@ class Capture:
         gradients: d score / d activations, of the same shapes and dtypes; the score is the sum of the
             images' scores, so image i's gradient is that of its own score where images do not interact.
             May be an expanded view (stride 0), as autograd hands it out. Of K targets an image (B, K, C, h, w), or what
-            ``pool`` has made of them.
+            ``pool`` has made of them. None for each layer where none were asked for.
         classes: the class indices that are explained, int64 (B,) or (B, K); None where the targets are callables.
         guides: per target layer the guide (B, Cg, hg, wg), detached; None where the layer has no other than itself.
         order: the layers' indices in the order in which they ran.
@@ -96,6 +96,8 @@ class HeadCapture:
             logit where it is 0 or more, minus the logit where it is below. Default: the logit.
         any_rows: take activations with any number of rows, as of a model that runs two views of each image at once.
             Default: one row for each image.
+        gradients: False captures activations alone: one forward pass that keeps nothing for a backward, in which
+            callable targets are not called.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module`` or is scripted or traced; ``target_layers`` is no list of modules;
@@ -122,6 +124,7 @@ class HeadCapture:
         margin_temperature: float = 0.0,
         chosen_side: bool = False,
         any_rows: bool = False,
+        gradients: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_type(model)}")
@@ -147,6 +150,7 @@ class HeadCapture:
         self.margin_temperature = margin_temperature
         self.chosen_side = chosen_side
         self.any_rows = any_rows
+        self.gradients = gradients
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
         self._guides = guides if guided else None
@@ -177,7 +181,7 @@ class HeadCapture:
         *,
         several: bool = False,
         top: int | None = None,
-        pool: Callable[[torch.Tensor], Any] | None = None,
+        pool: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
     ) -> Capture:
         """Run the model once and return a :class:`Capture`.
 
@@ -197,9 +201,10 @@ class HeadCapture:
                 callables. The backward takes as many of the classes at once as fit into `HEAD_BYTES`, on a CPU
                 `HEAD_BYTES_ON_CPU`; through a head that cannot take several, one after the other.
             top: explain this many classes of highest score, (B, top), instead of ``targets``.
-            pool: what to keep of the gradients of k of an image's K targets, (B, k, C, h, w): a tensor or a named tuple
-                of tensors (B, k, ...). It is called for one such part after the other, so that the gradients need not
-                all be in memory. Default: the gradients themselves.
+            pool: what to keep of the gradients of k of an image's K targets, (B, k, C, h, w): a tensor or a tuple of
+                tensors (B, k, ...). It is called for one such part after the other, with the layer's activations
+                (B, C, h, w) as second argument, so that the gradients need not all be in memory. Default: the
+                gradients themselves.
 
         Raises:
             TypeError: ``input_tensor`` is of another kind, or integers that the model does not take; ``targets`` are
@@ -311,7 +316,9 @@ class HeadCapture:
             # A transform is written for one batch of images.
             if self.reshape_transform is not None:
                 gradients = [torch.stack([*map(self.reshape_transform, gradient)]) for gradient in gradients]
-            parts.append([pool(gradient.transpose(0, 1)) for gradient in gradients])
+            parts.append(
+                [pool(gradient.transpose(0, 1), of_layer) for gradient, of_layer in zip(gradients, activations)]
+            )
         return tuple(tree_map(lambda *of_layer: torch.cat(of_layer, dim=1), *of_layer) for of_layer in zip(*parts))
 
     def _backward_of_several(self, root, edges, cotangents):
@@ -380,6 +387,12 @@ class _Pass:
             guides = tuple(map(self._guides.of, range(len(taps)), of.target_names, activations))
             if self._guides.must_repeat():
                 return None
+        if not of.gradients:
+            classes = None
+            if not isinstance(targets, tuple):
+                classes = chosen_classes(find_logits(outputs, batch).detach(), targets, top)
+            outputs = map_tensors(torch.Tensor.detach, outputs)
+            return Capture(outputs, activations, (None,) * len(taps), guides, classes, self._order())
         with torch.enable_grad():  # a target may run the model: that is no part of the pass
             found = scores(outputs, targets, batch, of.margin_temperature, top, of.chosen_side)
         edges = [tap.edge for tap in taps]
@@ -387,11 +400,16 @@ class _Pass:
             if found.n_classes is None:
                 gradients = tuple(map(of._reshaped, of._differentiate(found.roots, edges)))
             else:
-                gradients = of._differentiate_several(found, edges, activations, pool or (lambda gradients: gradients))
+                gradients = of._differentiate_several(
+                    found, edges, activations, pool or (lambda gradients, _: gradients)
+                )
         outputs = map_tensors(torch.Tensor.detach, outputs)
-        ran = list(self._taps)
-        order = tuple(sorted(range(len(taps)), key=lambda index: ran.index(of.target_layers[index])))
-        return Capture(outputs, activations, gradients, guides, found.classes, order)
+        return Capture(outputs, activations, gradients, guides, found.classes, self._order())
+
+    def _order(self):
+        """The target layers' indices in the order in which they ran."""
+        ran, layers = list(self._taps), self._of.target_layers
+        return tuple(sorted(range(len(layers)), key=lambda index: ran.index(layers[index])))
 
     def _backward(self, roots):
         roots = [root for root in roots if root.requires_grad and root.device.type != "cpu"]
@@ -423,7 +441,7 @@ class _Pass:
                 outputs = of.model(*args, **kwargs)
                 # The tap switched autograd on. If it is off again, then a no_grad block of the model's own, or the
                 # like, encloses the layer and has just restored what it found; it must find autograd on.
-                switched_off = not torch.is_grad_enabled()
+                switched_off = of.gradients and not torch.is_grad_enabled()
             for layer, name in of._names.items():
                 if not self._calls[layer]:
                     raise _DidNotRun(
@@ -454,6 +472,11 @@ class _Pass:
                 f"target layer {self._of._names[layer]!r} must return a plain tensor, got a DTensor, which is sharded:"
                 " take a layer whose output every rank has whole"
             )
+        if not self._of.gradients:
+            with torch.inference_mode(False):
+                self._taps[layer] = _Tap(first.detach().clone(), None)
+            self._at_target(layer)
+            return None
         with torch.inference_mode(False), torch.enable_grad():
             # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
             tensor = first.clone() if first._is_view() or first.is_inference() else first
@@ -461,12 +484,16 @@ class _Pass:
                 tensor = GraphRoot.apply(torch.zeros((), requires_grad=True), tensor)
                 self._rooted.append(tensor)
             self._taps[layer] = _Tap(tensor.detach().clone(), get_gradient_edge(tensor))
+        self._at_target(layer)
+        torch.set_grad_enabled(True)
+        return None if tensor is first else with_first(output, tensor)
+
+    def _at_target(self, layer):
+        """What has run until now may guide the layer."""
         if self._guides is not None:
             for index, target in enumerate(self._of.target_layers):
                 if target is layer:
                     self._guides.at_target(index)
-        torch.set_grad_enabled(True)
-        return None if tensor is first else with_first(output, tensor)
 
 
 def find_module_name(model: nn.Module, module: nn.Module, what: str = "target layer") -> str:
@@ -535,7 +562,8 @@ def make_guides(
 
 class _Tap(NamedTuple):
     activations: torch.Tensor
-    edge: GradientEdge  # not the tensor: a later in-place operation moves the tensor on, the edge stays
+    # Not the tensor: a later in-place operation moves the tensor on, the edge stays. None where none are asked for.
+    edge: GradientEdge | None
 
 
 class GraphRoot(torch.autograd.Function):

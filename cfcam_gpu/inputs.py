@@ -32,6 +32,22 @@ class Inputs:
         args, kwargs, images = map_tensors(of_first, (self.args, self.kwargs, self.images))
         return Inputs(args, kwargs, images)
 
+    def of_image(
+        self, image: int, images: torch.Tensor, device: torch.device
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of one of the images, with these in its place, (n, ...): of every other tensor with a row for
+        each image its row, n times."""
+        batch = len(self.images)
+
+        def of_image(tensor):
+            if tensor is self.images:
+                return images
+            if tensor.ndim and len(tensor) == batch:
+                return tensor[image : image + 1].to(device).repeat_interleave(len(images), 0)
+            return tensor.to(device, copy=True)
+
+        return map_tensors(of_image, (self.args, self.kwargs))
+
     def copies(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with private copies of the tensors on this device: a model may change its input in place."""
         return map_tensors(lambda tensor: tensor.to(device, copy=True), (self.args, self.kwargs))

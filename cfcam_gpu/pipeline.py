@@ -112,12 +112,14 @@ def channel_weights(activations, gradients, config, backend="auto", clustering="
         return module.cluster_and_weigh(activations, gradients, config, engine)[1]
 
 
-def pool_gradients(gradients, config, backend="auto", clustering="auto", check_finite=None):
+def pool_gradients(gradients, activations, config, backend="auto", clustering="auto", check_finite=None):
     """What `cf_cam` needs of the gradients (B, k, C, h, w) of some of the classes; it takes this in their place.
+
+    Activations (B, C, h, w) are those that the gradients are of.
 
     A tensor or a named tuple of tensors (B, k, ...), to be joined along k.
     """
-    backend, _ = choose(backend, clustering, gradients[:, 0])
+    backend, _ = choose(backend, clustering, activations)
     check_values({"gradients": gradients}, check_finite)
     with plain_arithmetic(gradients.device):
         return _module(backend).pool_gradients(gradients, config)

@@ -123,6 +123,21 @@ def classes_on(device, classes, n_classes):
     return classes.to(device, non_blocking=True)
 
 
+def chosen_classes(logits, targets, top=None):
+    """The class indices that are explained, int64 (B,) or (B, K) on the device of the logits (B, n), without a graph.
+
+    Args:
+        targets: int64 indices, or None; top: as for `scores`.
+    """
+    if top is not None:
+        if top > logits.shape[1]:
+            raise ValueError(f"top must be at most the model's {logits.shape[1]} classes, got {top}")
+        return logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    if targets is None:
+        return logits.argmax(dim=1)
+    return classes_on(logits.device, targets, n_classes=logits.size(1))
+
+
 # The scores.
 
 
@@ -171,14 +186,7 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
         return Scores([total], None, len(total), each.__getitem__)
     outputs = find_logits(outputs, batch)
     logits = outputs.detach()
-    if top is not None:
-        if top > outputs.shape[1]:
-            raise ValueError(f"top must be at most the model's {outputs.shape[1]} classes, got {top}")
-        classes = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
-    elif targets is None:
-        classes = logits.argmax(dim=1)
-    else:
-        classes = classes_on(outputs.device, targets, n_classes=outputs.size(1))
+    classes = chosen_classes(logits, targets, top)
     margin = margin_temperature > 0 and outputs.shape[1] > 1
     if classes.ndim == 1:
         if margin:
@@ -198,6 +206,20 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
         return found.view(len(chosen), *logits.shape)
 
     return Scores([outputs], classes, classes.shape[1], cotangents)
+
+
+def scores_of_rows(outputs, chosen, n_rows, row=None):
+    """Scores (n_rows, K), without a graph, of the rows of a model's outputs; (1, K) of one ``row`` of them.
+
+    ``chosen`` are int64 classes (K,), or K callables.
+    """
+    rows = range(n_rows) if row is None else range(row, row + 1)
+    if isinstance(chosen, torch.Tensor):
+        logits = find_logits(outputs, n_rows).detach()
+        return logits[rows.start : rows.stop].index_select(1, chosen)
+    parts = (image_part(outputs, each, n_rows) for each in rows)
+    found = [[_one_score("a target", target, part).detach() for target in chosen] for part in parts]
+    return torch.stack([torch.stack(of_row) for of_row in found])
 
 
 def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: float) -> torch.Tensor:

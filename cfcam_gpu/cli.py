@@ -24,6 +24,7 @@ import torch
 from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, doctor, images, layers, models, pipeline
 from cfcam_gpu import probabilities as prob
 from cfcam_gpu.checks import needs
+from cfcam_gpu.methods import METHODS
 from cfcam_gpu.outputs import find_logits
 
 PANEL_PIXELS = 448
@@ -151,7 +152,12 @@ def _add_options(parser, out, versus):
     )
     parser.set_defaults(versus=versus)  # not above: the help of Python below 3.13 would add "(default: False)"
     add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
-    add("--paper", action="store_true", help="the published procedure: softmax weights, division by the maximum")
+    add("--method", choices=list(METHODS), default="cfcam", help="default: cfcam")
+    add(
+        "--paper",
+        action="store_true",
+        help="the published procedure of cfcam: softmax weights, division by the maximum",
+    )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--batch-size", type=_positive, default=16, metavar="N", help="images per forward pass (default: 16)")
@@ -411,6 +417,8 @@ def explain_images(args, sources):
             raise _Refused(f"--out {args.out} would overwrite the input {_picture(args, source)}")
     if args.out.exists() and not args.out.is_dir():
         raise _Refused(f"--out must be a folder, got the file {args.out}")
+    if args.paper and args.method != "cfcam":
+        raise _Refused(f"--paper is a procedure of --method cfcam, got --method {args.method}")
     images.get_colormap(args.colormap)
     _versus(args, args.top or DEFAULT_TOP)
     names = None if args.labels is None else class_names.class_names(args.labels)
@@ -484,7 +492,7 @@ class _Run:
             except Exception as error:  # of the user's network
                 self.failed(batch.sources[0], error)
                 batch = batch.part(slice(1, None))
-        announced = self.cam.guide_names is not None
+        to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
         try:
             classes, scores, maps = _explain_batch(self, batch.inputs)
         except Exception as error:
@@ -493,7 +501,7 @@ class _Run:
             for image in range(len(batch.sources)):
                 self.explain(batch.part(slice(image, image + 1)))
             return
-        if not announced and self.cam.guide_names != self.cam.target_names:
+        if to_find and self.cam.guide_names != self.cam.target_names:
             self.bar.write(f"guide layer: {self.cam.guide_names[0]}")
         for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
             try:
@@ -542,7 +550,11 @@ class _Run:
             self.bar.write("outputs: several labels an image, each explained by its own logit")
         self.bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes
-        self.cam = CFCAM(model, config=config, backend=args.backend)
+        if args.method == "cfcam":
+            self.cam = CFCAM(model, config=config, backend=args.backend)
+        else:
+            self.cam = METHODS[args.method](model, backend=args.backend)
+            self.bar.write(f"method: {self.cam.name}")
         self.cam._take(target, tuple(image.shape[-2:]))
 
     def write(self, source, seen, classes, scores, maps):
@@ -644,7 +656,8 @@ def _write(args, source, seen, captions, classes, maps, versus):
 
     photograph = seen.resize((max(1, round(seen.width * PANEL_PIXELS / seen.height)), PANEL_PIXELS), Resampling.LANCZOS)
     panels = [photograph, *(images.overlay(photograph, heat, args.colormap) for heat in maps)]
-    captions = [source.stem, *captions]
+    method = "" if args.method == "cfcam" else f", {METHODS[args.method].name}"
+    captions = [source.stem + method, *captions]
     raw = {str(index): heat for index, heat in zip(classes, maps)}
     if versus is not None:
         difference = maps[0] - maps[1]

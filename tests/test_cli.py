@@ -21,6 +21,7 @@ data = pytest.importorskip("skimage.data")
 import cfcam_gpu
 from cfcam_gpu import cli, doctor, pipeline
 from cfcam_gpu.clustering import ENGINES, host
+from cfcam_gpu.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -249,6 +250,35 @@ def test_a_layer_by_name_and_the_published_procedure(run, folder, tmp_path):
     assert run(*common, "--out", tmp_path / "paper", "--paper")[0] == 0
     signed, paper = (np.load(tmp_path / way / "b_cat_285.npy") for way in ("signed", "paper"))
     assert np.abs(signed - paper).max() > 0.1
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "cfcam"])
+def test_other_methods(run, folder, tiny, tmp_path, drawn, method):
+    args = ["--model", tiny, "--method", method, "--top", 3, "--versus", "--raw", "--multilabel", "--out", tmp_path]
+    status, out, err = run("explain", folder / "b_cat.png", *args)
+    assert (status, without_zero_maps(err)) == (0, "")
+    assert out.startswith("outputs: several labels an image, each explained by its own logit\ntarget layer: 1 (48 x 14")
+    name = METHODS[method].name
+    assert f"\nmethod: {name}\n" in out and "guide layer" not in out
+    ((_, captions),) = drawn
+    assert captions[0] == f"b_cat, {name}" and len(captions) == 5
+    maps = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
+    assert len(maps) == 4
+    loaded = cli.models.load_model(tiny, "cpu")
+    inputs = loaded.preprocess(Image.open(folder / "b_cat.png").convert("RGB"))[None]
+    expected = METHODS[method](loaded.model).maps(inputs, [[0, 1, 2]])[0].numpy()
+    for index in range(3):
+        np.testing.assert_allclose(maps[f"b_cat_{index}"], expected[index], atol=1e-5)
+
+
+def test_the_demo_by_another_method(run, tmp_path):
+    for method in ("gradcam", "ablation"):  # its layer, the last run of a shared one, has channels of both signs
+        status, out, err = run("demo", "--method", method, "--out", tmp_path / method, "--raw")
+        assert (status, err) == (0, "") and "target layer: _swish (1280 x 7 x 7)\nmethod: " in out
+        heat = np.load(tmp_path / method / f"chelsea_{EGYPTIAN_CAT}.npy")
+        face = np.zeros_like(heat, dtype=bool)
+        face[45:200, 25:180] = True
+        assert heat.shape == (224, 224) and heat[face].mean() > 1.5 * heat[~face].mean()
 
 
 def test_the_reference_draws_the_same_map(run, folder, tiny, tmp_path):
@@ -557,6 +587,8 @@ def test_upright_and_lying_pictures_of_a_transformer(run, tmp_path, monkeypatch)
         (["explain", "x", "--device", ""], "argument --device: expected a device that is here (cpu"),
         (["demo", "--labels", "{tmp}/nowhere.txt"], "No such file or directory: '{tmp}/nowhere.txt'"),
         (["demo", "--labels", "{tmp}/file.txt"], "{tmp}/file.txt: expected a class name on each line, got none"),
+        (["demo", "--method", "grad"], "argument --method: invalid choice: 'grad'"),
+        (["demo", "--method", "gradcam", "--paper"], "--paper is a procedure of --method cfcam, got --method gradcam"),
         (["explain", "x", "--backend", "numpy"], "argument --backend: invalid choice: 'numpy'"),
         (["demo", "--classes", "1000"], "--classes must be in [0, 1000) for demo, got 1000"),
         (["demo", "--model", "resnet18"], "model must be demo, "),

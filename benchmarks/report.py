@@ -199,6 +199,22 @@ def methods_table(results):
     return f"{markdown(header, body)}\n\nResNet-50, one image of 224 pixels. {_about_methods(results)}"
 
 
+def methods_in_short_table(results):
+    """A line a library: its methods with how many times as fast they are, the fastest first."""
+    body = []
+    for library in dict.fromkeys(key[0] for key in results.methods):
+        rows_of = {key[1]: row for key, row in results.methods.items() if key[0] == library and key[2] == "resnet50"}
+        measured = {method: row for method, row in rows_of.items() if "ratio" in row}
+        if measured:
+            fastest = sorted(measured, key=lambda method: -measured[method]["ratio"])
+            texts = [f"{method} {_speed_up(measured[method])}" for method in fastest]
+            largest = max(row["max_difference"] for row in measured.values())
+            body.append([library, ", ".join(texts), f"{largest:.0e}"])
+    if not body:
+        return NOT_MEASURED
+    return markdown(["library", "ResNet-50, CPU: times as fast", "largest difference"], body)
+
+
 def methods_elsewhere_table(results):
     """The same on other networks: how many times as fast, and the largest difference."""
     models = [model for model in METHODS_ELSEWHERE if any(key[2] == model for key in results.methods)]
@@ -321,6 +337,7 @@ TABLES = {
     "numbers": numbers_table,
     "accelerated": accelerated_table,
     "methods": methods_table,
+    "methods in short": methods_in_short_table,
     "methods elsewhere": methods_elsewhere_table,
     "resnet50": compared_table,
     "providers": lambda results: resnet50_table(results, tuple(bench.PROVIDERS)),
@@ -344,8 +361,8 @@ IMAGES = {
 others are drawn here."""
 
 PAGES = {
-    "README.md": ("numbers", "methods", "four"),
-    "docs/other-libraries.md": ("accelerated", "methods elsewhere"),
+    "README.md": ("numbers", "methods in short", "four"),
+    "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),

@@ -169,10 +169,10 @@ class Explainer:
 
         Args:
             input_tensor: the images (B, ..., H, W), of any dtype that the model takes; volumes and videos
-                (B, C, D, H, W), series (B, C, T). Of a model with several inputs a tuple of them, a dict by their names, or one of them with the rest as keywords. The images, which give B
-                and (H, W), are then this argument where it is a tensor of three dimensions or more, else the first
-                input (B, C, H, W); without such the first of most dimensions. For a model that takes one dict write
-                ``(inputs,)``.
+                (B, C, D, H, W), series (B, C, T). Of a model with several inputs a tuple of them, a dict by their
+                names, or one of them with the rest as keywords. The images, which give B and (H, W), are then this
+                argument where it is a tensor of three dimensions or more, else the first input (B, C, H, W); without
+                such the first of most dimensions. For a model that takes one dict write ``(inputs,)``.
             targets: None (the top class of each image), a list of class indices, a LongTensor (B,), or one callable
                 per image that gets the image's output and returns a scalar. K of them for each image, all explained in
                 one pass: a LongTensor (B, K), or a list of B lists of K indices or K callables. Indices and None need

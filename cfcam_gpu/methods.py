@@ -241,7 +241,7 @@ class EigenCAM(_Method):
         with pipeline.plain_arithmetic(activations.device):
             sums = projection.principal_projection(_computed(activations).contiguous())
         chosen = _Chosen(seen)
-        return _without_gradients(chosen, sums[:, None].expand(-1, chosen.n_targets, -1, -1), None)
+        return _without_gradients(chosen, sums[:, None].expand(-1, chosen.n_targets, *sums.shape[1:]), None)
 
 
 class _OfScores(_Method):

@@ -127,11 +127,17 @@ def masked(image: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
 
 
 def in_blocks(
-    name: str, run: Callable[[slice], torch.Tensor], n: int, size: int, done: Callable[[], object] = lambda: None
+    name: str,
+    run: Callable[[slice], torch.Tensor],
+    n: int,
+    size: int,
+    done: Callable[[], object] = lambda: None,
+    step: int = 1,
 ) -> torch.Tensor:
     """The joined results of ``run``, called with slices of n rows, at most ``size`` in each.
 
-    Where a device's memory runs out, they are halved from there on, and the log says so of the method ``name``.
+    Where a device's memory runs out, they are halved from there on, to multiples of ``step``, and the log says so of
+    the method ``name``.
     """
     found: list[torch.Tensor] = []
     start, size = 0, min(size, n)
@@ -139,11 +145,11 @@ def in_blocks(
         try:
             found.append(run(slice(start, start + size)))
         except torch.OutOfMemoryError:
-            if size == 1:
+            if size <= step:
                 raise
-            size //= 2
+            size = max(step, size // 2 // step * step)
             LOG.warning("%s: out of memory, goes on with batches of %d", name, size)
         else:
             start += size
             done()
-    return torch.cat(found)
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -218,7 +218,7 @@ def scores_of_rows(outputs, chosen, n_rows, row=None):
         logits = find_logits(outputs, n_rows).detach()
         return logits[rows.start : rows.stop].index_select(1, chosen)
     parts = (image_part(outputs, each, n_rows) for each in rows)
-    found = [[_one_score("a target", target, part).detach() for target in chosen] for part in parts]
+    found = [[_one_score("a target", target(part)).detach() for target in chosen] for part in parts]
     return torch.stack([torch.stack(of_row) for of_row in found])
 
 

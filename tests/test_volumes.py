@@ -11,6 +11,7 @@ from torch import nn
 from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, cluster_channels, pipeline, reference, torch_backend
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.gaussian import filter_matrices, pooling_weights
+from cfcam_gpu.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
 
@@ -171,6 +172,19 @@ def test_a_video_from_the_model_to_the_maps():
     assert cam(clips).shape == (2, 6, 20, 24)
     both = CFCAM(model, [model.first, model.second])
     assert both.maps(clips).shape == (2, 6, 20, 24) and both(clips).max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gradcam", "layercam", "eigencam", "ablation"])
+def test_other_methods_of_a_video(name):
+    model, clips = Video().eval(), torch.rand(2, 2, 6, 20, 24)
+    cam = METHODS[name](model, [model.second])
+    maps = cam.maps(clips, targets=[1, 2])
+    assert maps.shape == (2, 6, 20, 24) and cam.maps(clips, top=2).shape == (2, 2, 6, 20, 24)
+    if name == "gradcam":
+        capture = HeadCapture(model, [model.second])(clips, [1, 2])
+        weights = capture.gradients[0].mean((2, 3, 4), keepdim=True)
+        grid = (weights * capture.activations[0]).sum(1).relu()
+        torch.testing.assert_close(maps, torch_backend.grad_cam_maps([grid], (6, 20, 24)), rtol=0, atol=2e-6)
 
 
 def test_a_series_from_the_model_to_the_maps():

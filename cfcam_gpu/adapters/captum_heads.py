@@ -24,9 +24,9 @@ from captum.attr._core.layer.layer_gradient_shap import LayerInputBaselineXGradi
 from captum.log import log_usage
 from torch import nn
 
-from cfcam_gpu.adapters.common import in_blocks
 from cfcam_gpu.head import Head, record_head
 from cfcam_gpu.inputs import Inputs
+from cfcam_gpu.perturbed import in_blocks
 
 # Private names of captum 0.9 that have no public form: of captum._utils.common, which say what inputs and targets mean,
 # and LayerInputBaselineXGradient, which LayerGradientShap makes. `_with` looks names up in the modules of its methods.
@@ -160,8 +160,8 @@ class LayerIntegratedGradients(_OnHead, original.LayerIntegratedGradients):
                 of_all = block == slice(0, len(steps))
                 return of_block(steps if of_all else steps[block].detach().requires_grad_(), _of(target_ind, block))
 
-            blocks = in_blocks(run, len(steps), type(self).__name__, step=len(self._head.activations))
-            return (blocks[0] if len(blocks) == 1 else torch.cat(blocks),)
+            n, batch = len(steps), len(self._head.activations)
+            return (in_blocks(type(self).__name__, run, n, n, step=batch),)
 
         return gradients
 
@@ -171,11 +171,10 @@ class _Ablated(_OnHead):
 
     def _of_changed(self, *args):
         """captum's outputs of a changed layer; the arguments are its tensors, the inputs, and how many tensors."""
-        changed, name = args[0], type(self).__name__
-        blocks = in_blocks(
-            lambda block: self._head(changed[block], tiled=True), len(changed), name, step=len(self._head.activations)
-        )
-        return _run_forward(lambda: blocks[0] if len(blocks) == 1 else torch.cat(blocks), (), target=self._target)
+        changed, n, batch = args[0], len(args[0]), len(self._head.activations)
+        run = lambda block: self._head(changed[block], tiled=True)
+        outputs = in_blocks(type(self).__name__, run, n, n, step=batch)
+        return _run_forward(lambda: outputs, (), target=self._target)
 
     def _ablated(self, cls, head, inputs, target, *further):
         whole = inspect.unwrap(cls.attribute)

@@ -2,8 +2,6 @@
 
 import logging
 
-import torch
-
 from cfcam_gpu import checks, pipeline
 
 LOG = logging.getLogger("cfcam_gpu")
@@ -23,27 +21,6 @@ def left_as_it_is(cam, reason):
     """``cam`` itself, and a warning that says why."""
     LOG.warning("accelerate: %s is left as it is: %s", type(cam).__name__, reason)
     return cam
-
-
-def in_blocks(run, rows, name, step=1):
-    """The results of ``run(slice)`` for all rows: at once, or where memory runs out in blocks of half as many.
-
-    Args:
-        run: called with the slice of each block, in their order.
-        rows: their number; name: whose they are, for the log.
-        step: blocks are multiples of this, but for the last.
-    """
-    results, start, size = [], 0, rows
-    while start < rows:
-        try:
-            results.append(run(slice(start, min(start + size, rows))))
-            start += size
-        except torch.OutOfMemoryError:
-            if size <= step:
-                raise
-            size = max(step, size // 2 // step * step)
-            LOG.warning("%s: out of memory, goes on in blocks of %d", name, size)
-    return results
 
 
 class Configured:

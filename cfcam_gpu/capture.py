@@ -77,9 +77,10 @@ class HeadCapture:
 
     A layer that runs several times counts with its last call. The number of calls is remembered, so that from the
     second pass on the trunk reaches up to that call; should a pass make fewer calls, it is repeated. A pass is also
-    repeated, once in the object's life, when the model itself switches autograd off around a target layer, when the
-    guide that was found is an output that was let go of (an early layer, rarely), and when it
-    changes a guide's output in place.
+    repeated, once in the object's life, when the model itself switches autograd off around a target layer, when a
+    target layer hands its input on as it is (``nn.Identity``, a dropout), which the model may have used before, when
+    the guide that was found is an output that was let go of (an early layer, rarely), and when the model changes a
+    guide's output in place. In the first two cases the trunk is recorded from then on.
 
     Args:
         model: a ``torch.nn.Module``. Compiled models, DataParallel and DistributedDataParallel are looked through.
@@ -359,6 +360,7 @@ class _Pass:
 
     def _begin(self):
         self._calls: Counter[nn.Module] = Counter()
+        self._hands_on = False
         self._taps: dict[nn.Module, _Tap] = {}
         self._guides = None if self._of._guides is None else self._of._guides.begin()
 
@@ -450,7 +452,7 @@ class _Pass:
                     )
             if len(self._taps) < len(of._names):
                 self._last_call = {}  # fewer calls than last time: tap every call
-            elif switched_off and not of._grad_from_start:
+            elif (switched_off or self._hands_on) and not of._grad_from_start:
                 of._grad_from_start = True
             else:
                 of._last_call = self._last_call = dict(self._calls)  # a copy: the backward's recomputation counts on
@@ -477,6 +479,9 @@ class _Pass:
                 self._taps[layer] = _Tap(first.detach().clone(), None)
             self._at_target(layer)
             return None
+        # The very tensor that the layer takes, unchanged: what the model made of it before the layer counts too.
+        if any(first is each for each in inputs) and not getattr(layer, "inplace", False):
+            self._hands_on = True
         with torch.inference_mode(False), torch.enable_grad():
             # Only a tensor with a history of its own survives later in-place operations as a place in the graph.
             tensor = first.clone() if first._is_view() or first.is_inference() else first

@@ -998,3 +998,30 @@ def test_bad_reshape_transforms(transform, error, message):
     model = Net().eval()
     with untouched(model), pytest.raises(error, match=message):
         HeadCapture(model, [model.trunk], transform)(images())
+
+
+@pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5), nn.Sequential(nn.Identity())])
+def test_a_layer_that_hands_its_input_on(layer):
+    """What the model made of that tensor before the layer is in its gradient, as where hooks see the tensor itself."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch, self.layer = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), layer
+
+        def forward(self, images):
+            x = self.first(images)
+            before = self.branch(x)
+            return (self.layer(x).sin() + before + x).exp().mean((2, 3))
+
+    model, images = Residual().eval(), torch.rand(2, 3, 6, 6)
+    kept = []
+    handle = model.first.register_forward_hook(lambda module, args, output: kept.append(output))
+    scores = model(images)
+    handle.remove()
+    (expected,) = torch.autograd.grad(scores[0, 1] + scores[1, 2], kept[0])
+    capture = HeadCapture(model, [layer])
+    for _ in range(2):
+        captured = capture(images, [1, 2])
+        torch.testing.assert_close(captured.gradients[0], expected)
+        assert torch.equal(captured.activations[0], kept[0])

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_no_measure_makes_the_host_wait(problem, monkeypatch):
     model, images, maps, _ = problem
     # On the CPU, where waiting costs nothing, arguments are checked by value. Only there.
-    monkeypatch.setattr(metrics.checks, "check_maps", lambda name, maps, unit_range=False: maps)
+    monkeypatch.setattr(metrics.checks, "check_maps", lambda name, maps, *_, **__: maps)
     monkeypatch.setattr(metrics.checks, "classes_on", lambda device, classes, n_classes: classes)
     cells = torch.tensor([0, 1, 2])
     activations, gradients = torch.rand(3, 8, 8, 8), torch.rand(3, 8, 8, 8)
@@ -80,8 +80,9 @@ def tiny(images):
 @pytest.mark.parametrize(
     "error, message, arguments",
     [
-        (ValueError, r"maps must have the images' batch, .*\(2, 8, 8\), got \(2, 7, 8\)", {"maps": MAPS[:, 1:]}),
-        (ValueError, r"maps must have shape \(B, H, W\)", {"maps": MAPS[:, None]}),
+        (ValueError, r"maps must have the images' batch .*\(2, 8, 8\), got \(2, 7, 8\)", {"maps": MAPS[:, 1:]}),
+        (ValueError, "maps must have the images' batch and size", {"maps": MAPS[:, None]}),
+        (ValueError, r"maps must have shape \(B, H, W\)", {"maps": MAPS[0]}),
         (ValueError, "maps must be finite", {"maps": NAN}),
         (TypeError, "maps must be floating point", {"maps": MAPS.long()}),
         (TypeError, "maps must be a torch.Tensor", {"maps": [[1.0]]}),

@@ -293,3 +293,42 @@ def test_the_model_is_left_as_it_was(problem):
     assert model[2].training and not model[1].training
     assert images.grad is None and all(each.grad is None and each.requires_grad for each in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# Volumes.
+
+
+def bright_voxels(volumes):
+    """Logits of two classes: the first is the sum of the bright corner of the first frames."""
+    score = volumes[:, 0, :2, :3, :3].sum((1, 2, 3))
+    return torch.stack([score, torch.zeros_like(score)], dim=1)
+
+
+def test_insertion_and_deletion_of_volumes_by_voxels_and_by_frames():
+    volumes, right = torch.rand(2, 1, 4, 6, 6) + 0.5, torch.zeros(2, 4, 6, 6)
+    right[:, :2, :3, :3] = 1
+    wrong = right.flip(1)
+    for options in ({"steps": 9}, {"by": "frames", "steps": 4}):
+        options.update(targets=[0, 0], insertion_baseline="zero")
+        good = metrics.insertion_deletion(bright_voxels, volumes, right, **options)
+        bad = metrics.insertion_deletion(bright_voxels, volumes, wrong, **options)
+        assert (good.insertion > bad.insertion).all() and (good.deletion < bad.deletion).all()
+    # Frame by frame, in the order of their means: after two of four all that counts is there.
+    torch.testing.assert_close(good.insertion_curve[:, 2], good.insertion_curve[:, 4])
+    assert torch.equal(good.fractions, torch.arange(5) / 4)
+    assert metrics.average_drop(bright_voxels, volumes, right, [0, 0]).abs().max() < 1e-6
+    for arguments, message in (
+        ({"by": "slices"}, 'by must be "pixels" or "frames"'),
+        ({"by": "frames", "steps": 5}, "steps must be at least 1 and at most 4, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.insertion_deletion(bright_voxels, volumes, right, **arguments)
+    with pytest.raises(ValueError, match=r'by="frames" needs maps \(B, D, H, W\)'):
+        metrics.insertion_deletion(bright_voxels, volumes[:, :, 0], right[:, 0], by="frames")
+
+
+def test_a_blurred_volume_is_scipys():
+    ndimage = pytest.importorskip("scipy.ndimage", reason="scipy is not installed (extra: reference)")
+    volumes = torch.rand(1, 2, 5, 7, 6, dtype=torch.float64)
+    expected = ndimage.gaussian_filter(volumes.numpy(), (0, 0, 1.5, 1.5, 1.5), mode="nearest", truncate=4.0)
+    np.testing.assert_allclose(metrics.blurred(volumes, 1.5), expected, atol=1e-12)

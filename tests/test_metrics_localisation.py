@@ -63,3 +63,22 @@ def test_pointing_game_of_planted_flat_and_zero_maps():
     assert not flat.hit.any() and not flat.zero.any()
     zero = metrics.pointing_game(torch.zeros(2, 8, 8), [0, 3])
     assert zero.zero.all() and zero.energy.isnan().all() and not zero.hit.any()
+
+
+def test_energy_in_a_mask_by_hand():
+    maps = torch.tensor([[[3.0, -5.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    masks = torch.tensor([[[True, True], [False, False]], [[True, False], [False, False]]])
+    energy = metrics.energy_in_mask(maps, masks)
+    assert energy[0] == 0.75 and energy[1].isnan()
+    volumes, boxes = torch.rand(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    boxes[:, 1:, :2] = True
+    expected = volumes[:, 1:, :2].double().flatten(1).sum(1) / volumes.double().flatten(1).sum(1)
+    torch.testing.assert_close(metrics.energy_in_mask(volumes, boxes), expected)
+    for bad, error, message in (
+        (masks.int(), TypeError, "masks must be bool"),
+        (masks.tolist(), TypeError, "masks must be a torch.Tensor"),
+        (masks[:1], ValueError, "masks must match the maps"),
+        (torch.zeros_like(masks), ValueError, "masks must each have a pixel"),
+    ):
+        with pytest.raises(error, match=message):
+            metrics.energy_in_mask(maps, bad)

@@ -27,7 +27,7 @@ from cfcam_gpu.metrics.faithfulness import (
     insertion_deletion,
     pixel_ranks,
 )
-from cfcam_gpu.metrics.localisation import Mosaics, PointingGame, mosaics, pointing_game
+from cfcam_gpu.metrics.localisation import Mosaics, PointingGame, energy_in_mask, mosaics, pointing_game
 from cfcam_gpu.metrics.similarity import SSIM_RADIUS, ClassSensitivity, class_sensitivity, rank_correlation, ssim
 from cfcam_gpu.metrics.stability import (
     Randomization,
@@ -55,6 +55,7 @@ __all__ = [
     "blurred",
     "bootstrap_ci",
     "class_sensitivity",
+    "energy_in_mask",
     "gradient_noise_stability",
     "increase_in_confidence",
     "input_noise_stability",

@@ -21,20 +21,23 @@ def check_count(name, value, largest=None):
     return int(value)
 
 
-def check_floating(name, tensor, shape, ndim):
-    """Refuse what is not a non-empty floating-point tensor of ``ndim`` axes."""
+def check_floating(name, tensor, shape, *ndims):
+    """Refuse what is not a non-empty floating-point tensor of one of these numbers of axes."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if tensor.ndim != ndim or 0 in tensor.shape:
+    if tensor.ndim not in ndims or 0 in tensor.shape:
         raise ValueError(f"{name} must have shape {shape} and not be empty, got {tuple(tensor.shape)}")
 
 
-def check_maps(name, maps, unit_range=False):
-    """Maps of any library as a detached tensor (B, H, W); with ``unit_range`` in [0, 1]."""
+def check_maps(name, maps, unit_range=False, volumes=False):
+    """Maps of any library as a detached tensor (B, H, W), or also (B, D, H, W); with ``unit_range`` in [0, 1]."""
     maps, _ = as_tensor(name, maps)
-    check_floating(name, maps, "(B, H, W)", 3)
+    if volumes:
+        check_floating(name, maps, "(B, H, W) or (B, D, H, W)", 3, 4)
+    else:
+        check_floating(name, maps, "(B, H, W)", 3)
     check_values({name: maps}, None)
     if unit_range and maps.device.type == "cpu":
         low, high = (bound.item() for bound in maps.aminmax())
@@ -54,12 +57,12 @@ def check_pair(maps, other_maps, unit_range=False):
 
 
 def check_images_and_maps(images, maps, unit_range=False):
-    """Images (B, C, H, W) and their maps (B, H, W), detached."""
-    check_floating("images", images, "(B, C, H, W)", 4)
-    maps = check_maps("maps", maps, unit_range)
+    """Images (B, C, H, W) and their maps (B, H, W), or volumes (B, C, D, H, W) and theirs, detached."""
+    check_floating("images", images, "(B, C, H, W) or (B, C, D, H, W)", 4, 5)
+    maps = check_maps("maps", maps, unit_range, volumes=True)
     expected = (len(images), *images.shape[2:])
     if tuple(maps.shape) != expected:
-        raise ValueError(f"maps must have the images' batch, height and width {expected}, got {tuple(maps.shape)}")
+        raise ValueError(f"maps must have the images' batch and size {expected}, got {tuple(maps.shape)}")
     if maps.device != images.device:
         raise ValueError(f"maps must be on the images' device {images.device}, got {maps.device}")
     return images.detach(), maps

@@ -49,6 +49,7 @@ def insertion_deletion(
     targets: Targets = None,
     *,
     steps: int = 32,
+    by: str = "pixels",
     insertion_baseline: str | torch.Tensor = "blurred",
     deletion_baseline: str | torch.Tensor = "zero",
     batch_size: int = 64,
@@ -61,10 +62,12 @@ def insertion_deletion(
 
     Args:
         model: images (n, C, H, W) -> logits (n, n_classes).
-        images: (B, C, H, W), floating point.
-        maps: (B, H, W), floating point, any scale: only the order of a map's values counts.
+        images: (B, C, H, W), floating point; or volumes and videos (B, C, D, H, W).
+        maps: (B, H, W), or (B, D, H, W), floating point, any scale: only the order of a map's values counts.
         targets: class indices as a list or an integer tensor (B,), or None for each image's top class.
-        steps: points on a curve besides the first, from 1 to H * W; default 32.
+        steps: points on a curve besides the first, from 1 to H * W, or to what else there is to change; default 32.
+        by: "pixels" (default), in volumes voxels; or "frames": whole slices or frames of a volume, in the order of
+            their maps' means.
         insertion_baseline, deletion_baseline: what a pixel is where the image is not. "blurred": the image under a
             Gaussian of 10 pixels (`blurred`); "mean": the image's own mean colour; "zero": 0, which is the data set's
             mean colour for normalised inputs; or a tensor that broadcasts to the images. Default: "blurred" for
@@ -76,7 +79,8 @@ def insertion_deletion(
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: shapes or devices that do not match, an empty batch, NaN, a class, a count or a name out of range.
+        ValueError: shapes or devices that do not match, an empty batch, NaN, a class, a count or a name out of range;
+            frames of images that are no volumes.
 
     Source: Petsiuk et al., RISE, BMVC 2018. Departure: RISE blurs with an 11 x 11 kernel, which leaves more of the
     evidence in place. jerryp-hfut/CF-CAM@c227652 metrics/auc.py is close to steps=100 with "zero" for both.
@@ -86,14 +90,18 @@ def insertion_deletion(
     (torch.Size([2]), torch.Size([2, 33]))
     """
     images, maps = checks.check_images_and_maps(images, maps)
+    at_once = _changed_at_once(by, maps)
     n_pixels = maps[0].numel()
-    steps, batch_size = checks.check_count("steps", steps, n_pixels), checks.check_count("batch_size", batch_size)
+    if at_once > 1:
+        maps = maps.mean((2, 3), keepdim=True).expand_as(maps)
+    n_changes = n_pixels // at_once
+    steps, batch_size = checks.check_count("steps", steps, n_changes), checks.check_count("batch_size", batch_size)
     appear = _baseline("insertion_baseline", insertion_baseline, images)
     vanish = _baseline("deletion_baseline", deletion_baseline, images)
 
     classes, intact = _classes_and_scores(model, images, targets, batch_size)
     ranks = pixel_ranks(maps).flatten(1)
-    counts = torch.arange(steps + 1, device=maps.device) * n_pixels // steps
+    counts = torch.arange(steps + 1, device=maps.device) * n_changes // steps * at_once
     # The end of one curve and the start of the other are the intact image, which has been scored already.
     insertion = _mixture_scores(model, images, appear, ranks, counts[:-1], classes, batch_size)
     insertion = torch.cat((insertion, intact[:, None]), 1)
@@ -104,8 +112,18 @@ def insertion_deletion(
     return InsertionDeletion(inserted, deleted, insertion, deletion, fractions)
 
 
+def _changed_at_once(by, maps):
+    """How many pixels are changed together."""
+    if by not in ("pixels", "frames"):
+        raise ValueError(f'by must be "pixels" or "frames", got {by!r}')
+    if by == "frames" and maps.ndim != 4:
+        raise ValueError(f'by="frames" needs maps (B, D, H, W) of volumes, got {tuple(maps.shape)}')
+    return maps[0, 0].numel() if by == "frames" else 1
+
+
 def pixel_ranks(maps: torch.Tensor) -> torch.Tensor:
-    """The place of each pixel in its map's descending order: (B, H, W) -> int32 (B, H, W), 0 for the highest.
+    """The place of each pixel in its map's descending order: (B, H, W) -> int32 (B, H, W), 0 for the highest; of other
+    axes likewise.
 
     Equal values are ranked by index, row by row from the top left.
     """
@@ -118,7 +136,7 @@ def blurred(images: torch.Tensor, sigma_pixels: float = BLUR_SIGMA_PIXELS) -> to
     """Images under a Gaussian filter, the edge pixels continued outwards: (B, C, H, W), dtype of the images.
 
     Args:
-        images: (B, C, H, W), floating point.
+        images: (B, C, H, W), floating point; or volumes (B, C, D, H, W), which are filtered along all three axes.
         sigma_pixels: the Gaussian's standard deviation, > 0; default 10. Its radius is 4 times that.
 
     Raises:
@@ -129,12 +147,15 @@ def blurred(images: torch.Tensor, sigma_pixels: float = BLUR_SIGMA_PIXELS) -> to
     """
     if not sigma_pixels > 0:
         raise ValueError(f"sigma_pixels must be positive, got {sigma_pixels}")
-    rows, columns = (
+    *depths, rows, columns = (
         constant(filter_matrix, (size, float(sigma_pixels), "nearest"), images.device, images.dtype)
         for size in images.shape[2:]
     )
     with plain_arithmetic(images.device):
-        return filter_grids(images.flatten(0, 1), rows, columns).view_as(images)
+        found = filter_grids(images.flatten(0, -3), rows, columns).view_as(images)
+        for depth in depths:
+            found = torch.einsum("ed,bcdhw->bcehw", depth, found)
+        return found
 
 
 @torch.no_grad()
@@ -286,7 +307,7 @@ def _baseline(name, baseline, images):
     if baseline == "blurred":
         return blurred(images)
     if baseline == "mean":
-        return images.mean((2, 3), keepdim=True).expand_as(images)
+        return images.mean(tuple(range(2, images.ndim)), keepdim=True).expand_as(images)
     return images.new_zeros(()).expand_as(images)
 
 
@@ -304,4 +325,4 @@ def _colour(fill, images):
         fill = constant(tuple, (tuple(fill),), images.device, images.dtype)
     if tuple(fill.shape) != (images.shape[1],):
         raise ValueError(f"fill must be {images.shape[1]} numbers, one per channel, got shape {tuple(fill.shape)}")
-    return fill.to(images.device, images.dtype).view(1, -1, 1, 1)
+    return fill.to(images.device, images.dtype).view(1, -1, *[1] * (images.ndim - 2))

@@ -118,3 +118,37 @@ def pointing_game(maps: Any, cells: Sequence[int] | torch.Tensor) -> PointingGam
     inside = (energy * right).sum(1)
     hit = peak.masked_fill(~right, -torch.inf).amax(1) > peak.masked_fill(right, -torch.inf).amax(1)
     return PointingGame(inside / total, hit, total == 0)
+
+
+@torch.no_grad()
+def energy_in_mask(maps: Any, masks: torch.Tensor) -> torch.Tensor:
+    """The share of each map's positive values that lies in the object's mask.
+
+    Args:
+        maps: (B, H, W), or of volumes (B, D, H, W), floating point.
+        masks: bool, of the same shape: where the object is.
+
+    Returns:
+        (B,) in [0, 1], NaN where a map has no positive value. Chance is the mask's share of the pixels.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes or devices that do not match, NaN, a mask without a pixel.
+
+    Source: the energy-based pointing game of Wang et al., Score-CAM, CVPR workshops 2020, with masks for boxes.
+
+    >>> energy_in_mask(cam.maps(images, targets=classes), masks).shape  # masks (2, 224, 224)
+    torch.Size([2])
+    """
+    maps = checks.check_maps("maps", maps, volumes=True)
+    if not isinstance(masks, torch.Tensor):
+        raise TypeError(f"masks must be a torch.Tensor, got {type(masks).__name__}")
+    if masks.dtype != torch.bool:
+        raise TypeError(f"masks must be bool, got {masks.dtype}")
+    if masks.shape != maps.shape or masks.device != maps.device:
+        expected, got = f"{tuple(maps.shape)} on {maps.device}", f"{tuple(masks.shape)} on {masks.device}"
+        raise ValueError(f"masks must match the maps, {expected}, got {got}")
+    if masks.device.type == "cpu" and not masks.flatten(1).any(1).all():
+        raise ValueError("masks must each have a pixel, got an empty one")
+    positive = maps.clamp_min(0).double().flatten(1)
+    return (positive * masks.flatten(1)).sum(1) / positive.sum(1)

@@ -110,32 +110,41 @@ def _in_chunks(function, batch, chunk, arguments):
 
 
 def _cf_cam(activations, gradients, output_size, config, engine, guide):
-    cells, labels, weights, eps = _cluster_and_weigh(activations, gradients, config, engine)
-    cells = cells.unflatten(2, activations.shape[2:])
     # As published, the positive part is resized; an averaged sum is resized with its sign.
-    if activations.ndim != 4:
+    relu, in_planes = not config.averages, activations.ndim == 4
+    cells, labels, weights, eps, sums = _cluster_and_weigh(activations, gradients, config, engine, in_planes, relu)
+    cells = cells.unflatten(2, activations.shape[2:])
+    if not in_planes:
         guide = activations if guide is None else guide
         return torch_backend.class_map(cells, weights, output_size, config, guide), labels, weights, eps
-    grid = class_grid(cells, weights, relu=not config.averages, config=config, guide=guide)
+    if sums is None:
+        grid = class_grid(cells, weights, relu, config=config, guide=guide)
+    else:
+        grid = _averaged(sums.unflatten(1, cells.shape[2:]), cells, relu, config, guide)
     maps = resize_normalize(grid.flatten(0, -3), output_size, FLAT_RANGE, config.normalize)
     return maps.unflatten(0, grid.shape[:-2]), labels, weights, eps
 
 
-def _cluster_and_weigh(activations, gradients, config, engine):
-    """The activations float32 (B, C, h * w), neighbours in memory along C, and labels, weights and eps."""
-    if torch_backend.are_several(gradients, activations):
+def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, relu=False):
+    """The activations float32 (B, C, h * w), neighbours in memory along C; labels, weights and eps; and the sums.
+
+    The sums, float32 (B, h * w), are those of one class, where they are asked for and the labels are the kernels' own;
+    else None.
+    """
+    several = torch_backend.are_several(gradients, activations)
+    if several:
         pooled = (
             gradients if isinstance(gradients, torch_backend.PooledGradients) else pool_gradients(gradients, config)
         )
-        plain, filtered = (each.contiguous() for each in pooled)
+        pooled = [each.contiguous() for each in pooled]
         transposed, squared_norm, _, _ = channel_statistics(_as_planes(activations))
     else:
         pooling = _pooling(gradients.shape[2:], gradients.device, config)
         planes = _as_planes(activations), _as_planes(gradients.detach())
-        transposed, squared_norm, plain, filtered = channel_statistics(*planes, pooling)
-    labels, eps = _cluster(transposed, squared_norm, config, engine)
-    weights = channel_weights(labels, plain, filtered, config.weighting == "softmax")
-    return transposed.transpose(1, 2), labels, weights, eps
+        transposed, squared_norm, *pooled = channel_statistics(*planes, pooling)
+    summed = transposed if with_sums and not several else None
+    labels, eps, weights, sums = _cluster(transposed, squared_norm, config, engine, pooled, summed, relu)
+    return transposed.transpose(1, 2), labels, weights, eps, sums
 
 
 def pool_gradients(gradients, config):
@@ -156,7 +165,7 @@ def _as_planes(grids, first=2):
 
 
 def _without_cells(*arguments):
-    return _cluster_and_weigh(*arguments)[1:]
+    return _cluster_and_weigh(*arguments)[1:4]
 
 
 def class_grid(activations, weights, relu=True, skip_nan=False, config=None, guide=None):
@@ -169,7 +178,12 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         weights = weights.flatten(2) if weights.ndim > 3 else weights[:, :, None].expand(-1, -1, cells.shape[2])
         grid = weighted_sum(cells, weights, relu and not averages, skip_nan)
     grid = grid.unflatten(-1, activations.shape[2:])
-    if not averages:
+    return _averaged(grid, activations, relu, config, guide) if averages else grid
+
+
+def _averaged(grid, activations, relu, config, guide):
+    """The sum on the activations' grid, averaged as the configuration says."""
+    if not config.averages:
         return grid
     guide = (activations if guide is None else guide).detach()
     if activations.ndim != 4:
@@ -189,7 +203,7 @@ def grad_cam_maps(grids, output_size, scale_mean=True):
 
 def _cluster_channels(activations, config, engine):
     transposed, squared_norm, _, _ = channel_statistics(_as_planes(activations))
-    return _cluster(transposed, squared_norm, config, engine)
+    return _cluster(transposed, squared_norm, config, engine)[:2]
 
 
 def _max_rows(n_channels, config):
@@ -199,7 +213,11 @@ def _max_rows(n_channels, config):
     return max(dominant_rank(n_channels, config.dominant_percentile), 1)
 
 
-def _cluster(transposed, squared_norm, config, engine):
+def _cluster(transposed, squared_norm, config, engine, pooled=None, summed=None, relu=False):
+    """Labels and eps; the weights, if there are ``pooled`` gradients; and the sums of ``summed``, or None.
+
+    Labels of another engine, and those of very many channels, are weighed by a launch of its own, without sums.
+    """
     batch, _, n_channels = transposed.shape
     unit = config.descriptor == "unit"
     max_rows = _max_rows(n_channels, config)
@@ -214,12 +232,16 @@ def _cluster(transposed, squared_norm, config, engine):
     for digit in (1, 2):
         refine(distances, n_rows, low_rank, histogram, prefix, remaining, digit, TILE)
     bits, below = adjacency(distances, n_rows, histogram, prefix, remaining, degree, above, EPS_FLOOR_FLOAT32)
-    eps = connected_components(
-        bits, degree, member, n_rows, min_samples, fraction, below, above, EPS_FLOOR_FLOAT32, labels, TILE
+    in_kernels, softmax = ENGINES[engine].in_kernels, config.weighting == "softmax"
+    to_weigh = (pooled, softmax, summed, relu) if in_kernels else ()
+    labels, eps, weights, sums = connected_components(
+        bits, degree, member, n_rows, min_samples, fraction, below, above, EPS_FLOOR_FLOAT32, labels, TILE, *to_weigh
     )
-    if not ENGINES[engine].in_kernels:
+    if not in_kernels:
         _label_with(ENGINES[engine].load(), labels, distance_matrices(distances, n_rows), member, eps, config)
-    return labels, eps
+    if pooled is not None and weights is None:
+        weights = channel_weights(labels, *pooled, softmax)
+    return labels, eps, weights, sums
 
 
 def _label_with(engine, labels, matrices, member, eps, config):

@@ -1,21 +1,40 @@
-"""DBSCAN's labels from the bit masks: components of the core channels, numbered as scikit-learn does; and eps.
+"""DBSCAN's labels from the bit masks: components of the core channels, numbered as scikit-learn does; eps; and weights.
 
-One program an image. Trees grow by hooking: first every core points at its smallest core neighbour; then, while there
+One program an image labels its channels, and weighs them (see `channel_weights`); of one class it also adds up the
+weighted activations. In small batches, whose time is that of one program, several programs share the cells of an image,
+or its classes: each finds the labels anew, in scratch of its own, which costs nothing where multiprocessors are idle,
+and saves a launch that would wait for the labels.
+
+Trees grow by hooking: first every core points at its smallest core neighbour; then, while there
 is more than one tree, in rounds every core with a neighbour outside its own tree hooks the larger root of the two under
 the smaller one, until no core has any. The cores outside of a tree are a mask, so that a look for them is one AND of 32
 channels, and only the first word that is not 0 is looked at closer. Roots are the smallest of their trees, so that the
 order of the roots is the order of scikit-learn's clusters; a border channel takes the lowest-numbered cluster among its
 core neighbours. The result does not depend on the order of execution: hooking takes minima, masks are exclusive ORs.
 
-Floor: R^2 / 8 bytes read for the first hooks and twice that a round, of which a dense graph needs none.
+Floor: R^2 / 8 bytes read for the first hooks and twice that a round, of which a dense graph needs none; for the weights
+3 * C reads and C writes a class, and C * h * w reads for the sums.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.kernels.channel_weights import weights_of
 from cfcam_gpu.kernels.constants import LARGEST_FLOAT32_BITS, LARGEST_INT32, NOISE
-from cfcam_gpu.kernels.launch import next_power_of_2
+from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
+
+PROGRAMS = 132
+"""Programs of a launch that share the cells or the classes of a small batch: one a multiprocessor, which they fill."""
+
+MOST_ROWS = 2048
+"""Most rows of programs that weigh: of more, what weights and sums need would not fit into the registers."""
+
+VALUES_AT_ONCE = 8192
+"""Of the activations that a program weighs in one step."""
+
+FEW_CELLS, MANY_CELLS = 4, 16
+"""Cells that it adds up at a time: more, if it has more to do than the first number, for fewer sums across threads."""
 
 ROWS = {64: 64, 128: 128, 256: 256, 512: 256, 1024: 256, 2048: 128, 4096: 16}
 """Rows of one step of a loop over rows, for every block of rows: what the registers hold."""
@@ -63,10 +82,25 @@ def connected_components_kernel(
     others_ptr,
     core_ptr,
     scratch_ptr,
+    found_ptr,
     labels_ptr,
     eps_ptr,
+    plain_ptr,
+    filtered_ptr,
+    weights_ptr,
+    transposed_ptr,
+    sums_ptr,
     eps_floor,
     n_channels,
+    n_classes,
+    n_cells,
+    WEIGH: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    SUM: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     N_WORDS: tl.constexpr,
     TILE: tl.constexpr,
@@ -75,19 +109,23 @@ def connected_components_kernel(
     BLOCK_R: tl.constexpr,
     LOG_BLOCK_R: tl.constexpr,
 ):
+    # The parts are few: the second axis, which ends at 65535, is theirs. A division would take registers.
     image = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    program = part * tl.num_programs(0) + image
     bits_ptr += image * MAX_ROWS * N_WORDS
-    others_ptr += image * MAX_ROWS * N_WORDS
-    core_ptr += image * N_WORDS
+    others_ptr += program * MAX_ROWS * N_WORDS
+    core_ptr += program * N_WORDS
     degree_ptr += image * MAX_ROWS
     member_ptr += image * MAX_ROWS
     # Known distances between them: one address of a row serves for all five.
-    root_ptr = scratch_ptr + image * 5 * MAX_ROWS
+    root_ptr = scratch_ptr + program * 5 * MAX_ROWS
     tree_ptr = root_ptr + MAX_ROWS
     first_ptr = root_ptr + 2 * MAX_ROWS
     hook_ptr = root_ptr + 3 * MAX_ROWS
     word_ptr = root_ptr + 4 * MAX_ROWS
-    labels_ptr += image * n_channels
+    # Every part has labels and weights of its own, to be read again: when the others write theirs is not defined.
+    labels_ptr += program * n_channels
     n_rows = tl.load(n_rows_ptr + image)
     min_samples = tl.load(min_samples_ptr + n_rows)
 
@@ -100,7 +138,7 @@ def connected_components_kernel(
     # Rounding may carry the interpolated value up to `above`, which is no neighbour.
     last = tl.where(between & (above > below), above_bits - 1, LARGEST_FLOAT32_BITS).to(tl.float32, bitcast=True)
     eps = tl.where(between, tl.minimum(below + (above - below) * fraction, last), below)
-    tl.store(eps_ptr + image, tl.maximum(eps, eps_floor))
+    tl.store(eps_ptr + image, tl.maximum(eps, eps_floor), mask=part == 0)
 
     row = tl.arange(0, BLOCK_R)
     in_image = row < n_rows
@@ -111,6 +149,11 @@ def connected_components_kernel(
     core_bits = tl.reshape(is_core.to(tl.int32), [BLOCK_R // 32, 32]) << tl.arange(0, 32)[None, :]
     core_word = tl.sum(core_bits, axis=1)
     tl.store(core_ptr + word, core_word, mask=word < N_WORDS)
+    if WEIGH:
+        channel = tl.arange(0, BLOCK_C)
+        in_channels = channel < n_channels
+        found = tl.load(found_ptr + image * n_channels + channel, mask=in_channels, other=NOISE)
+        tl.store(labels_ptr + channel, found, mask=in_channels)
     tl.debug_barrier()
 
     # The smallest core neighbour of every row: a core's tree hooks there, a border row's first cluster is there.
@@ -219,24 +262,112 @@ def connected_components_kernel(
             tl.store(labels_ptr + c, cluster_of, mask=listed < n_several)
             start += WIDE_ROWS
 
+    if WEIGH:
+        tl.debug_barrier()
+        channel = tl.arange(0, BLOCK_C)
+        in_channels = channel < n_channels
+        label = tl.load(labels_ptr + channel, mask=in_channels, other=NOISE)
+        first_class = image * n_classes * n_channels
+        plain_ptr += first_class
+        filtered_ptr += first_class
+        n_parts = tl.num_programs(1)
+        if SUM:
+            weights_ptr += program * n_channels
+            weights = weights_of(label, plain_ptr, filtered_ptr, channel, in_channels, SOFTMAX)
+            tl.store(weights_ptr + channel, weights, mask=in_channels)
+            tl.debug_barrier()
+            transposed_ptr += image * n_cells * n_channels
+            first_cell = part * CELLS
+            while first_cell < n_cells:
+                cell = first_cell + tl.arange(0, CELLS)
+                # Added up over the channels behind the loop: in it, every sum would be across threads.
+                sums = tl.zeros([CELLS, CHANNELS], tl.float32)
+                start = 0
+                while start < n_channels:
+                    c = start + tl.arange(0, CHANNELS)
+                    inside = (cell < n_cells)[:, None] & (c < n_channels)[None, :]
+                    value = tl.load(transposed_ptr + cell[:, None] * n_channels + c[None, :], mask=inside, other=0.0)
+                    sums += value * tl.load(weights_ptr + c, mask=c < n_channels, other=0.0)[None, :]
+                    start += CHANNELS
+                total = tl.sum(sums, axis=1)
+                if RELU:
+                    total = tl.maximum(total, 0.0)
+                tl.store(sums_ptr + image * n_cells + cell, total, mask=cell < n_cells)
+                first_cell += n_parts * CELLS
+        else:
+            weights_ptr += first_class
+            k = part
+            while k < n_classes:
+                of_class = k * n_channels
+                weights = weights_of(
+                    label, plain_ptr + of_class, filtered_ptr + of_class, channel, in_channels, SOFTMAX
+                )
+                tl.store(weights_ptr + of_class + channel, weights, mask=in_channels)
+                k += n_parts
 
-def connected_components(bits, degree, member, n_rows, min_samples, fraction, below, above, eps_floor, labels, tile):
-    """Write the cluster labels into ``labels`` int32 (B, C) and return eps float32 (B,).
+
+def connected_components(
+    bits,
+    degree,
+    member,
+    n_rows,
+    min_samples,
+    fraction,
+    below,
+    above,
+    eps_floor,
+    labels,
+    tile,
+    pooled=None,
+    softmax=False,
+    transposed=None,
+    relu=False,
+):
+    """The cluster labels; eps; and, if asked for and there are at most `MOST_ROWS` rows, weights and weighted sums.
 
     Args:
         bits, degree, below, above: as `adjacency` left them.
         member: int32 (B, max_rows), the clustered channels; n_rows int32 (B,), how many there are.
         min_samples: int32 (max_rows + 1,), fraction float32 (max_rows + 1,): for every number of rows.
+        labels: int32 (B, C), DOMINANT or NOISE, as `dominant_channels` left them; they may be overwritten.
         tile: side of the tiles that the masks were made in.
+        pooled: the pooled gradients plain and filtered, float32 (B, C) or (B, K, C), contiguous; None: no weights.
+        softmax: as in `channel_weights`.
+        transposed: float32 (B, h * w, C), whose sums weighted by weights (B, C) are wanted; None: no sums.
+        relu: the sums' positive parts alone.
+
+    Returns:
+        labels int32 (B, C), eps float32 (B,), weights as the pooled gradients or None, sums float32 (B, h * w) or None.
     """
     batch, max_rows, n_words = bits.shape
-    options = {"dtype": torch.int32, "device": bits.device}
-    others = torch.empty(batch, max_rows, n_words, **options)
-    core = torch.empty(batch, n_words, **options)
-    scratch = torch.empty(batch, 5, max_rows, **options)
-    eps = torch.empty(batch, dtype=torch.float32, device=bits.device)
+    n_channels = labels.shape[1]
     block_r = max(next_power_of_2(max_rows), tile)
-    connected_components_kernel[(batch,)](
+    if block_r > MOST_ROWS:
+        pooled = transposed = None
+    block_c = next_power_of_2(n_channels)
+    options = {"dtype": torch.int32, "device": bits.device}
+    floats = {"dtype": torch.float32, "device": bits.device}
+    n_classes, n_cells, to_share = 1, 1, 1
+    weights = sums = None
+    # Pointers that the kernel never follows, where there is nothing to weigh or to add up.
+    plain = filtered = below
+    if pooled is not None:
+        plain, filtered = pooled
+        n_classes = to_share = plain.numel() // labels.numel()
+    if transposed is not None:
+        n_cells = transposed.shape[1]
+        sums = torch.empty(batch, n_cells, **floats)
+        to_share = cdiv(n_cells, FEW_CELLS)
+    n_parts = min(to_share, max(PROGRAMS // batch, 1))
+    others = torch.empty(n_parts, batch, max_rows, n_words, **options)
+    core = torch.empty(n_parts, batch, n_words, **options)
+    scratch = torch.empty(n_parts, batch, 5, max_rows, **options)
+    eps = torch.empty(batch, **floats)
+    written = labels[None] if n_parts == 1 else torch.empty(n_parts, batch, n_channels, **options)
+    if pooled is not None:
+        weights = torch.empty(n_parts if transposed is not None else 1, *plain.shape, **floats)
+    at_once = FEW_CELLS if n_cells <= n_parts * FEW_CELLS else MANY_CELLS
+    connected_components_kernel[(batch, n_parts)](
         bits,
         degree,
         member,
@@ -249,9 +380,24 @@ def connected_components(bits, degree, member, n_rows, min_samples, fraction, be
         core,
         scratch,
         labels,
+        written,
         eps,
+        plain,
+        filtered,
+        below if weights is None else weights,
+        below if transposed is None else transposed,
+        below if sums is None else sums,
         eps_floor,
-        labels.shape[1],
+        n_channels,
+        n_classes,
+        n_cells,
+        WEIGH=pooled is not None,
+        SOFTMAX=softmax,
+        SUM=transposed is not None,
+        RELU=relu,
+        BLOCK_C=block_c,
+        CELLS=at_once,
+        CHANNELS=min(block_c, VALUES_AT_ONCE // at_once),
         MAX_ROWS=max_rows,
         N_WORDS=n_words,
         TILE=tile,
@@ -260,6 +406,7 @@ def connected_components(bits, degree, member, n_rows, min_samples, fraction, be
         BLOCK_R=block_r,
         LOG_BLOCK_R=block_r.bit_length() - 1,
         num_warps=16,
+        enable_fp_fusion=False,
         **REGISTERS,
     )
-    return eps
+    return written[0], eps, None if weights is None else weights[0], sums

@@ -95,11 +95,38 @@ def test_components_in_several_steps(rng, monkeypatch):
 
 def test_programs_of_large_batches(seed, monkeypatch):
     # Several tiles a program, the last of which has fewer; all cells of an image.
-    for module in ("adjacency", "dominant_channels", "order_statistic"):
+    for module in ("adjacency", "connected_components", "dominant_channels", "order_statistic"):
         monkeypatch.setattr(f"cfcam_gpu.kernels.{module}.PROGRAMS", 1)
     for percentile, descriptor in ((75.0, "raw"), (100.0, "unit")):
         config = CFCAMConfig(dominant_percentile=percentile, descriptor=descriptor)
         check_labels(activations_like((2, 260, 5, 3)), config)
+    activations = activations_like((2, 70, 5, 4))
+    for config in (CFCAMConfig(), CFCAMConfig.paper()):
+        compare_with_reference(activations, torch.randn(activations.shape), config)
+
+
+@pytest.mark.parametrize("weighting", ["signed", "softmax"])
+@pytest.mark.parametrize("programs", [1, 6, 1000, None])
+def test_weights_and_sums_of_parts(programs, weighting, seed, monkeypatch):
+    """Of one class, of three and with labels from elsewhere, however many programs share an image; None: none does."""
+    if programs is None:
+        monkeypatch.setattr(connected_components, "MOST_ROWS", 0)
+    else:
+        monkeypatch.setattr(connected_components, "PROGRAMS", programs)
+    activations, config = activations_like((2, 37, 5, 3)).to(DEVICE), CFCAMConfig(weighting=weighting)
+    gradients = torch.randn(2, 3, 37, 5, 3, device=DEVICE)
+    of_three = triton_backend.cluster_and_weigh(activations, gradients, config, "batched")
+    for k in range(3):
+        cells, *result, sums = triton_backend._cluster_and_weigh(activations, gradients[:, k], config, "batched", True)
+        assert torch.equal(result[0], of_three[0]) and torch.equal(result[2], of_three[2])
+        assert_close(result[1], of_three[1][:, k])
+        elsewhere = triton_backend.cluster_and_weigh(activations, gradients[:, k], config, "sklearn")
+        assert torch.equal(result[0], elsewhere[0]) and torch.equal(result[2], elsewhere[2])
+        assert_close(result[1], elsewhere[1])
+        assert (sums is None) == (programs is None)
+        if sums is not None:
+            again = triton_backend.class_grid(cells[..., None], result[1], relu=False)[..., 0]
+            np.testing.assert_allclose(sums.cpu(), again.cpu(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_clusters", [2, 5])
@@ -485,19 +512,19 @@ def test_one_launch_a_layer(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("batch, steps", [(1, 0), (1, 2), (4, 3)])
-def test_ten_launches_a_batch_and_for_the_average_one_and_one_a_step(batch, steps, seed, monkeypatch):
+def test_eight_launches_a_batch_and_for_the_average_one_and_one_a_step(batch, steps, seed, monkeypatch):
     names = launched(monkeypatch)
     shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_steps=steps)
     activations, gradients = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
     guide = torch.rand(batch, 7, 5, 6, device=DEVICE)
     triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched", guide)
     of_average = steps + (steps > 0)
-    assert len(names) <= 10 + of_average, names
+    assert len(names) == 8 + of_average, names
     assert names.count("affinity_sum_kernel") == steps
     with_maps = names.copy()
     names.clear()
     triton_backend.cluster_and_weigh(activations, gradients, config, "batched")
-    assert names == with_maps[: -2 - of_average], "neither the sum, its average nor the maps"
+    assert names == with_maps[: -1 - of_average], "neither the sum's average nor the maps"
 
 
 def test_launchers_never_wait(seed, monkeypatch):

@@ -1,4 +1,4 @@
-"""CF-CAM in Triton kernels: a dozen launches a batch from the gradients to the maps, and no host synchronisation.
+"""CF-CAM in Triton kernels: some ten launches a batch from the gradients to the maps, and no host synchronisation.
 
 Function names are those of `reference`. The clustering works on float32 distances; see `cfcam_gpu.kernels`. To
 everything up to the weighted sum a grid is its cells, in any number of axes; the average and the last resize of
@@ -20,7 +20,7 @@ from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import as_rows_and_columns, pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
-from cfcam_gpu.kernels.affinity_sum import affinity_sum
+from cfcam_gpu.kernels.affinity_sum import affinity_sum, empty_products
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.channel_statistics import pool_gradients as kernels_pool_gradients
 from cfcam_gpu.kernels.channel_weights import channel_weights
@@ -112,24 +112,29 @@ def _in_chunks(function, batch, chunk, arguments):
 def _cf_cam(activations, gradients, output_size, config, engine, guide):
     # As published, the positive part is resized; an averaged sum is resized with its sign.
     relu, in_planes = not config.averages, activations.ndim == 4
-    cells, labels, weights, eps, sums = _cluster_and_weigh(activations, gradients, config, engine, in_planes, relu)
+    guide = activations if guide is None else guide
+    products = None
+    if config.averages and in_planes:
+        guide = _as_read(guide)
+        products = empty_products(guide)
+    cells, labels, weights, eps, sums = _cluster_and_weigh(
+        activations, gradients, config, engine, in_planes, relu, guide, products
+    )
     cells = cells.unflatten(2, activations.shape[2:])
     if not in_planes:
-        guide = activations if guide is None else guide
         return torch_backend.class_map(cells, weights, output_size, config, guide), labels, weights, eps
-    if sums is None:
-        grid = class_grid(cells, weights, relu, config=config, guide=guide)
-    else:
-        grid = _averaged(sums.unflatten(1, cells.shape[2:]), cells, relu, config, guide)
+    grid = class_grid(cells, weights, relu) if sums is None else sums.unflatten(1, cells.shape[2:])
+    if config.averages:
+        grid = _averaged(grid, guide, relu, config, products)
     maps = resize_normalize(grid.flatten(0, -3), output_size, FLAT_RANGE, config.normalize)
     return maps.unflatten(0, grid.shape[:-2]), labels, weights, eps
 
 
-def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, relu=False):
+def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, relu=False, guide=None, products=None):
     """The activations float32 (B, C, h * w), neighbours in memory along C; labels, weights and eps; and the sums.
 
     The sums, float32 (B, h * w), are those of one class, where they are asked for and the labels are the kernels' own;
-    else None.
+    else None. The ``products`` of the guide's cells are made on the way, if there are any to make.
     """
     several = torch_backend.are_several(gradients, activations)
     if several:
@@ -137,11 +142,12 @@ def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, 
             gradients if isinstance(gradients, torch_backend.PooledGradients) else pool_gradients(gradients, config)
         )
         pooled = [each.contiguous() for each in pooled]
-        transposed, squared_norm, _, _ = channel_statistics(_as_planes(activations))
+        planes = _as_planes(activations), None, None
     else:
         pooling = _pooling(gradients.shape[2:], gradients.device, config)
-        planes = _as_planes(activations), _as_planes(gradients.detach())
-        transposed, squared_norm, *pooled = channel_statistics(*planes, pooling)
+        planes = _as_planes(activations), _as_planes(gradients.detach()), pooling
+    transposed, squared_norm, *statistics = channel_statistics(*planes, guide, products)
+    pooled = pooled if several else statistics
     summed = transposed if with_sums and not several else None
     labels, eps, weights, sums = _cluster(transposed, squared_norm, config, engine, pooled, summed, relu)
     return transposed.transpose(1, 2), labels, weights, eps, sums
@@ -178,21 +184,23 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         weights = weights.flatten(2) if weights.ndim > 3 else weights[:, :, None].expand(-1, -1, cells.shape[2])
         grid = weighted_sum(cells, weights, relu and not averages, skip_nan)
     grid = grid.unflatten(-1, activations.shape[2:])
-    return _averaged(grid, activations, relu, config, guide) if averages else grid
+    return _averaged(grid, (activations if guide is None else guide).detach(), relu, config) if averages else grid
 
 
-def _averaged(grid, activations, relu, config, guide):
-    """The sum on the activations' grid, averaged as the configuration says."""
-    if not config.averages:
-        return grid
-    guide = (activations if guide is None else guide).detach()
-    if activations.ndim != 4:
+def _averaged(grid, guide, relu, config, products=None):
+    """The sum averaged over the guide's alike cells, as the configuration says; ``products``: theirs, if made."""
+    if guide.ndim != 4:
         grid = torch_backend.balance(grid, guide.shape[2:], config)
         grid = torch_backend.average_alike_cells(grid, guide, config)
         return grid.relu_() if relu else grid
-    if guide.dtype not in launch.DTYPES:
-        guide = guide.float()
-    return affinity_sum(grid, guide, config.affinity_power, config.affinity_sigma, config.affinity_steps, relu)
+    power, sigma, steps = config.affinity_power, config.affinity_sigma, config.affinity_steps
+    return affinity_sum(grid, _as_read(guide), power, sigma, steps, relu, products)
+
+
+def _as_read(guide):
+    """The guide in a dtype that the kernels read."""
+    guide = guide.detach()
+    return guide if guide.dtype in launch.DTYPES else guide.float()
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True):

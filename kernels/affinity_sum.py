@@ -106,7 +106,8 @@ def share_of_evidence(
 
 
 @triton.jit
-def cell_products_kernel(
+def product_of_cells(
+    program,
     f_ptr,
     products_ptr,
     n_channels,
@@ -121,10 +122,11 @@ def cell_products_kernel(
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """A tile of the products, over a share of the channels: that of the ``program`` of those that make them."""
     columns = tl.cdiv(n_cells, BLOCK)
     n_tiles = columns * (columns + 1) // 2
-    image_and_share = (tl.program_id(0) // n_tiles).to(tl.int64)
-    tile_row, tile_column = tile_of(tl.program_id(0) % n_tiles)
+    image_and_share = (program // n_tiles).to(tl.int64)
+    tile_row, tile_column = tile_of(program % n_tiles)
     p = tile_row * BLOCK + tl.arange(0, BLOCK)
     q = tile_column * BLOCK + tl.arange(0, BLOCK)
     f_ptr += (image_and_share // SHARES) * f_stride_b
@@ -145,6 +147,40 @@ def cell_products_kernel(
     tl.store(products_ptr + p[:, None] * n_cells + q[None, :], product, mask=inside)
     if tile_row != tile_column:
         tl.store(products_ptr + q[None, :] * n_cells + p[:, None], product, mask=inside)
+
+
+@triton.jit
+def cell_products_kernel(
+    f_ptr,
+    products_ptr,
+    n_channels,
+    width,
+    n_cells,
+    f_stride_b,
+    f_stride_c,
+    f_stride_y,
+    f_stride_x,
+    SHARES: tl.constexpr,
+    N_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    product_of_cells(
+        tl.program_id(0),
+        f_ptr,
+        products_ptr,
+        n_channels,
+        width,
+        n_cells,
+        f_stride_b,
+        f_stride_c,
+        f_stride_y,
+        f_stride_x,
+        SHARES,
+        N_STEPS,
+        BLOCK,
+        BLOCK_C,
+    )
 
 
 @triton.jit
@@ -328,35 +364,45 @@ def affinity_sum_kernel(
     tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
-def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True):
+def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
-    A launch for the products of the cells, where they are stored, and one a step; float32 (B, hg, wg), or
-    (B, K, hg, wg).
+    A launch for the products of the cells, where they are stored and not there yet, and one a step; float32
+    (B, hg, wg), or (B, K, hg, wg).
 
     Args:
         grid: float32 (B, h, w), or of K classes an image (B, K, h, w); contiguous.
         guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides.
         power, sigma_cells: as in `CFCAMConfig`, the power above 0.
         steps: how often, at least 1.
+        products: those of the guide's cells, where another launch has made them.
     """
-    batch, n_channels, *shape = guide.shape
-    n_cells = shape[0] * shape[1]
-    if n_cells > STORED_CELLS:
-        return _averaged(grid, guide, None, power, sigma_cells, steps, relu)
-    n_shares = _shares(batch, n_channels, n_cells)
-    at_once = max(1, STORED_BYTES // (4 * n_shares * n_cells**2))
+    batch, _, height, width = guide.shape
+    n_cells = height * width
+    if products is not None or n_cells > STORED_CELLS:
+        return _averaged(grid, guide, products, power, sigma_cells, steps, relu)
+    at_once = max(1, STORED_BYTES // (4 * _shares(guide.shape) * n_cells**2))
     parts = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
-        products = cell_products(guide[part], n_shares)
+        products = cell_products(guide[part], _shares(guide.shape))
         parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _shares(batch, n_channels, n_cells):
-    """How many programs share the channels of a tile of products: more where the tiles are few."""
-    columns = cdiv(n_cells, 32)
+def empty_products(guide):
+    """Where the products of the cells of a guide (B, C, hg, wg) go, if they are stored and all at once; else None."""
+    batch, _, height, width = guide.shape
+    shape = batch, _shares(guide.shape), height * width, height * width
+    if height * width > STORED_CELLS or 4 * math.prod(shape) > STORED_BYTES:
+        return None
+    return torch.empty(shape, dtype=torch.float32, device=guide.device)
+
+
+def _shares(shape):
+    """How many programs share the channels of a tile of a guide's products: more where the tiles are few."""
+    batch, n_channels, height, width = shape
+    columns = cdiv(height * width, 32)
     n_tiles = batch * columns * (columns + 1) // 2
     return max(1, min(8, 256 // n_tiles, n_channels // 64))
 
@@ -368,26 +414,29 @@ def cell_products(guide, n_shares):
         guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides; N = hg * wg.
         n_shares: how many parts of the channels, in order.
     """
+    n_cells = guide.shape[2] * guide.shape[3]
+    products = torch.empty(len(guide), n_shares, n_cells, n_cells, dtype=torch.float32, device=guide.device)
+    n_programs, arguments, options = product_launch(guide, products)
+    cell_products_kernel[(n_programs,)](*arguments, **options)
+    return products
+
+
+def product_launch(guide, products):
+    """Of a launch that makes the products: the number of programs, and the arguments and options of the kernel."""
     batch, n_channels, height, width = guide.shape
-    n_cells = height * width
-    products = torch.empty(batch, n_shares, n_cells, n_cells, dtype=torch.float32, device=guide.device)
+    n_shares, n_cells = products.shape[1], height * width
     block, block_c = (32 if n_cells > 16 else 16), 32
     columns = cdiv(n_cells, block)
-    cell_products_kernel[(batch * n_shares * columns * (columns + 1) // 2,)](
-        guide,
-        products,
-        n_channels,
-        width,
-        n_cells,
-        *guide.stride(),
-        SHARES=n_shares,
-        N_STEPS=cdiv(n_channels, n_shares * block_c),
-        BLOCK=block,
-        BLOCK_C=block_c,
-        num_warps=2,
-        num_stages=1,
-    )
-    return products
+    options = {
+        "SHARES": n_shares,
+        "N_STEPS": cdiv(n_channels, n_shares * block_c),
+        "BLOCK": block,
+        "BLOCK_C": block_c,
+        "num_warps": 2,
+        "num_stages": 1,
+    }
+    arguments = guide, products, n_channels, width, n_cells, *guide.stride()
+    return batch * n_shares * columns * (columns + 1) // 2, arguments, options
 
 
 def _averaged(grid, guide, products, power, sigma_cells, steps, relu):

@@ -9,6 +9,9 @@ neighbouring channels are neighbours in memory.
 
 Of K classes an image, the pooled gradients are a launch of their own, which reads all of them once.
 
+The products of the guide's cells (see `affinity_sum`) wait for nothing either: where they are wanted, other programs of
+the same launch make them.
+
 Floor: 2 * C * h * w reads in the input dtype and C * h * w float32 writes; 5 operations a value. Of K classes an image
 (K + 1) * C * h * w reads.
 """
@@ -17,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.kernels.affinity_sum import product_launch, product_of_cells
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 
 VALUES_PER_STEP = 512
@@ -32,7 +36,8 @@ def load_tile(ptr, channel, y, x, inside, stride_c, stride_y, stride_x):
 
 
 @triton.jit
-def channel_statistics_kernel(
+def statistics_of_channels(
+    program,
     a_ptr,
     g_ptr,
     pooling_ptr,
@@ -55,10 +60,11 @@ def channel_statistics_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    """The statistics of a block of channels of an image: that of the ``program`` of those that find them."""
     # Images and channel blocks share the x axis: y and z end at 65535.
     blocks_per_image = tl.cdiv(n_channels, BLOCK_C)
-    image = (tl.program_id(0) // blocks_per_image).to(tl.int64)
-    channel = (tl.program_id(0) % blocks_per_image) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = (program // blocks_per_image).to(tl.int64)
+    channel = (program % blocks_per_image) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < n_channels
 
     squared_norm = tl.zeros([BLOCK_C], tl.float32)
@@ -87,6 +93,91 @@ def channel_statistics_kernel(
     if HAS_GRADIENTS:
         tl.store(plain_ptr + out, plain / n_cells, mask=in_channels)
         tl.store(filtered_ptr + out, filtered, mask=in_channels)
+
+
+@triton.jit
+def channel_statistics_kernel(
+    a_ptr,
+    g_ptr,
+    pooling_ptr,
+    transposed_ptr,
+    squared_norm_ptr,
+    plain_ptr,
+    filtered_ptr,
+    n_channels,
+    width,
+    n_cells,
+    a_stride_b,
+    a_stride_c,
+    a_stride_y,
+    a_stride_x,
+    g_stride_b,
+    g_stride_c,
+    g_stride_y,
+    g_stride_x,
+    f_ptr,
+    products_ptr,
+    n_features,
+    f_width,
+    n_f_cells,
+    f_stride_b,
+    f_stride_c,
+    f_stride_y,
+    f_stride_x,
+    n_of_products,
+    HAS_GRADIENTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SHARES: tl.constexpr,
+    N_STEPS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    # What takes longer comes first.
+    if SHARES > 0:
+        if program < n_of_products:
+            product_of_cells(
+                program,
+                f_ptr,
+                products_ptr,
+                n_features,
+                f_width,
+                n_f_cells,
+                f_stride_b,
+                f_stride_c,
+                f_stride_y,
+                f_stride_x,
+                SHARES,
+                N_STEPS,
+                BLOCK_N,
+                BLOCK_F,
+            )
+    if program >= n_of_products:
+        statistics_of_channels(
+            program - n_of_products,
+            a_ptr,
+            g_ptr,
+            pooling_ptr,
+            transposed_ptr,
+            squared_norm_ptr,
+            plain_ptr,
+            filtered_ptr,
+            n_channels,
+            width,
+            n_cells,
+            a_stride_b,
+            a_stride_c,
+            a_stride_y,
+            a_stride_x,
+            g_stride_b,
+            g_stride_c,
+            g_stride_y,
+            g_stride_x,
+            HAS_GRADIENTS,
+            BLOCK_C,
+            BLOCK_P,
+        )
 
 
 @triton.jit
@@ -165,12 +256,15 @@ def _blocks(n_cells):
     return max(8, VALUES_PER_STEP // block_p), block_p
 
 
-def channel_statistics(activations, gradients=None, pooling=None):
-    """The statistics of a batch, in one pass.
+def channel_statistics(activations, gradients=None, pooling=None, guide=None, products=None):
+    """The statistics of a batch, in one pass; and the products of a guide's cells.
 
     Args:
         activations, gradients: (B, C, h, w), float16, bfloat16 or float32, any strides; gradients may be None.
         pooling: float32 (h * w,), the weights of the filtered mean; needed with gradients.
+        guide: (B, Cg, hg, wg), likewise; needed with products.
+        products: float32 (B, n_shares, N, N), N = hg * wg, written as `affinity_sum.cell_products` makes them; None:
+            none are.
 
     Returns:
         transposed float32 (B, h * w, C), squared_norm (B, C), and plain, filtered (B, C) or None.
@@ -187,7 +281,13 @@ def channel_statistics(activations, gradients=None, pooling=None):
     else:  # pointers that the kernel never follows
         gradients, pooling = activations, squared_norm
     block_c, block_p = _blocks(n_cells)
-    channel_statistics_kernel[(batch * cdiv(n_channels, block_c),)](
+    if products is None:
+        n_of_products, of_products = 0, (activations, squared_norm, 0, 0, 0, 0, 0, 0, 0)
+        options = {"SHARES": 0, "N_STEPS": 0, "BLOCK_N": 0, "BLOCK_F": 0, "num_warps": 4}
+    else:
+        n_of_products, of_products, options = product_launch(guide, products)
+        options["BLOCK_N"], options["BLOCK_F"] = options.pop("BLOCK"), options.pop("BLOCK_C")
+    channel_statistics_kernel[(n_of_products + batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,
         pooling,
@@ -200,10 +300,12 @@ def channel_statistics(activations, gradients=None, pooling=None):
         n_cells,
         *activations.stride(),
         *gradients.stride(),
+        *of_products,
+        n_of_products,
         HAS_GRADIENTS=has_gradients,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
-        num_warps=4,
         enable_fp_fusion=False,
+        **options,
     )
     return transposed, squared_norm, plain, filtered

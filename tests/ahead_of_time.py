@@ -156,7 +156,7 @@ CONFIGURATIONS = [
 ]
 
 
-DEMANDING = ("affinity_sum_kernel", "connected_components_kernel")
+DEMANDING = ("affinity_sum_kernel", "channel_statistics_kernel", "connected_components_kernel")
 """What multiplies matrices, by other instructions on every target, and what is short of registers."""
 
 

@@ -1,9 +1,11 @@
 """Photographs in, pictures out: robust loading, heat-map overlays, captioned panels and atomic writes."""
 
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from warnings import catch_warnings, simplefilter
@@ -278,6 +280,76 @@ def overlay_difference(image: "Image", difference: Any, colormap: str = "RdBu_r"
     True
     """
     return _overlay(image, "difference", difference, -1, colormap, alpha)
+
+
+def montage(
+    volume: Any,
+    heatmap: Any,
+    n_slices: int = 9,
+    axis: int = 0,
+    colormap: str = "inferno",
+    alpha: float = 0.7,
+) -> "Image":
+    """Slices of a volume, or frames of a video, with the heat map over each, row by row in one picture.
+
+    Args:
+        volume: (D, H, W) array or tensor of real numbers, black and white at its smallest and largest value; or frames
+            (D, H, W, 3) in 0 to 255.
+        heatmap: (d, h, w) of floats in [0, 1]; the slice nearest to each of the volume's is taken, and resized
+            bilinearly to it.
+        n_slices: how many, evenly spread; default 9, at most as many as there are.
+        axis: along which the slices are counted: 0 (default), 1 or 2.
+        colormap, alpha: as for `overlay`.
+
+    Returns:
+        PIL image, mode "RGB": as many columns as rows, or one more.
+
+    Raises:
+        TypeError: an argument is not an array of real numbers, or n_slices or axis no integer.
+        ValueError: shapes of another kind, n_slices below 1, an axis that is not there; as for `overlay`.
+        ImportError: Pillow or matplotlib is not installed.
+
+    >>> montage(scan, maps[0], n_slices=4).size  # scan (16, 112, 112)
+    (224, 224)
+    """
+    PIL = _pillow()
+    volume, heatmap = (_array(name, each) for name, each in (("volume", volume), ("heatmap", heatmap)))
+    in_colour = volume.ndim == 4 and volume.shape[-1] == 3
+    if not (volume.ndim == 3 or in_colour) or 0 in volume.shape:
+        raise ValueError(f"volume must be (D, H, W) or (D, H, W, 3) and not empty, got {volume.shape}")
+    if heatmap.ndim != 3 or 0 in heatmap.shape:
+        raise ValueError(f"heatmap must be (d, h, w) and not empty, got {heatmap.shape}")
+    for name, value in (("n_slices", n_slices), ("axis", axis)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if n_slices < 1:
+        raise ValueError(f"n_slices must be at least 1, got {n_slices}")
+    if axis not in (0, 1, 2):
+        raise ValueError(f"axis must be 0, 1 or 2, got {axis}")
+    if not in_colour:
+        low, high = float(volume.min()), float(volume.max())
+        volume = 255 * (volume - low) / max(high - low, 1e-300)
+    volume, heatmap = np.moveaxis(volume, axis, 0), np.moveaxis(heatmap, axis, 0)
+    depth, times = len(volume), len(heatmap) / len(volume)
+    chosen = np.unique(np.linspace(0, depth - 1, min(n_slices, depth)).round().astype(int))
+    tiles = []
+    for index in chosen:
+        photo = PIL.Image.fromarray(np.rint(volume[index]).clip(0, 255).astype(np.uint8))
+        nearest = min(int((index + 0.5) * times), len(heatmap) - 1)
+        tiles.append(overlay(photo.convert("RGB"), np.ascontiguousarray(heatmap[nearest]), colormap, alpha))
+    n_columns = math.ceil(math.sqrt(len(tiles)))
+    width, height = tiles[0].size
+    sheet = PIL.Image.new("RGB", (n_columns * width, math.ceil(len(tiles) / n_columns) * height))
+    for place, tile in enumerate(tiles):
+        sheet.paste(tile, (place % n_columns * width, place // n_columns * height))
+    return sheet
+
+
+def _array(name, values):
+    values = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be an array of real numbers, got {values.dtype}")
+    return values.astype(np.float32)
 
 
 def _overlay(image, name, values, low, colormap, alpha):

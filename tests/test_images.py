@@ -428,6 +428,38 @@ def test_an_extension_without_a_format(noise, tmp_path):
         images.save_image(noise, tmp_path / "picture.txt")
 
 
+def test_a_montage_is_the_overlays_of_its_slices(rng):
+    volume, heatmap = rng.normal(size=(8, 6, 10)), rng.random((4, 3, 5))
+    sheet = images.montage(volume, torch.from_numpy(heatmap), n_slices=4)
+    assert sheet.size == (20, 12)
+    grey = 255 * (volume - volume.min()) / (volume.max() - volume.min())
+    for place, index in enumerate((0, 2, 5, 7)):
+        photo = Image.fromarray(np.rint(grey[index]).astype(np.uint8)).convert("RGB")
+        expected = pixels(images.overlay(photo, heatmap[index // 2]))
+        row, column = divmod(place, 2)
+        found = pixels(sheet)[6 * row : 6 * row + 6, 10 * column : 10 * column + 10]
+        assert np.abs(found - expected).max() <= 1
+    assert images.montage(volume, heatmap, n_slices=99, axis=2).size == (4 * 6, 3 * 8)
+    frames = rng.integers(0, 256, (5, 6, 10, 3))
+    assert images.montage(frames, heatmap, n_slices=1).size == (10, 6)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((np.ones((4, 5)), np.ones((2, 2, 2))), ValueError, r"volume must be \(D, H, W\) or \(D, H, W, 3\)"),
+        ((np.ones((4, 5, 6)), np.ones((2, 2))), ValueError, r"heatmap must be \(d, h, w\)"),
+        ((np.ones((4, 5, 6)), np.ones((2, 2, 2)), 0), ValueError, "n_slices must be at least 1"),
+        ((np.ones((4, 5, 6)), np.ones((2, 2, 2)), 2.0), TypeError, "n_slices must be an integer"),
+        ((np.ones((4, 5, 6)), np.ones((2, 2, 2)), 2, 3), ValueError, "axis must be 0, 1 or 2"),
+        (("scan", np.ones((2, 2, 2))), TypeError, "volume must be an array of real numbers"),
+    ],
+)
+def test_bad_montages(arguments, error, message):
+    with pytest.raises(error, match=message):
+        images.montage(*arguments)
+
+
 @pytest.mark.parametrize(
     "package, call",
     [

@@ -37,6 +37,7 @@ GPU_PEERS = ("cfcam", "pytorch-grad-cam")
 GATES = {
     "test_end_to_end[1]": "`cam.maps` over the plain forward, ResNet-50, batch 1",
     "test_end_to_end[8]": "`cam.maps` over the plain forward, ResNet-50, batch 8",
+    "test_video": "`cam.maps` over the plain forward, R3D-18, a clip of 16 frames",
     "test_several_classes[1-10]": "ten classes in one pass over the plain forward, batch 1",
     "test_several_classes[8-10]": "ten classes in one pass over the plain forward, batch 8",
     "test_several_classes[1-100]": "a hundred classes in one pass over the plain forward, batch 1",

@@ -21,6 +21,9 @@ END_TO_END = {1: 1.15, 8: 1.1}
 SEVERAL_CLASSES = {(1, 10): 1.25, (8, 10): 1.15, (1, 100): 2.0}
 """{(batch, classes of each image): largest time of one pass as a multiple of the plain forward pass}."""
 
+VIDEO = 1.1
+"""Largest time of a clip's map as a multiple of the plain forward pass of an R3D-18."""
+
 TEN_CALLS_SPEEDUP = 8
 """Smallest speed-up of ten classes in one pass over ten calls of another library, or of an accelerated object of it."""
 
@@ -55,6 +58,19 @@ def test_end_to_end(against_forward, batch):
 @pytest.mark.parametrize("batch, n_classes", SEVERAL_CLASSES)
 def test_several_classes(against_forward, batch, n_classes):
     against_forward(batch, SEVERAL_CLASSES[batch, n_classes], top=n_classes)
+
+
+def test_video(gate):
+    torch.manual_seed(0)
+    model = torchvision.models.video.r3d_18(weights=None).eval()
+    clips = torch.randn(1, 3, 16, 112, 112)
+    cam = CFCAM(model, [model.layer4])
+
+    def forward():
+        with torch.no_grad():
+            model(clips)
+
+    gate(lambda: cam.maps(clips), forward, rounds=10, at_most=VIDEO)
 
 
 @pytest.mark.parametrize("peer", ["pytorch-grad-cam:accelerated", "torch-cam", "captum"])

@@ -94,6 +94,7 @@ def connected_components_kernel(
     n_channels,
     n_classes,
     n_cells,
+    COPY: tl.constexpr,
     WEIGH: tl.constexpr,
     SOFTMAX: tl.constexpr,
     SUM: tl.constexpr,
@@ -149,7 +150,7 @@ def connected_components_kernel(
     core_bits = tl.reshape(is_core.to(tl.int32), [BLOCK_R // 32, 32]) << tl.arange(0, 32)[None, :]
     core_word = tl.sum(core_bits, axis=1)
     tl.store(core_ptr + word, core_word, mask=word < N_WORDS)
-    if WEIGH:
+    if COPY:  # a single part writes where it finds them
         channel = tl.arange(0, BLOCK_C)
         in_channels = channel < n_channels
         found = tl.load(found_ptr + image * n_channels + channel, mask=in_channels, other=NOISE)
@@ -391,6 +392,7 @@ def connected_components(
         n_channels,
         n_classes,
         n_cells,
+        COPY=n_parts > 1,
         WEIGH=pooled is not None,
         SOFTMAX=softmax,
         SUM=transposed is not None,

@@ -57,8 +57,10 @@ def subject(name):
     torch.manual_seed(0)
     images = torch.randn(1, 3, 224, 224)
     if name == "demo":
-        model = load_model("demo").model
-        return Subject(model, model._blocks[-1], model._blocks[4], images)
+        model, layer = load_model("demo").model, nn.Identity()
+        # Its last activation is a module that runs many times: what it gives last is the pooling's input.
+        model._avg_pooling = nn.Sequential(layer, model._avg_pooling)
+        return Subject(model, layer, model._blocks[4], images)
     model = torchvision.models.get_model(name, weights=None).eval()
     if name == "vit_b_16":
         nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision's are zeros

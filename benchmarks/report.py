@@ -209,8 +209,8 @@ def methods_in_short_table(results):
         if measured:
             fastest = sorted(measured, key=lambda method: -measured[method]["ratio"])
             texts = [f"{method} {_speed_up(measured[method])}" for method in fastest]
-            largest = max(row["max_difference"] for row in measured.values())
-            body.append([library, ", ".join(texts), f"{largest:.0e}"])
+            largest = max(measured.values(), key=lambda row: row["max_difference"])
+            body.append([library, ", ".join(texts), _difference(largest)])
     if not body:
         return NOT_MEASURED
     return markdown(["library", "ResNet-50, CPU: times as fast", "largest difference"], body)

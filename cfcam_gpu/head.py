@@ -345,11 +345,11 @@ class _Recording(_Observation, TorchDispatchMode):
         result = function(*args, **kwargs)
         if function.namespace == "profiler":  # which DataParallel calls, and changes nothing
             return result
-        leaves, spec = tree_flatten((args, kwargs))
-        self.is_random = self.is_random or _is_random(function, leaves)
+        self.is_random = self.is_random or _is_random(function, (args, kwargs))
         if self.leaf is None:
             map_tensors(self._known, result)
         elif self.reason is None:
+            leaves, spec = tree_flatten((args, kwargs))
             self.reason = _obstacle(function, leaves)
             self.steps.append((function, leaves, spec, _tensors(result)))
         return result
@@ -370,10 +370,11 @@ def _obstacle(function, leaves):
     return None
 
 
-def _is_random(function, leaves):
+def _is_random(function, arguments):
     if torch.Tag.nondeterministic_seeded not in function.tags:
         return False
     # Attention's operators are called random for the dropout that they may have.
+    leaves, _ = tree_flatten(arguments)
     return "scaled_dot_product" not in str(function) or any(leaf != 0.0 for leaf in leaves if isinstance(leaf, float))
 
 

@@ -27,6 +27,7 @@ from cfcam_gpu.gaussian import (
     window_matrix,
 )
 from cfcam_gpu.labels import DOMINANT, NOISE
+from cfcam_gpu.weights import per_cell
 
 ROWS_AT_ONCE = 4
 """Of a product of matrices on a CPU."""
@@ -148,17 +149,12 @@ def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
         for axis in (0, 1)
     )
     filtered = filter_grids(mean.view(-1, *as_rows_and_columns(shape)), rows, columns).view_as(gradients)
-    dominant, noise = (_per_cell(labels == label, gradients) for label in (DOMINANT, NOISE))
+    dominant, noise = (per_cell(labels == label, gradients) for label in (DOMINANT, NOISE))
     return torch.where(dominant, gradients, torch.where(noise, 0, filtered))
 
 
 def _filter_matrix(shape, sigmas, boundary, axis):
     return filter_matrices(shape, sigmas, boundary)[axis]
-
-
-def _per_cell(of_channels, grids):
-    """(B, C) with an axis of length one for each axis of the grids (B, C, h, w)."""
-    return of_channels.view(*of_channels.shape, *[1] * (grids.ndim - 2))
 
 
 def channel_weights(gradients, labels, config, several=False):
@@ -361,7 +357,7 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
     activations, weights = as_computed(activations), weights.detach()
     of_cells = weights.ndim > 3
     if of_cells or skip_nan:
-        terms = activations * (weights if of_cells else _per_cell(weights, activations))
+        terms = activations * (weights if of_cells else per_cell(weights, activations))
         grid = terms.nansum(1) if skip_nan else terms.sum(1)
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)

@@ -28,7 +28,7 @@ def grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor) -> to
     Source: Chattopadhay et al., arXiv 1710.11063, equation 19.
     """
     square = gradients**2
-    alpha = square / (2 * square + _per_cell(_pooled(activations), gradients) * (square * gradients) + 1e-6)
+    alpha = square / (2 * square + per_cell(_pooled(activations), gradients) * (square * gradients) + 1e-6)
     return _pooled(gradients.relu() * torch.where(gradients != 0, alpha, 0))
 
 
@@ -44,7 +44,7 @@ def exact_grad_cam_plus_plus(activations: torch.Tensor, gradients: torch.Tensor,
 
 def x_grad_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w[c] = sum of g * A / (sum(A[c]) + 1e-7) over the grid. Source: Fu et al., arXiv 2008.02312, equation 8."""
-    return _pooled(gradients * activations / (_per_cell(_pooled(activations), gradients) + 1e-7))
+    return _pooled(gradients * activations / (per_cell(_pooled(activations), gradients) + 1e-7))
 
 
 def layer_cam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def principal_projection(terms: torch.Tensor) -> torch.Tensor:
 def weighted(activations, of_channels):
     """w_c A_c: the activations (B, C, h, w) times weights (B, C), or (B, C, h, w) for a weight of each cell's own."""
     # The weights first, as in pytorch-grad-cam: of two layouts the product takes the first one's.
-    return (of_channels if of_channels.ndim == activations.ndim else _per_cell(of_channels, activations)) * activations
+    return (of_channels if of_channels.ndim == activations.ndim else per_cell(of_channels, activations)) * activations
 
 
 def summed(values, dims):
@@ -116,6 +116,6 @@ def _pooled(values):
     return summed(values, tuple(range(2, values.ndim)))
 
 
-def _per_cell(of_channels, grids):
+def per_cell(of_channels, grids):
     """(B, C) with an axis of length one for each axis of the grids."""
     return of_channels.view(*of_channels.shape, *[1] * (grids.ndim - 2))

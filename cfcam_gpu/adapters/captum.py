@@ -28,6 +28,7 @@ from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.guides import AUTO
 from cfcam_gpu.targets import margin_cotangent
+from cfcam_gpu.weights import weighted
 
 try:
     import captum.attr as original
@@ -205,7 +206,7 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
                 options = {"relu": False, "guide": guide, **self._grid_options}
                 result = pipeline.class_grid(activations, weights, **options)[:, None]
             else:
-                result = weights.view(*weights.shape, *[1] * (activations.ndim - 2)) * activations
+                result = weighted(activations, weights)
                 with pipeline.plain_arithmetic(activations.device):
                     features = activations if guide is None else guide
                     if self.config.averages:

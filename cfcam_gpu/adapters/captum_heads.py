@@ -47,6 +47,7 @@ def _with(method, **names):
 class _OnHead:
     """Mixin: the head of an attribution's network, recorded once and renewed for other inputs."""
 
+    _head: Head | None = None  # of one call's copy
     _heads: dict[bool, Head] | None = None
     _refused: set | None = None
 
@@ -112,8 +113,6 @@ class LayerIntegratedGradients(_OnHead, original.LayerIntegratedGradients):
     torch.Size([2, 2048, 7, 7])
     """
 
-    _head = None
-
     @log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -169,6 +168,12 @@ class LayerIntegratedGradients(_OnHead, original.LayerIntegratedGradients):
 class _Ablated(_OnHead):
     """Mixin: the outputs for changed activations of a layer are the head's."""
 
+    @property
+    def attributor(self):
+        """captum's class, or what makes one call's object of it."""
+        cls = super().attributor
+        return cls if self._head is None else lambda forward_func: cls(self._of_changed)
+
     def _of_changed(self, *args):
         """captum's outputs of a changed layer; the arguments are its tensors, the inputs, and how many tensors."""
         changed, n, batch = args[0], len(args[0]), len(self._head.activations)
@@ -191,8 +196,6 @@ class LayerFeatureAblation(_Ablated, original.LayerFeatureAblation):
     torch.Size([2, 2048, 7, 7])
     """
 
-    _head = None
-
     @log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -212,13 +215,6 @@ class LayerFeatureAblation(_Ablated, original.LayerFeatureAblation):
             return inspect.unwrap(original.LayerFeatureAblation.attribute)(self, inputs, *taken)
         return self._ablated(original.LayerFeatureAblation, head, inputs, target, *taken)
 
-    @property
-    def attributor(self):
-        """captum's class, or one call's object of it."""
-        if self._head is None:
-            return super().attributor
-        return lambda forward_func: original.FeatureAblation(self._of_changed)
-
 
 class LayerFeaturePermutation(_Ablated, original.LayerFeaturePermutation):
     """captum's ``LayerFeaturePermutation``, with the same arguments, random numbers and results; on the head alone.
@@ -229,8 +225,6 @@ class LayerFeaturePermutation(_Ablated, original.LayerFeaturePermutation):
     torch.Size([2, 2048, 7, 7])
     """
 
-    _head = None
-
     @log_usage(part_of_slo=True)
     def attribute(self, inputs, target=None, additional_forward_args=None, layer_mask=None, perturbations_per_eval=1):
         """As captum's, in its shapes."""
@@ -239,13 +233,6 @@ class LayerFeaturePermutation(_Ablated, original.LayerFeaturePermutation):
         if head is None:
             return inspect.unwrap(original.LayerFeaturePermutation.attribute)(self, inputs, *taken)
         return self._ablated(original.LayerFeaturePermutation, head, inputs, target, *taken)
-
-    @property
-    def attributor(self):
-        """captum's class, or one call's object of it."""
-        if self._head is None:
-            return super().attributor
-        return lambda forward_func: original.FeaturePermutation(self._of_changed)
 
 
 class LayerGradientShap(original.LayerGradientShap):

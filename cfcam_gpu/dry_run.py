@@ -31,6 +31,9 @@ map is small. Where some tokens are no patches, as a multiple of the largest out
 lies between the class token and the last tokens that it attends to, saves about 17 tokens' widths, and the largest
 output in it has 4."""
 
+MOST_COLOURS = 4
+"""Channels that images may have behind their other axes."""
+
 N_SOURCES = 4
 """The latest maps that tokens may have been made of."""
 
@@ -128,6 +131,24 @@ def fits(grid: Sequence[int], image_size: Sequence[int]) -> bool:
     return math.prod(grid) > 1 and abs(h - w * height / width) <= max(1, height / width)
 
 
+def image_size(images: torch.Tensor, grids: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """(H, W) of images (B, C, H, W) with maps of these grids, or (D, H, W): their last axes, as many as a grid has.
+
+    Of (B, H, W, C) with at most MOST_COLOURS channels the axes in the middle; but for grids that only the last fit.
+    """
+    n_axes = len(grids[0])
+    last, between = tuple(images.shape[-n_axes:]), tuple(images.shape[1:-1])
+    if not may_be_channels_last(images) or n_axes != len(between):
+        return last
+    first, behind = (all(fits(grid, size) for grid in grids) for size in (last, between))
+    return last if first and not behind else between
+
+
+def may_be_channels_last(images: torch.Tensor) -> bool:
+    """Whether the shape looks like (B, H, W, C), or (B, D, H, W, C)."""
+    return images.ndim in (4, 5) and 1 <= images.shape[-1] <= MOST_COLOURS < min(images.shape[-3:-1])
+
+
 def channels_last_to_map(features: torch.Tensor) -> torch.Tensor:
     """Reshape transform of a channels-last layer: (B, h, w, C) -> (B, C, h, w), also of (B, d, h, w, C)."""
     return features.movedim(-1, 1)
@@ -167,6 +188,7 @@ class DryRun:
         self.adapters: dict[nn.Module, nn.Module] = {}
         self._graph_root = GraphRoot
         self._linked = linked
+        self._channels_first: tuple[int, ...] | None = None  # (H, W), of images that look as if they had them last
         self._order = 0
         self._calls: list[_Call] = []  # of the layers that are running
         self._sources: deque[tuple[GradientEdge, Any]] = deque(maxlen=N_SOURCES)
@@ -185,6 +207,8 @@ class DryRun:
                 stack.callback(module.register_forward_hook(call.only(self._after(name))).remove)
             arguments, named, image = self._inputs(model, example_input)
             self.image_size, self.batch = tuple(image.shape[2:] if image.ndim == 5 else image.shape[-2:]), len(image)
+            if may_be_channels_last(image):
+                self._channels_first, self.image_size = self.image_size, tuple(image.shape[1:-1])
             del image
             stack.enter_context(call)
             self.scores = find_logits(model(*arguments, **named), self.batch)
@@ -273,8 +297,13 @@ class DryRun:
     def _before(self, module, arguments, named):
         tensor = next((each for each in (*arguments, *named.values()) if isinstance(each, torch.Tensor)), None)
         self._calls.append(_Call(module, tensor, self._order))
-        if tensor is not None:
-            self._read(tensor)
+        if tensor is None:
+            return
+        if self._channels_first and isinstance(module, nn.modules.conv._ConvNd):
+            if tuple(tensor.shape[2:]) == self._channels_first:  # as the first convolution takes them
+                self.image_size = self._channels_first
+            self._channels_first = None
+        self._read(tensor)
 
     def _after(self, name):
         def hook(module, arguments, output):

@@ -14,6 +14,7 @@ from torch import nn
 
 from cfcam_gpu import layers, pipeline
 from cfcam_gpu.capture import Capture, HeadCapture
+from cfcam_gpu.dry_run import image_size
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
 from cfcam_gpu.notices import Notices
 from cfcam_gpu.targets import Targets
@@ -69,13 +70,13 @@ class Seen(NamedTuple):
 
     @property
     def size(self) -> tuple[int, ...]:
-        """(H, W) of the maps: the images' last axes, as many as the target layers' grids have."""
+        """(H, W) of the maps: as many of the images' axes as the target layers' grids have."""
         grids = [tuple(activations.shape[2:]) for activations in self.capture.activations]
         n_axes = {len(grid) for grid in grids}
         if len(n_axes) > 1:
             shapes = ", ".join(map(str, grids))
             raise ValueError(f"target_layers must have grids of equally many axes, got {shapes}")
-        return tuple(self.inputs.images.shape[-n_axes.pop() :])
+        return image_size(self.inputs.images, grids)
 
 
 class Explainer:
@@ -121,7 +122,7 @@ class Explainer:
 
     def _capture(self, inputs: Inputs) -> HeadCapture:
         """What captures the target layers; they are found for these inputs where they were not given."""
-        size = tuple(inputs.images.shape[2:])
+        size = tuple(inputs.images.shape[1:])
         found = self._known(size)
         if found is None:
             with FINDING:
@@ -168,11 +169,12 @@ class Explainer:
         """The maps of a batch, on the model's device, without a host copy.
 
         Args:
-            input_tensor: the images (B, ..., H, W), of any dtype that the model takes; volumes and videos
-                (B, C, D, H, W), series (B, C, T). Of a model with several inputs a tuple of them, a dict by their
-                names, or one of them with the rest as keywords. The images, which give B and (H, W), are then this
-                argument where it is a tensor of three dimensions or more, else the first input (B, C, H, W); without
-                such the first of most dimensions. For a model that takes one dict write ``(inputs,)``.
+            input_tensor: the images (B, ..., H, W), of any dtype that the model takes, or (B, H, W, C) with at most 4
+                channels; volumes and videos (B, C, D, H, W), series (B, C, T). Of a model with several inputs a tuple
+                of them, a dict by their names, or one of them with the rest as keywords. The images, which give B and
+                (H, W), are then this argument where it is a tensor of three dimensions or more, else the first input
+                (B, C, H, W); without such the first of most dimensions. For a model that takes one dict write
+                ``(inputs,)``.
             targets: None (the top class of each image), a list of class indices, a LongTensor (B,), or one callable
                 per image that gets the image's output and returns a scalar. K of them for each image, all explained in
                 one pass: a LongTensor (B, K), or a list of B lists of K indices or K callables. Indices and None need

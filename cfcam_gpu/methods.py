@@ -339,13 +339,17 @@ class ScoreCAM(_OfScores):
 
     def _scores(self, seen, index, chosen):
         activations = _computed(seen.capture.activations[index])
+        pixels = seen.inputs.images
+        channels_last = seen.size != pixels.shape[-len(seen.size) :]
         for image, channels in enumerate(activations):
 
             def score(images, image=image):
+                images = images.movedim(1, -1) if channels_last else images
                 args, kwargs = seen.inputs.of_image(image, images, images.device)
                 return chosen.scores(self.model(*args, **kwargs), image, len(images))
 
-            own = seen.inputs.images[image].to(channels.device)
+            own = pixels[image].to(channels.device)
+            own = own.movedim(-1, 0) if channels_last else own
             yield scores_masked(own, channels, score, size=self.batch_size)
 
     def _weights(self, chosen, scores):

@@ -4,11 +4,13 @@ import collections
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cfcam_gpu import CFCAM
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.inputs import check_inputs
+from cfcam_gpu.methods import ScoreCAM
 
 pytestmark = pytest.mark.usefixtures("seed", "one_thread")
 
@@ -142,6 +144,56 @@ def test_integer_images():
     pixels = torch.randint(256, (2, 3, 12, 12), dtype=torch.uint8)
     maps = CFCAM(Normalising(net), [net[1]]).maps(pixels, [1, 2])
     assert torch.equal(maps, CFCAM(net, [net[1]]).maps(pixels.double() / 255 - 0.5, [1, 2]))
+
+
+class ChannelsLast(nn.Module):
+    """Takes (B, H, W, C) pixels, as many pipelines load them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels):
+        return self.net(pixels.movedim(-1, 1).double() / 255 - 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_images_with_their_channels_last(channels, dtype):
+    body = nn.Sequential(nn.Conv2d(channels, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.Softplus())
+    net = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).double().eval()
+    pixels = torch.randint(256, (2, 20, 28, channels)).to(dtype)
+    images = pixels.movedim(-1, 1).double() / 255 - 0.5
+    model = ChannelsLast(net)
+    for options in ({}, {"target_layers": [body]}):
+        cam = CFCAM(model, **options)
+        assert torch.equal(cam.maps(pixels, [1, 2]), CFCAM(net, [body]).maps(images, [1, 2]))
+        assert cam.target_names == ["net.0"]
+    torch.testing.assert_close(ScoreCAM(model, [body]).maps(pixels, [1, 2]), _masked_by_hand(model, body, pixels))
+
+
+def _masked_by_hand(model, body, pixels):
+    maps = []
+    for row, target in zip(pixels, (1, 2)):
+        channels = body(row.movedim(-1, 0)[None].double() / 255 - 0.5)[0].detach()
+        masks = F.interpolate(channels[None], row.shape[:2], mode="bilinear", align_corners=True)[0]
+        low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
+        masked = row * ((masks - low) / (high - low + 1e-8))[..., None]
+        weights = model((masked if row.is_floating_point() else masked.round()).to(row.dtype))[:, target].softmax(0)
+        grid = torch.einsum("c,chw->hw", weights.detach(), channels).relu()
+        size = tuple(row.shape[:2])
+        of_image = F.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        low, high = of_image.amin(), of_image.amax()
+        maps.append((of_image - low) / (high - low))
+    return torch.stack(maps)
+
+
+def test_channels_first_of_an_image_four_pixels_wide():
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    net = nn.Sequential(nn.Conv2d(9, 6, 3, 1, 1), nn.ReLU(), *head)
+    images = torch.randn(2, 9, 64, 3)  # looks like (B, H, W, C)
+    for options in ({}, {"target_layers": [net[1]]}):
+        assert CFCAM(net.eval(), **options).maps(images, [1, 2]).shape == (2, 64, 3)
 
 
 def test_another_error_of_integer_images_is_the_models_own():

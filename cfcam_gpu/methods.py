@@ -29,7 +29,7 @@ from cfcam_gpu.checks import check_values
 from cfcam_gpu.explainer import Explainer, Seen
 from cfcam_gpu.head import REPEATED, record_head
 from cfcam_gpu.outputs import find_logits
-from cfcam_gpu.perturbed import BLOCK, ablated_values, scores_masked, scores_without
+from cfcam_gpu.perturbed import BLOCK, ablated_values, block_size, scores_masked, scores_without
 from cfcam_gpu.targets import check_targets, scores_of_rows
 
 __all__ = [
@@ -322,7 +322,8 @@ class ScoreCAM(_OfScores):
     Args, Attributes, Raises, Warns: as for `GradCAM`.
 
     Attributes:
-        batch_size: 16, the masked images of one pass; halved where memory runs out, and the log says so.
+        batch_size: 16, the masked images of one pass, on a CPU fewer where its cache likes that; halved where memory
+            runs out, and the log says so.
 
     One forward pass of the batch, and C / ``batch_size`` of masked images through the whole network for each image of
     it: minutes on a CPU, where the gradients' methods take a second. Channels that are 0 everywhere are run once. The
@@ -350,7 +351,7 @@ class ScoreCAM(_OfScores):
 
             own = pixels[image].to(channels.device)
             own = own.movedim(-1, 0) if channels_last else own
-            yield scores_masked(own, channels, score, size=self.batch_size)
+            yield scores_masked(own, channels, score, size=block_size(own[None], self.batch_size))
 
     def _weights(self, chosen, scores):
         return scores.softmax(2)

@@ -6,7 +6,7 @@ import tqdm
 
 from cfcam_gpu.adapters.ablation import _scores
 from cfcam_gpu.adapters.hooked import Hooked
-from cfcam_gpu.perturbed import n_masks, scores_masked
+from cfcam_gpu.perturbed import block_size, n_masks, scores_masked
 
 BATCH_SIZE = 16
 """The original's, for objects without a ``batch_size`` of their own."""
@@ -17,9 +17,9 @@ class ScoreCAM(Hooked, original.ScoreCAM):
 
     Channels that are 0 everywhere mask the whole image, and the score without any image is computed once for all of
     them. Masks are made one batch at a time, on the model's device (the original holds all masked images at once, 1.2
-    GB for one image of 224 pixels and 2048 channels). On a CPU the masked images are in channels-last order, in which
-    convolutions are faster. The scores differ from the original's as they do with another ``batch_size``: by the
-    rounding of the network's sums.
+    GB for one image of 224 pixels and 2048 channels). On a CPU the batches are as small as its cache likes, at most of
+    ``batch_size``, and in channels-last order, in which convolutions are faster. The scores differ from the original's
+    as they do with another ``batch_size``: by the rounding of the network's sums.
 
     Where memory for a batch runs out on a device, the batch is halved, and a log line says so.
 
@@ -40,7 +40,7 @@ class ScoreCAM(Hooked, original.ScoreCAM):
 
     def _scores_of(self, image, channels, target):
         """The target's score of the image (C, H, W) masked with each of the channels (n, h, w), as floats."""
-        size = getattr(self, "batch_size", BATCH_SIZE)
+        size = block_size(image[None], getattr(self, "batch_size", BATCH_SIZE))
         score = lambda images: torch.tensor(_scores(self.model(images), target), dtype=torch.float64)
         with tqdm.tqdm(total=-(-n_masks(channels) // size)) as bar:
             return scores_masked(image, channels, score, size=size, done=bar.update).tolist()

@@ -47,6 +47,7 @@ from cfcam_gpu.calls import eager_without_grad, is_fused
 from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.perturbed import block_size
 from cfcam_gpu.random_states import random_state, restore_random_state, same_state
 from cfcam_gpu.targets import margin_cotangent
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
@@ -62,7 +63,6 @@ from cfcam_gpu.adapters.torchcam_masked import (
     ISCAM,
     SSCAM,
     ScoreCAM,
-    block_size,
 )
 
 # Private names of torch-cam 0.5 that have no public form: the classes _CAM and _CAMWrapper; of an extractor the methods
@@ -347,7 +347,7 @@ _LibrarysGradCAMpp.__name__ = "GradCAMpp"  # which is part of an extractor's rep
 class SmoothGradCAMpp(_HeadOnly, original.SmoothGradCAMpp):
     """torch-cam's ``SmoothGradCAMpp``, with the same arguments, call, noise and numbers.
 
-    Several noisy copies go through the network together, up to 32 images (`torchcam_masked.block_size`), and there is
+    Several noisy copies go through the network together, up to 32 images (`perturbed.block_size`), and there is
     no graph of the trunk. One by one, by the library's own code, where a copy may depend on those before it: in train
     mode, and where the model draws random numbers; and where a layer's output is not a row, or several, for each image.
     """

@@ -8,24 +8,15 @@ import torch
 from torchcam.methods import activation as original
 
 from cfcam_gpu.adapters.common import LOG
+from cfcam_gpu.perturbed import block_size, in_fast_order
 from cfcam_gpu.random_states import random_state, same_state
-
-CACHED_PIXELS = 4 * 224 * 224
-"""Of a block of images on a CPU. ResNet-50 takes 64 ms an image in blocks of 32 and 35 ms in blocks of 4, because
-tensors above 32 MiB come from the system anew for every layer. Blocks under 4 images are rounded differently."""
-
-
-def block_size(images, limit):
-    """How many images like ``images`` (B, C, ...) go through the network together, at most ``limit``."""
-    if images.device.type != "cpu":
-        return limit
-    return min(limit, max(4, CACHED_PIXELS // max(1, images.shape[2:].numel())))
 
 
 class _Blocks:
     """Mixin before ``ScoreCAM``: blocks of at most `block_size` masked images, halved where memory runs out.
 
-    Of a model that draws random numbers every image has its place in their stream: it runs in the library's blocks.
+    The network's rounding differs by their size and order. Of a model that draws random numbers every image has its
+    place in their stream: it runs in the library's blocks.
     """
 
     _draws = False
@@ -47,6 +38,8 @@ class _Blocks:
         return scored
 
     def _score_input(self, images, sample_indices, *options):
+        if not self._draws:
+            images = in_fast_order(images)
         if self._fits is None or len(images) <= self._fits:
             try:
                 return super()._score_input(images, sample_indices, *options)

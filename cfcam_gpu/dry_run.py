@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +23,17 @@ from cfcam_gpu.calls import Call, eager_without_grad_in
 from cfcam_gpu.inputs import Inputs, check_inputs
 from cfcam_gpu.outputs import find_logits, first_tensor, map_tensors
 
-KEPT_BYTES = 4 * 2**20
+KEPT_BYTES = 1 * 2**20
 """Saved tensors that are kept in any case."""
 
-KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.1, 5
+KEPT_OF_MAPS, KEPT_OF_TOKENS = 0.1, 3.5
 """And beyond, as a multiple of the largest input and output that a layer had together: what follows a network's last
 map is small. Where some tokens are no patches, as a multiple of the largest output: a block of a transformer, which
-lies between the class token and the last tokens that it attends to, saves about 17 tokens' widths, and the largest
-output in it has 4."""
+lies between the class token and the last tokens that it attends to, saves 10 to 13 tokens' widths beside what is for
+its weights, and the largest output in it has 4."""
+
+FOR_WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that save their input for the gradient of their weights alone."""
 
 MOST_COLOURS = 4
 """Channels that images may have behind their other axes."""
@@ -194,7 +198,7 @@ class DryRun:
         self._sources: deque[tuple[GradientEdge, Any]] = deque(maxlen=N_SOURCES)
         self._sees: dict[Any, bool] = {}
         call = Call()
-        self._saved = _Saved(model, keep_from, lambda: self._order)
+        self._saved = _Saved(model, keep_from, lambda: self._order, self._is_for_weights)
         with ExitStack() as stack:
             for module in [module for module in model.modules() if module.training]:
                 stack.callback(setattr, module, "training", True)
@@ -226,8 +230,11 @@ class DryRun:
         Args:
             ran: `Ran` of layers that are in the graph, the earliest last.
 
+        Returns:
+            The answers; none to the layers behind the first True, where a tensor on the way to them was not kept.
+
         Raises:
-            LetGo: a tensor on the way was not kept.
+            LetGo: a tensor on the way was not kept, and no answer before was True.
         """
         answers = {}
 
@@ -241,11 +248,16 @@ class DryRun:
             score = self.scores.amax(1).sum()
             for each in ran[:-1]:
                 stack.callback(each.edge.node.register_prehook(partial(on_the_way, each)).remove)
-            for each in ran[::-1]:  # mostly the first goes through all the others
-                if each.name not in answers:
-                    (gradient,) = torch.autograd.grad(score, each.edge, retain_graph=True, allow_unused=True)
-                    answers[each.name] = None if gradient is None else question(each, gradient)
-        return [answers[each.name] for each in ran]
+            try:
+                for each in ran[::-1]:  # mostly the first goes through all the others
+                    if each.name not in answers:
+                        (gradient,) = torch.autograd.grad(score, each.edge, retain_graph=True, allow_unused=True)
+                        answers[each.name] = None if gradient is None else question(each, gradient)
+            except LetGo:
+                known = list(takewhile(lambda each: each.name in answers, ran))
+                if True not in (answers[each.name] for each in known):
+                    raise
+        return [answers.get(each.name) for each in ran]
 
     def _inputs(self, model, example_input):
         """The positional and the named inputs, private copies on the model's device, and the images among them."""
@@ -331,6 +343,13 @@ class DryRun:
             return None
 
         return hook
+
+    def _is_for_weights(self, tensor):
+        """Whether this saved tensor is for the gradient of a layer's weights, which nobody asks for."""
+        if not self._calls or type(self._calls[-1].module) not in FOR_WEIGHTS:
+            return False
+        received = self._calls[-1].tensor()
+        return received is not None and received.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
     def _look_for_an_adapter(self, call, tensor):
         """A module that adds something of a lower rank to what a layer inside it makes of the module's own input."""
@@ -456,13 +475,14 @@ class _Call:
 class _Saved:
     """The hooks through which autograd saves tensors: the latest are kept, as many as `may_keep` was told.
 
-    A tensor counts once, however often it was saved, and the model's own not at all. None is checked for changes in
-    place: only whether a gradient is zero is asked of them.
+    A tensor counts once, however often it was saved, and the model's own not at all. Of one that is for the gradient of
+    weights only the shape is kept. None is checked for changes in place: only whether a gradient is zero is asked of
+    them.
     """
 
-    def __init__(self, model, keep_from, order):
+    def __init__(self, model, keep_from, order, is_for_weights):
         self._own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-        self._keep_from, self._order = keep_from, order
+        self._keep_from, self._order, self._is_for_weights = keep_from, order, is_for_weights
         self._limit, self._bytes = KEPT_BYTES, 0
         self._queue: deque[list] = deque()
         self._holders: dict[int, int] = {}  # of every storage
@@ -475,6 +495,8 @@ class _Saved:
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self._own:
             return [tensor]
+        if self._is_for_weights(tensor):
+            return [tensor.new_zeros(()).expand_as(tensor)]
         if self._keep_from is not None:
             return [tensor if self._order() >= self._keep_from else None]
         held = [tensor]

@@ -85,17 +85,7 @@ def load_image(path: str | os.PathLike) -> "Image":
     'RGB'
     """
     PIL = _pillow()
-    path = Path(path)
-    try:
-        n_bytes = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed, a null character
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not path.is_file():
-        raise ValueError(f"{path}: expected an image file, got a {'folder' if path.is_dir() else 'special file'}")
-    if not n_bytes:
-        raise ValueError(f"{path}: the file is empty")
+    path = check_file(path)
     try:
         with catch_warnings():
             # Pillow warns at half its limit: 100-megapixel photographs are no attack.
@@ -111,6 +101,43 @@ def load_image(path: str | os.PathLike) -> "Image":
         raise ValueError(f"{path}: too many pixels: {error}") from error
     except Exception as error:  # decoders meet broken files with SyntaxError, struct.error, EOFError and more
         raise ValueError(f"{path}: cannot be decoded: {error or type(error).__name__}") from error
+
+
+def check_file(path: str | os.PathLike, expected: str = "an image file") -> Path:
+    """The path of a file that is there and not empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder, is empty or cannot be read; the message begins with the path.
+    """
+    path = Path(path)
+    try:
+        n_bytes = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that is closed, a null character
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not path.is_file():
+        raise ValueError(f"{path}: expected {expected}, got a {'folder' if path.is_dir() else 'special file'}")
+    if not n_bytes:
+        raise ValueError(f"{path}: the file is empty")
+    return path
+
+
+def image_of(values: np.ndarray) -> "Image":
+    """An array as a picture: uint8 as it is, other numbers scaled as `load_image` scales those of a file.
+
+    Args:
+        values: (H, W) or (H, W, 3) of real numbers.
+
+    Returns:
+        PIL image, mode "RGB".
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    values = values.astype(np.float32) if values.dtype == bool else values  # black and white, not two dark greys
+    return _rgb(_pillow().Image.fromarray(values if values.dtype == np.uint8 else _eight_bit(values, {})))
 
 
 def _decode(path, file):
@@ -289,6 +316,7 @@ def montage(
     axis: int = 0,
     colormap: str = "inferno",
     alpha: float = 0.7,
+    difference: bool = False,
 ) -> "Image":
     """Slices of a volume, or frames of a video, with the heat map over each, row by row in one picture.
 
@@ -300,6 +328,8 @@ def montage(
         n_slices: how many, evenly spread; default 9, at most as many as there are.
         axis: along which the slices are counted: 0 (default), 1 or 2.
         colormap, alpha: as for `overlay`.
+        difference: heatmap is the difference of two maps, in [-1, 1], and is drawn as `overlay_difference` draws it;
+            "RdBu_r" is then the colour map to pass. Default False.
 
     Returns:
         PIL image, mode "RGB": as many columns as rows, or one more.
@@ -332,11 +362,11 @@ def montage(
     volume, heatmap = np.moveaxis(volume, axis, 0), np.moveaxis(heatmap, axis, 0)
     depth, times = len(volume), len(heatmap) / len(volume)
     chosen = np.unique(np.linspace(0, depth - 1, min(n_slices, depth)).round().astype(int))
-    tiles = []
+    tiles, over = [], overlay_difference if difference else overlay
     for index in chosen:
         photo = PIL.Image.fromarray(np.rint(volume[index]).clip(0, 255).astype(np.uint8))
         nearest = min(int((index + 0.5) * times), len(heatmap) - 1)
-        tiles.append(overlay(photo.convert("RGB"), np.ascontiguousarray(heatmap[nearest]), colormap, alpha))
+        tiles.append(over(photo.convert("RGB"), np.ascontiguousarray(heatmap[nearest]), colormap, alpha))
     n_columns = math.ceil(math.sqrt(len(tiles)))
     width, height = tiles[0].size
     sheet = PIL.Image.new("RGB", (n_columns * width, math.ceil(len(tiles) / n_columns) * height))

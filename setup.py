@@ -26,12 +26,14 @@ PEERS = {
     "captum": ["captum>=0.9"],
 }
 HEIF = ["pillow-heif"]
+MEDICAL = ["nibabel>=5"]
+VIDEO = ["av>=12"]
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
 LINT = [RUFF, "mypy==2.4.1"]
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
-TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "timm", *METRICS, *BENCH, *DEMO, *LINT]
+TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "timm", *METRICS, *MEDICAL, *VIDEO, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
 HOST = Extension(
@@ -73,6 +75,8 @@ setup(
         "reference": REFERENCE,
         "demo": DEMO,
         "heif": HEIF,
+        "medical": MEDICAL,
+        "video": VIDEO,
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,

@@ -37,6 +37,8 @@ PACKAGES = (
     Package("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "optional: only for CuPy arrays"),
     _extra("PIL", ("pillow",), "demo"),
     _extra("pillow_heif", ("pillow-heif",), "heif"),
+    _extra("nibabel", ("nibabel",), "medical"),
+    _extra("av", ("av",), "video"),
     _extra("matplotlib", ("matplotlib",), "demo"),
     _extra("tqdm", ("tqdm",), "demo"),
     _extra("skimage", ("scikit-image",), "demo"),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfcam_gpu import capture
+from cfcam_gpu import capture, volume_preprocess
 from cfcam_gpu import class_names as naming
 from cfcam_gpu.checks import did_you_mean, needs
 from cfcam_gpu.layers import (
@@ -24,6 +24,8 @@ from cfcam_gpu.layers import (
     get_layer,
     inspect_target_layer,
 )
+from cfcam_gpu.volume_preprocess import VideoPreprocess, VolumePreprocess
+from cfcam_gpu.volumes import FRAMES
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -32,6 +34,8 @@ __all__ = [
     "Preprocess",
     "TargetLayer",
     "TokensToMap",
+    "VideoPreprocess",
+    "VolumePreprocess",
     "channels_last_to_map",
     "default_preprocess",
     "find_target_layer",
@@ -75,6 +79,8 @@ class Preprocess:
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
     interpolation: str = "bilinear"
+
+    n_axes = 2
 
     def __post_init__(self):
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
@@ -121,15 +127,21 @@ class LoadedModel:
 
     Attributes:
         model: module in evaluation mode, on its device.
-        preprocess: PIL image -> (C, H, W) float32 tensor.
-        seen: PIL image -> PIL image of the region that the network sees.
+        preprocess: PIL image -> (C, H, W) float32 tensor; of a network of volumes (C, D, H, W) tensor -> another one.
+        seen: PIL image -> PIL image of the region that the network sees; of volumes (C, D, H, W) -> (C, d, h, w).
         class_names: list of strings, or dictionary {index: string}, or None when the classes have no known names.
+        n_axes: 2 of a network of images, 3 of one of volumes and videos.
+        to_volume: of volumes: a map (d, h, w) of the network's input, and (D, H, W) of the scan -> the map on the scan.
+        frames: how many the network takes of a video.
     """
 
     model: nn.Module
     preprocess: Callable
     seen: Callable
     class_names: list | dict | None = None
+    n_axes: int = 2
+    to_volume: Callable = volume_preprocess.stretched
+    frames: int = FRAMES
 
     def class_name(self, index, n_classes):
         """Name of class ``index`` among ``n_classes``; "class 7" when it has none."""
@@ -151,13 +163,21 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
             - ``demo``: EfficientNet-Lite0 with ImageNet weights that install from the package index;
             - ``torchvision:NAME`` or ``timm:NAME``: pretrained weights, from the local cache or downloaded;
               ``torchvision:NAME:random`` takes random weights instead and ``torchvision:NAME:FILE.pth`` a state
-              dict in a file (the same for timm);
+              dict in a file (the same for timm). Of torchvision also the video networks, such as r3d_18;
             - ``package.module:callable``: called without arguments, returns a module, ``(module, preprocess)`` or
               ``(module, preprocess, class_names)``, the names as `cfcam_gpu.class_names.class_names` takes them. The
               current folder is searched first. Without a preprocess, the size and what else the model's own
               configuration tells (timm's, transformers', torchvision's ``image_size``), else ImageNet's: resize to
               256, crop 224; in grey where the first convolution takes one channel. A preprocess that does not make the
               picture grey for such a network gets it in grey (mode "L").
+
+              A network whose first convolution is a Conv3d takes volumes and videos, and its preprocess a (C, D, H, W)
+              tensor: float32 as the file stores it, of a video uint8 (3, T, H, W). It may have methods ``seen(values)``
+              for what is left of (C, D, H, W), and ``to_volume(map, shape)``, which puts a map (d, h, w) on the scan
+              (D, H, W); without, the map is taken to cover all of it. Its attribute ``frames`` says how many frames of
+              a video, and ``n_axes``, 2 or 3, whether it takes pictures or volumes where the convolution is no hint.
+              torchvision's transforms of video weights are taken as they are. Without a preprocess, `VolumePreprocess`
+              of the size that the model tells.
 
             Compiled models and those in DataParallel are unwrapped.
 
@@ -198,7 +218,7 @@ def _suggest_spec(spec):
     try:
         from torchvision import models
 
-        known += models.list_models(module=models)
+        known += [*models.list_models(module=models), *models.list_models(module=models.video)]
     except ImportError:
         pass
     return did_you_mean(f"torchvision:{spec}", [name if name == "demo" else f"torchvision:{name}" for name in known])
@@ -221,11 +241,16 @@ def _torchvision(name, weights):
         from torchvision import models
     except ImportError as error:
         raise ImportError("torchvision is not installed: pip install torchvision") from error
-    known = models.list_models(module=models)
+    of_videos = models.list_models(module=models.video)
+    known = [*models.list_models(module=models), *of_videos]
     if name not in known:
         raise ValueError(f"torchvision has no classification model {name!r}{did_you_mean(name, known)}")
     pretrained = models.get_model_weights(name).DEFAULT
     recipe = pretrained.transforms()
+    if name in of_videos:
+        build = lambda on: models.get_model(name, weights=pretrained if on else None)
+        model = _with_weights("torchvision", name, weights, build)
+        return _of_volumes(model, recipe, list(pretrained.meta["categories"]))
     preprocess = Preprocess(
         size=tuple(recipe.crop_size) * 2,
         resize=tuple(recipe.resize_size) * 2,
@@ -376,10 +401,17 @@ def _user_model(module_name, attribute):
         )
     model, preprocess, class_names = (*parts, None, None)[:3]
     model = capture._unwrap(model)
+    names = naming.names_in_config(model) if class_names is None else naming.class_names(class_names)
+    if volume_preprocess.n_axes_of(model, preprocess) == 3:
+        return _of_volumes(model, preprocess, names)
     preprocess = default_preprocess(model) if preprocess is None else _checked(preprocess, model)
     seen = getattr(preprocess, "seen", None) or (lambda image: _undone(preprocess, image))
-    names = naming.names_in_config(model) if class_names is None else naming.class_names(class_names)
     return LoadedModel(model, preprocess, seen, names)
+
+
+def _of_volumes(model, preprocess, names):
+    made = volume_preprocess.of_user(preprocess, model)
+    return LoadedModel(model, made.preprocess, made.seen, names, 3, made.to_volume, made.frames)
 
 
 def _checked(preprocess, model):

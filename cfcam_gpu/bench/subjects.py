@@ -116,7 +116,10 @@ def subject(name: str, batch: int = 1, size: int = 224, device: str | torch.devi
     """
     spec = name if ":" in name or name == "demo" else f"torchvision:{name}:random"
     torch.manual_seed(0)
-    model = models.load_model(spec, device).model
+    loaded = models.load_model(spec, device)
+    if loaded.n_axes != 2:
+        raise ValueError(f"model must take images to be measured, {name} takes volumes")
+    model = loaded.model
     _fill_zero_heads(model)
     images = _noise(batch, size, device)
     target = layers.inspect_target_layer(model, images[:1], TARGET_LAYERS.get(name))

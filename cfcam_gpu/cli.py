@@ -1,4 +1,4 @@
-"""The command ``cfcam``: heat maps of photographs, speed, and what can run here.
+"""The command ``cfcam``: heat maps of photographs, scans and videos, speed, and what can run here.
 
 Exit status: 0, done; 1, some images could not be explained, the others are done; 2, refused, with the reason in one
 line.
@@ -15,13 +15,26 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, doctor, images, layers, models, pipeline
+from cfcam_gpu import (
+    CFCAM,
+    CFCAMConfig,
+    __version__,
+    class_names,
+    doctor,
+    images,
+    layers,
+    models,
+    pipeline,
+    volume_preprocess,
+    volumes,
+)
 from cfcam_gpu import probabilities as prob
 from cfcam_gpu.checks import needs
 from cfcam_gpu.methods import METHODS
@@ -34,27 +47,49 @@ FAINT_DIFFERENCE = 0.05
 """The colours of --versus reach as far as the largest difference, but at least to this: equal maps would show their
 rounding."""
 
+FRAME_PIXELS = 288
+"""Height of a frame and of each overlay in an animation."""
+
+MONTAGE_PIXELS = 896
+"""Height of the slices together in a picture of a scan."""
+
+N_NOISE = 64
+"""Voxels along each axis of the noise that a network of volumes is looked at with, where its size is not known."""
+
+DEFAULT_BATCH = {2: 16, 3: 1}
+"""Images, or volumes and videos, per forward pass."""
+
 DEFAULT_TOP = 2
 """Classes that are explained of each image, of a model that has so many."""
 
 GIVE_UP = 3
 """Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
 
-LONGEST_SUFFIX = len("_100000-100000.npy")
+LONGEST_SUFFIX = len("_100000-100000.nii.gz")
 """What may follow an image's name in a file's name."""
 
 
 class Source(NamedTuple):
-    """One image to explain."""
+    """One image, scan or video to explain."""
 
     label: str
     load: Callable
+    """What a network of ``n_axes`` takes: called with ``n_axes`` and the number of frames, returns a PIL image or a
+    `volumes.Volume`."""
     stem: str
     """Name of what is written for it, without the extension."""
 
 
+class Seen(NamedTuple):
+    """A scan or a video, and what the network sees of it, (C, d, h, w)."""
+
+    volume: volumes.Volume
+    values: torch.Tensor
+
+
 class Batch(NamedTuple):
-    """Images of one shape: the (B, C, H, W) input, and what the network sees of each photograph."""
+    """Images of one shape: the (B, C, H, W) or (B, C, D, H, W) input, and what the network sees of each: a PIL image,
+    or a `Seen`."""
 
     sources: tuple
     seen: tuple
@@ -93,14 +128,19 @@ def _parser():
 
     explain = commands.add_parser(
         "explain",
-        help="write a picture per image: the photograph beside the heat maps of its classes",
+        help="write a picture per image, scan or video, with the heat maps of its classes beside it",
         description="Write OUT/NAME.png for every image: the photograph as the network saw it, and beside it the heat "
-        "map of each class over it, with the class's name and probability.",
+        "map of each class over it, with the class's name and probability. With a network of volumes: of a scan (.npy, "
+        ".tif, .nii, .nii.gz) slices in one picture, and of NIfTI each map as OUT/NAME_CLASS.nii.gz; of a video an "
+        "animation, OUT/NAME.webp.",
     )
     add = explain.add_argument
-    add("inputs", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="a folder gives its images, not its subfolders'")
+    inputs = "a folder gives what the network takes of its files, not of its subfolders'"
+    add("inputs", nargs="+", metavar="IMAGE|FOLDER|GLOB", help=inputs)
+    frames = "frames of a video, evenly spread (default: as many as the model says, else 16)"
+    add("--frames", type=_positive, metavar="N", help=frames)
     _add_options(explain, out="cfcam-out", versus=False)
-    explain.set_defaults(run=lambda args: explain_images(args, find_sources(args.inputs)))
+    explain.set_defaults(run=lambda args: explain_images(args, lambda n_axes: find_sources(args.inputs, n_axes)))
 
     demo = commands.add_parser(
         "demo",
@@ -109,7 +149,7 @@ def _parser():
         "The last panel is that of --versus, where there are two classes to compare.",
     )
     _add_options(demo, out="demo", versus=None)
-    demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
+    demo.set_defaults(run=lambda args: explain_images(args, lambda n_axes: [_chelsea()]), frames=None)
 
     _add_layers(commands)
     _add_bench(commands)
@@ -160,13 +200,13 @@ def _add_options(parser, out, versus):
     )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--batch-size", type=_positive, default=16, metavar="N", help="images per forward pass (default: 16)")
+    add("--batch-size", type=_positive, metavar="N", help="images per forward pass (default: 16, of volumes 1)")
     add("--colormap", default="inferno", metavar="NAME", help="any of matplotlib's, such as jet (default: inferno)")
     add(
         "--raw",
         action="store_true",
-        help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1]; and with --versus OUT/NAME_I-J.npy: "
-        "the map of class I minus that of class J, in [-1, 1]",
+        help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1], of a scan (D, H, W); and with "
+        "--versus OUT/NAME_I-J.npy: the map of class I minus that of class J, in [-1, 1]",
     )
 
 
@@ -175,13 +215,14 @@ def _add_layers(commands):
         "layers",
         help="list a model's layers: their grids and channels, and why each is or is not the default target",
         description="List the layers that run, in their order, with the grid and the channels of their maps and why "
-        "each is or is not the default target layer, which has an arrow. One pass on a picture of noise.",
+        "each is or is not the default target layer, which has an arrow. One pass on a picture, or a volume, of noise.",
     )
     add = parser.add_argument
     add(
         "model", nargs="?", default="demo", metavar="MODEL", help="a SPEC as explain's --model takes it (default: demo)"
     )
-    add("--size", type=_positive, metavar="N", help="a picture of N x N pixels (default: the model's own)")
+    size = "a picture of N x N pixels, of a network of volumes slices (default: the model's own)"
+    add("--size", type=_positive, metavar="N", help=size)
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--json", action="store_true", help="a list of records instead of a table")
     parser.set_defaults(run=list_layers)
@@ -269,26 +310,30 @@ def _chelsea():
     from PIL import Image
 
     photograph = Image.fromarray(chelsea())
-    return Source("chelsea", lambda: photograph, "chelsea")
+    load = lambda n_axes, n_frames: volumes.check_takes_images("chelsea", photograph, n_axes)
+    return Source("chelsea", load, "chelsea")
 
 
-def find_sources(inputs):
+def find_sources(inputs, n_axes=2):
     """The images that the arguments name, each once, with distinct names for what is written.
 
-    A folder gives its own files with an image's extension, sorted; a pattern its matches, sorted; anything else is
-    taken as a file and tried. Where two files have the same stem, the later ones are numbered: cat, cat-2.
+    A folder gives its own files with an image's extension, sorted, or for a network of volumes (``n_axes`` of 3) with a
+    scan's or a video's; for None with any of these. A pattern gives its matches, sorted; anything else is taken as a
+    file and tried. Where two files have the same stem, the later ones are numbered: cat, cat-2.
 
     Raises:
         ValueError: a folder has no image, or a pattern matches no file.
     """
+    extensions = {2: images.EXTENSIONS, 3: volumes.EXTENSIONS, None: (*images.EXTENSIONS, *volumes.EXTENSIONS)}[n_axes]
     paths = {}
     for text in inputs:
         # Of os.path, because Path's methods raise for a name that is too long.
         if os.path.isdir(text):
-            found = [file for file in sorted(Path(text).iterdir()) if file.suffix.lower() in images.EXTENSIONS]
+            found = [file for file in sorted(Path(text).iterdir()) if volumes.extension(file) in extensions]
             found = [file for file in found if os.path.isfile(file)]
             if not found:
-                raise ValueError(f"no image in folder {text} (looked for {' '.join(images.EXTENSIONS)})")
+                what = "volume or video" if n_axes == 3 else "image"
+                raise ValueError(f"no {what} in folder {text} (looked for {' '.join(extensions)})")
         elif glob.has_magic(text) and not os.path.exists(text):
             found = [Path(file) for file in sorted(glob.glob(text, recursive=True)) if os.path.isfile(file)]
             if not found:
@@ -299,12 +344,13 @@ def find_sources(inputs):
             paths.setdefault(os.path.realpath(file), file)
     sources, taken = [], set()
     for file in paths.values():
-        stem, number = file.stem, 1
+        stem, number = volumes.stem(file), 1
         while _same_name(stem) in taken:
             number += 1
-            stem = f"{file.stem}-{number}"
+            stem = f"{volumes.stem(file)}-{number}"
         taken.add(_same_name(stem))
-        sources.append(Source(str(file), lambda file=file: images.load_image(file), stem))
+        load = lambda n_axes, n_frames, file=file: volumes.load(file, n_axes, n_frames)
+        sources.append(Source(str(file), load, stem))
     return sources
 
 
@@ -346,9 +392,7 @@ def _default_device(args):
 def list_layers(args):
     """Print the layers of a model; returns 0."""
     loaded = models.load_model(args.model, device=_default_device(args))
-    image = loaded.preprocess(_noise(args.size or 256))[None].to(_default_device(args))
-    if args.size is not None:
-        image = torch.nn.functional.interpolate(image, (args.size, args.size), mode="bilinear")
+    image = (_noise(args, loaded) if loaded.n_axes == 2 else _noise_of_volume(args, loaded)).to(_default_device(args))
     found = layers.candidate_layers(loaded.model, image)
     if args.json:
         print(json.dumps([layer._asdict() for layer in found], indent=1))
@@ -365,10 +409,29 @@ def list_layers(args):
     return 0
 
 
-def _noise(size):
+def _noise(args, loaded):
+    """What the network takes of a picture of noise."""
     from PIL import Image
 
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+    size = args.size or 256
+    image = loaded.preprocess(Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)))
+    if args.size is None:
+        return image[None]
+    return torch.nn.functional.interpolate(image[None], (args.size, args.size), mode="bilinear")
+
+
+def _noise_of_volume(args, loaded):
+    """What the network takes of a scan of noise, or of a video where it takes three channels."""
+    channels, size = volume_preprocess.n_channels_of(loaded.model) or 1, args.size or N_NOISE
+    generator = torch.Generator().manual_seed(0)
+    if channels == 3:
+        noise = torch.randint(256, (3, loaded.frames, size, size), generator=generator, dtype=torch.uint8)
+    else:
+        noise = torch.rand(channels, size, size, size, generator=generator)
+    volume = loaded.preprocess(noise)[None]
+    if args.size is None:
+        return volume
+    return torch.nn.functional.interpolate(volume, (volume.shape[2], args.size, args.size), mode="trilinear")
 
 
 def run_bench(args):
@@ -404,17 +467,16 @@ def run_bench(args):
     return 0
 
 
-def explain_images(args, sources):
+def explain_images(args, find):
     """Write the pictures of all sources; returns 0, or 1 when some could not be explained, which are listed at the end.
 
     What fails on the first images, whichever they are, fails because of the model or the arguments, and is raised.
+
+    Args:
+        find: gives the sources for a network of ``n_axes``, None while that is not known.
     """
     tqdm = _tqdm()
-    inputs = {os.path.realpath(source.label) for source in sources}
-    sources = _shorten(sources, args.out)
-    for source in sources:
-        if os.path.realpath(_picture(args, source)) in inputs:
-            raise _Refused(f"--out {args.out} would overwrite the input {_picture(args, source)}")
+    find(None)  # what is not there is better known before a model is loaded
     if args.out.exists() and not args.out.is_dir():
         raise _Refused(f"--out must be a folder, got the file {args.out}")
     if args.paper and args.method != "cfcam":
@@ -429,13 +491,20 @@ def explain_images(args, sources):
         loaded = replace(loaded, class_names=names)
     if args.layer is not None:
         layers.get_layer(loaded.model, args.layer)
+    sources = find(loaded.n_axes)
+    inputs = {os.path.realpath(source.label) for source in sources}
+    sources = _shorten(sources, args.out)
+    for source in sources:
+        picture = args.out / f"{source.stem}.png"
+        if os.path.realpath(picture) in inputs:
+            raise _Refused(f"--out {args.out} would overwrite the input {picture}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     with tqdm(total=len(sources), unit="image", disable=None, file=sys.stderr) as bar, warnings.catch_warnings():
-        run = _Run(args, loaded, bar)
+        run = _Run(args, loaded, bar, inputs)
         warnings.showwarning = run.warn
         try:
-            for batch in _batches(sources, loaded, args.batch_size, run.left_out, run.failed):
+            for batch in _batches(sources, run):
                 run.explain(batch._replace(inputs=batch.inputs.to(device)))
             run.check()
         finally:
@@ -446,8 +515,8 @@ def explain_images(args, sources):
 class _Run:
     """The images of one command, one batch after the other."""
 
-    def __init__(self, args, loaded, bar):
-        self.args, self.loaded, self.bar = args, loaded, bar
+    def __init__(self, args, loaded, bar, inputs):
+        self.args, self.loaded, self.bar, self.inputs = args, loaded, bar, inputs
         self.cam = None
         self.explained = 0
         self.lost = []
@@ -505,12 +574,12 @@ class _Run:
             self.bar.write(f"guide layer: {self.cam.guide_names[0]}")
         for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
             try:
-                said = self.write(source, seen, *result)
+                picture, said = self.write(source, seen, *result)
             except Exception as error:  # what cannot be written, or the user's own `seen`
                 self.failed(source, error)
                 continue
             self.explained += 1
-            self.bar.write(f"{source.label} -> {_picture(self.args, source)}: {said}")
+            self.bar.write(f"{source.label} -> {picture}: {said}")
             self.bar.update()
 
     def prepare(self, image):
@@ -555,10 +624,10 @@ class _Run:
         else:
             self.cam = METHODS[args.method](model, backend=args.backend)
             self.bar.write(f"method: {self.cam.name}")
-        self.cam._take(target, tuple(image.shape[-2:]))
+        self.cam._take(target, tuple(image.shape[2:]))
 
     def write(self, source, seen, classes, scores, maps):
-        """Write an image's picture; returns what it says of its classes."""
+        """Write an image's picture and its maps; returns the picture's path and what it says of its classes."""
         if self.n_classes == 1:
             (positive,), (score,) = classes, scores
             names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
@@ -568,8 +637,21 @@ class _Run:
             names = [self.loaded.class_name(index, self.n_classes) for index in classes]
             captions, keys = [f"{name} {score:.2f}" for name, score in zip(names, scores)], classes
             said = ", ".join(captions)
-        _write(self.args, source, seen, captions, keys, maps, f"{names[0]}, not {names[1]}" if self.versus else None)
-        return said
+        method = "" if self.args.method == "cfcam" else f", {METHODS[self.args.method].name}"
+        captions.insert(0, source.stem + method)
+        maps = {str(key): heat for key, heat in zip(keys, maps)}
+        difference = None
+        if self.versus:
+            difference = maps[str(keys[0])] - maps[str(keys[1])]
+            captions.append(f"{names[0]}, not {names[1]} \u00b1{np.abs(difference).max():.2f}")
+        return _write(self, source, seen, captions, maps, difference), said
+
+    def output(self, name):
+        """The path of a file to write; ValueError where one of the inputs is."""
+        path = self.args.out / name
+        if os.path.realpath(path) in self.inputs:
+            raise ValueError(f"{path} would overwrite an input: choose another --out")
+        return path
 
 
 def _reason(error):
@@ -581,10 +663,6 @@ def _reason(error):
 
 def _counted(names):
     return f"an index {max(names)}" if isinstance(names, dict) else f"{len(names)} names"
-
-
-def _picture(args, source):
-    return args.out / f"{source.stem}.png"
 
 
 def _check_classes(args, n_classes):
@@ -604,20 +682,24 @@ def _versus(args, top):
     return args.versus is not False and n_classes > 1
 
 
-def _batches(sources, loaded, batch_size, left_out, failed):
+def _batches(sources, run):
     """Batches of images that could be read; a new shape begins a new one. Why the others could not goes to
-    ``left_out``, and to ``failed`` where the preprocess is what did not take them."""
-    group = []
+    ``run.left_out``, and to ``run.failed`` where the preprocess is what did not take them."""
+    loaded, group = run.loaded, []
+    batch_size = run.args.batch_size or DEFAULT_BATCH[loaded.n_axes]
     for source in sources:
         try:
-            photograph = source.load()
+            image = source.load(loaded.n_axes, run.args.frames or loaded.frames)
         except (ImportError, OSError, ValueError, MemoryError) as error:
-            left_out(_reason(error))
+            run.left_out(_reason(error))
             continue
         try:
-            pixels, seen = loaded.preprocess(photograph), loaded.seen(photograph)
+            if isinstance(image, volumes.Volume):
+                pixels, seen = loaded.preprocess(image.values), Seen(image, loaded.seen(image.values))
+            else:
+                pixels, seen = loaded.preprocess(image), loaded.seen(image)
         except Exception as error:  # of the user's preprocess
-            failed(source, error)
+            run.failed(source, error)
             continue
         if group and (len(group) == batch_size or pixels.shape != group[-1][2].shape):
             yield _batch(group)
@@ -646,28 +728,81 @@ def _explain_batch(run, inputs):
         return cam.classes.tolist(), scores.gather(1, cam.classes).tolist(), maps.float().cpu().numpy()
     positive = torch.ones_like(logits, dtype=torch.bool) if targets else logits >= 0
     scores = torch.where(positive, scores, 1 - scores)
-    return positive.tolist(), scores.tolist(), maps.view(len(maps), 1, *maps.shape[-2:]).float().cpu().numpy()
+    maps = maps if targets else maps.unsqueeze(1)
+    return positive.tolist(), scores.tolist(), maps.float().cpu().numpy()
 
 
-def _write(args, source, seen, captions, classes, maps, versus):
-    """Classes as they are called in the names of raw maps; ``versus`` is the caption of the panel that compares the
-    first two, None for no such panel."""
+def _write(run, source, seen, captions, maps, difference):
+    """Write the picture and the maps of an image, a scan or a video; returns the picture's path.
+
+    Args:
+        captions: of what was seen, of each class, and of the difference.
+        maps: by what they are called in the names of files.
+        difference: of the first two, or None.
+    """
+    if isinstance(seen, Seen):
+        # A network that looks at a volume slice by slice may have maps (H, W): they hold for all of them.
+        depth = seen.values.shape[1]
+        maps = {name: _of_volume(heat, depth) for name, heat in maps.items()}
+        difference = None if difference is None else _of_volume(difference, depth)
+    # Maps of classes that are confused differ little: as it is, their difference would hardly show.
+    shown = None if difference is None else difference / max(np.abs(difference).max(), FAINT_DIFFERENCE)
+    draw = _picture if not isinstance(seen, Seen) else _animation if seen.volume.is_video else _slices
+    picture = draw(run, source, seen, captions, list(maps.values()), shown)
+    if difference is not None:
+        maps["-".join(list(maps)[:2])] = difference
+    if isinstance(seen, Seen) and not seen.volume.is_video:
+        shape, nifti = seen.volume.shape, seen.volume.nifti
+        maps = {name: run.loaded.to_volume(torch.from_numpy(heat), shape).numpy() for name, heat in maps.items()}
+        for name, heat in maps.items() if nifti is not None else ():
+            volumes.save_nifti(heat, nifti, run.output(f"{source.stem}_{name}.nii.gz"))
+    if run.args.raw:
+        for name, heat in maps.items():
+            with images.atomic_write(run.output(f"{source.stem}_{name}.npy")) as file:
+                np.save(file, heat)
+    return picture
+
+
+def _of_volume(heat, depth):
+    return heat if heat.ndim == 3 else np.repeat(heat[None], depth, 0)
+
+
+def _picture(run, source, photograph, captions, heats, difference):
+    path = run.output(f"{source.stem}.png")
+    panels = _panels(photograph, PANEL_PIXELS, heats, difference, run.args.colormap)
+    images.save_image(images.side_by_side(panels, captions), path)
+    return path
+
+
+def _slices(run, source, seen, captions, heats, difference):
+    path = run.output(f"{source.stem}.png")
+    draw = partial(volumes.draw_slices, *seen, height=MONTAGE_PIXELS)
+    panels = [draw(heat, colormap=run.args.colormap) for heat in (np.zeros_like(heats[0]), *heats)]
+    if difference is not None:
+        panels.append(draw(difference, colormap="RdBu_r", difference=True))
+    images.save_image(images.side_by_side(panels, captions), path)
+    return path
+
+
+def _animation(run, source, seen, captions, heats, difference):
+    path, pictures = run.output(f"{source.stem}.webp"), []
+    for index, frame in enumerate(volumes.frames_of(seen.values)):
+        # The user's `seen` may show other frames than the network takes.
+        index = index * len(heats[0]) // seen.values.shape[1]
+        of_frame = None if difference is None else difference[index]
+        panels = _panels(frame, FRAME_PIXELS, [heat[index] for heat in heats], of_frame, run.args.colormap)
+        pictures.append(images.side_by_side(panels, captions))
+    volumes.save_animation(pictures, path, seen.volume.seconds)
+    return path
+
+
+def _panels(photograph, height, heats, difference, colormap):
+    """The photograph and the maps over it."""
     from PIL.Image import Resampling
 
-    photograph = seen.resize((max(1, round(seen.width * PANEL_PIXELS / seen.height)), PANEL_PIXELS), Resampling.LANCZOS)
-    panels = [photograph, *(images.overlay(photograph, heat, args.colormap) for heat in maps)]
-    method = "" if args.method == "cfcam" else f", {METHODS[args.method].name}"
-    captions = [source.stem + method, *captions]
-    raw = {str(index): heat for index, heat in zip(classes, maps)}
-    if versus is not None:
-        difference = maps[0] - maps[1]
-        largest = np.abs(difference).max()
-        # Maps of classes that are confused differ little: as it is, their difference would hardly show.
-        panels.append(images.overlay_difference(photograph, difference / max(largest, FAINT_DIFFERENCE)))
-        captions.append(f"{versus} \u00b1{largest:.2f}")
-        raw[f"{classes[0]}-{classes[1]}"] = difference
-    images.save_image(images.side_by_side(panels, captions), _picture(args, source))
-    if args.raw:
-        for name, values in raw.items():
-            with images.atomic_write(args.out / f"{source.stem}_{name}.npy") as file:
-                np.save(file, values)
+    width = max(1, round(photograph.width * height / photograph.height))
+    photograph = photograph.resize((width, height), Resampling.LANCZOS)
+    panels = [photograph, *(images.overlay(photograph, heat, colormap) for heat in heats)]
+    if difference is not None:
+        panels.append(images.overlay_difference(photograph, difference))
+    return panels

@@ -50,7 +50,7 @@ rounding."""
 FRAME_PIXELS = 288
 """Height of a frame and of each overlay in an animation."""
 
-MONTAGE_PIXELS = 896
+MONTAGE_PIXELS = 672
 """Height of the slices together in a picture of a scan."""
 
 N_NOISE = 64

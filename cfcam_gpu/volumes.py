@@ -146,8 +146,9 @@ def _decoding(path):
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # decoders meet broken files with struct.error, EOFError, zlib.error and more
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be decoded: {str(reason) or type(error).__name__}") from error
+        reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        reason = f"it is cut short ({reason})" if isinstance(error, EOFError) else reason
+        raise ValueError(f"{path}: cannot be decoded: {reason}") from error
 
 
 def load_volume(path: str | os.PathLike) -> Volume:

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -167,6 +168,24 @@ def test_arrays(explain, channels):
     assert Image.open("out/scan.png").height > cli.MONTAGE_PIXELS  # slices, and a caption beneath
 
 
+def test_a_batch_by_another_method(explain):
+    places = {"a": BLOB, "b": (4, 11, 8)}
+    for name, at in places.items():
+        np.save(f"{name}.npy", scan(at=at))
+    arguments = ["a.npy", "b.npy", "--batch-size", 2, "--method", "gradcam", "--classes", 0, "--raw"]
+    status, out, err = explain(*arguments)
+    assert (status, err) == (0, "") and "method: Grad-CAM\n" in out
+    for name, at in places.items():
+        assert np.abs(np.subtract(peak(np.load(f"out/{name}_0.npy")), at)).max() <= 1
+
+
+def test_a_series_of_one_is_a_volume(explain):
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is not installed (extra: medical)")
+    nifti("brain.nii.gz", scan()[..., None])
+    status, _, err = explain("brain.nii.gz", "--classes", 0)
+    assert (status, err) == (0, "") and nibabel.load("out/brain_0.nii.gz").shape == SHAPE
+
+
 def test_a_map_has_the_scans_shape_whatever_the_networks_size(explain):
     np.save("scan.npy", scan() ** 0.2)
     status, out, _ = explain("scan.npy", "--raw", "--classes", 0, net="Net(img_size=(8, 8, 8))")
@@ -249,6 +268,17 @@ def test_a_video(explain, name, codec):
     assert np.abs(red.numpy() - 20 * np.array([0, 4, 7, 11])).max() < 8
 
 
+def test_a_video_that_was_filmed_upright():
+    video("clip.mp4", moving())
+    filed = bytearray(Path("clip.mp4").read_bytes())
+    at = filed.find(b"tkhd") + 44  # the matrix by which its frames are turned when they are shown: 90 degrees clockwise
+    assert struct.unpack(">9i", filed[at : at + 36]) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    filed[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
+    Path("turned.mp4").write_bytes(filed)
+    straight, turned = (volumes.load_video(name, 3).values.numpy() for name in ("clip.mp4", "turned.mp4"))
+    np.testing.assert_array_equal(turned, np.rot90(straight, -1, (2, 3)))
+
+
 def test_frames_are_spread_from_the_first_to_the_last():
     assert volumes._spread(100, 4) == [0, 33, 66, 99] and volumes._spread(2, 4) == [0, 0, 1, 1]
     assert volumes._spread(1, 3) == [0, 0, 0] and volumes._spread(9, 1) == [0]
@@ -298,10 +328,12 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 # Networks
 
 
-def test_torchvisions_video_networks_by_name(run):
+def test_torchvisions_video_networks_by_name(monkeypatch):
     pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
     from torchvision.models.video import MC3_18_Weights
 
+    for name in ("kaiming_normal_", "kaiming_uniform_"):  # most of the time that such a network takes
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
     loaded = models.load_model("torchvision:mc3_18:random")
     assert (loaded.n_axes, loaded.frames) == (3, 16) and loaded.class_name(0, 400) == "abseiling"
     frames = torch.randint(256, (3, 4, 60, 90), dtype=torch.uint8)
@@ -494,10 +526,10 @@ def make(name):
 def test_a_file_that_is_cut_short_is_not_explained_by_what_is_left(explain, name):
     make(name)
     whole, cut = Path(name).read_bytes(), []
-    for share in (0.02, 0.3, 0.5, 0.7, 0.9):
+    for share in (0.02, 0.5, 0.9):
         cut.append(f"{share}_{name}")
         Path(cut[-1]).write_bytes(whole[: int(share * len(whole))])
-    status, out, err = explain(*cut, name, net="Net(3)" if name.endswith(volumes.VIDEOS) else "Net()")
+    status, out, err = explain(*cut, name, "--frames", 2, net="Net(3)" if name.endswith(volumes.VIDEOS) else "Net()")
     assert status == 1 and out.count(" -> ") == 1 and len(written()) <= 4
     lines = [line for line in err.splitlines() if line.startswith("cfcam: ")]
     assert [line.split(": ")[1] for line in lines] == cut

@@ -133,9 +133,8 @@ def with_channels(values: torch.Tensor, channels: int | None) -> torch.Tensor:
     if values.dtype == torch.uint8 and channels == 1:
         return values.float().mean(0, keepdim=True).round().byte()
     last = "; its channels must come first" if values.shape[-1] == channels else ""
-    raise ValueError(
-        f"expected {channels} channels, as the network takes, got {len(values)}: {tuple(values.shape)}{last}"
-    )
+    expected = "1 channel" if channels == 1 else f"{channels} channels"
+    raise ValueError(f"expected {expected}, as the network takes, got {len(values)}: {tuple(values.shape)}{last}")
 
 
 def resize(values: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:

@@ -404,6 +404,11 @@ def test_a_scan_that_does_not_fit_the_network(explain, net, message):
     assert explain("scan.npy", net=net) == (2, "", f"cfcam: error: {message}\n")
 
 
+def test_channels_that_come_last_are_named():
+    with pytest.raises(ValueError, match=r"expected 1 channel, .* got 2: \(2, 3, 4, 1\); its channels must come first"):
+        volume_preprocess.with_channels(torch.rand(2, 3, 4, 1), 1)
+
+
 def test_maps_of_planes_hold_for_all_slices(explain):
     net = "type('Flat', (Net,), {'forward': lambda self, x: self.plane(x.mean(2)).abs().mean((2, 3)) @ self.weight.T})"
     np.save("scan.npy", scan())

@@ -53,6 +53,9 @@ REORDERING = "Index IndexSelect Gather Take Flip Roll".split()
 VIEWS = "View UnsafeView ReshapeAlias Permute Transpose T Expand Squeeze Unsqueeze Slice Cat Stack Split Unbind".split()
 """Operators that may do so together."""
 
+HELD_IN_PLACE = "Dropout NativeDropout Expand UnsafeView View ReshapeAlias Clone ToCopy".split()
+"""What may lie between a softmax and the product with the values that it weighs."""
+
 
 class LetGo(Exception):
     """The way back needs a tensor that was not kept."""
@@ -446,6 +449,8 @@ class DryRun:
         if self._image_edge is not None:
             sources.append((self._image_edge, None))
         for edge, reading in sources:
+            if _is_attended(tensor.grad_fn, edge.node):
+                continue
             for to_map in [reading] if reading is not None else [None, channels_last_to_map]:
                 try:
                     tokens = _tokens_of_cells(tensor, edge, n_tokens, sequence_first, to_map)
@@ -518,6 +523,47 @@ class _Saved:
         if held[0] is None:
             raise LetGo
         return held[0]
+
+
+def _is_attended(node, source):
+    """Whether attention lies between a node of the graph and another, where it was made of that: all is mixed then.
+
+    To find this out by gradients takes several backward passes through the attention, each as dear as the forward.
+    """
+    waiting, seen = [node], {source}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if _attends(node) and _comes_from(node, source):
+                return True
+            waiting += [each for each, _ in node.next_functions if each is not None]
+    return False
+
+
+def _attends(node):
+    """Whether a node is attention: one operator for it all, or a product with what a softmax returned."""
+    operator = _operator(node)
+    if operator.startswith("ScaledDotProduct"):
+        return True
+    if operator not in ("Bmm", "Baddbmm") or len(node.next_functions) < 2:
+        return False
+    weights = node.next_functions[-2][0]
+    while weights is not None and _operator(weights) in HELD_IN_PLACE:
+        weights = weights.next_functions[0][0]
+    return weights is not None and _operator(weights) == "Softmax"
+
+
+def _comes_from(node, source):
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is source:
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += [each for each, _ in node.next_functions if each is not None]
+    return False
 
 
 def _operator(node):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from cfcam_gpu import CFCAM, layers, models
+from cfcam_gpu import CFCAM, dry_run, layers, models
 from cfcam_gpu.dry_run import KEPT_BYTES, DryRun
+
+tokens_of_cells = dry_run._tokens_of_cells
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,6 +258,39 @@ def test_tokens_of_half_the_sides_are_a_guess_and_of_no_grid_left_out(seed):
         assert layers.inspect_target_layer(Merged(2).eval(), images).shape == (16, 2, 4)
     with pytest.warns(UserWarning, match="1 layers behind it, the last of them last, .* cannot be read"):
         assert layers.inspect_target_layer(Merged(3).eval(), images).shape == (16, 3, 7)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        nn.functional.scaled_dot_product_attention,
+        lambda q, k, v: nn.functional.dropout((q @ k.mT).softmax(-1), training=False) @ v,
+    ],
+)
+def test_no_gradient_is_asked_back_through_attention(seed, monkeypatch, attention):
+    """Of tokens in another number behind it: it mixes them, and the way back costs more than the whole pass."""
+
+    class Halved(Tokens):
+        def __init__(self):
+            super().__init__(0)
+            self.last = nn.LayerNorm(16)
+
+        def forward(self, images):
+            x = self.norm(self.embed(images).flatten(2).transpose(1, 2))
+            heads = x.unflatten(2, (2, 8)).transpose(1, 2)
+            mixed = attention(heads, heads, heads).transpose(1, 2).flatten(2)
+            x = (x + mixed).unflatten(1, (4, 6))[:, ::2, ::2].flatten(1, 2)
+            return self.head(self.last(x).mean(1))
+
+    asked = []
+    monkeypatch.setattr(
+        dry_run,
+        "_tokens_of_cells",
+        lambda tensor, *rest: asked.append(tensor.shape[1]) or tokens_of_cells(tensor, *rest),
+    )
+    with pytest.warns(UserWarning, match="is a guess"):
+        assert layers.inspect_target_layer(Halved().eval(), torch.rand(1, 3, 32, 48)).shape == (16, 2, 3)
+    assert set(asked) == {24}
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ REORDERING = "Index IndexSelect Gather Take Flip Roll".split()
 VIEWS = "View UnsafeView ReshapeAlias Permute Transpose T Expand Squeeze Unsqueeze Slice Cat Stack Split Unbind".split()
 """Operators that may do so together."""
 
+CHANNELS_FIRST = """Convolution NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeGroupNorm MaxPool2DWithIndices
+MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D""".split()
+"""Operators on maps (B, C, ...)."""
+
+SAME_LAYOUT = (*CELL_BY_CELL, *"PreluKernel LeakyRelu Elu Hardtanh Hardswish Cat AsStrided CopySlices".split())
+"""Operators after which the channels lie where they did; the last two are what a view is that was changed in place."""
+
 HELD_IN_PLACE = "Dropout NativeDropout Expand UnsafeView View ReshapeAlias Clone ToCopy".split()
 """What may lie between a softmax and the product with the values that it weighs."""
 
@@ -195,11 +202,12 @@ class DryRun:
         self.adapters: dict[nn.Module, nn.Module] = {}
         self._graph_root = GraphRoot
         self._linked = linked
-        self._channels_first: tuple[int, ...] | None = None  # (H, W), of images that look as if they had them last
+        self._size_behind: tuple[int, ...] | None = None  # (H, W), of images that look as if they had them last
         self._order = 0
         self._calls: list[_Call] = []  # of the layers that are running
         self._sources: deque[tuple[GradientEdge, Any]] = deque(maxlen=N_SOURCES)
         self._sees: dict[Any, bool] = {}
+        self._channels_first: set[Any] = set()
         call = Call()
         self._saved = _Saved(model, keep_from, lambda: self._order, self._is_for_weights)
         with ExitStack() as stack:
@@ -215,7 +223,7 @@ class DryRun:
             arguments, named, image = self._inputs(model, example_input)
             self.image_size, self.batch = tuple(image.shape[2:] if image.ndim == 5 else image.shape[-2:]), len(image)
             if may_be_channels_last(image):
-                self._channels_first, self.image_size = self.image_size, tuple(image.shape[1:-1])
+                self._size_behind, self.image_size = self.image_size, tuple(image.shape[1:-1])
             del image
             stack.enter_context(call)
             self.scores = find_logits(model(*arguments, **named), self.batch)
@@ -314,10 +322,10 @@ class DryRun:
         self._calls.append(_Call(module, tensor, self._order))
         if tensor is None:
             return
-        if self._channels_first and isinstance(module, nn.modules.conv._ConvNd):
-            if tuple(tensor.shape[2:]) == self._channels_first:  # as the first convolution takes them
-                self.image_size = self._channels_first
-            self._channels_first = None
+        if self._size_behind and isinstance(module, nn.modules.conv._ConvNd):
+            if tuple(tensor.shape[2:]) == self._size_behind:  # as the first convolution takes them
+                self.image_size = self._size_behind
+            self._size_behind = None
         self._read(tensor)
 
     def _after(self, name):
@@ -336,6 +344,8 @@ class DryRun:
             readings = self._read(tensor)
             edge = get_gradient_edge(tensor) if tensor.requires_grad else None
             sees_image = edge is not None and self._sees_image(edge.node)
+            if edge is not None and isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                self._channels_first.add(edge.node)  # a view of a batch norm's
             self.ran[name] = Ran(name, module, self._order, call.began, tuple(tensor.shape), edge, sees_image, readings)
             received = call.tensor()
             self._saved.may_keep(KEPT_OF_MAPS * (tensor.nbytes + (0 if received is None else received.nbytes)))
@@ -353,6 +363,19 @@ class DryRun:
             return False
         received = self._calls[-1].tensor()
         return received is not None and received.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+    def has_channels_first(self, ran):
+        """Whether a layer's output has its channels before its grid; False where its operators do not say so."""
+        waiting, seen = [ran.edge.node] if ran.edge is not None else [], set()
+        while waiting and len(seen) < MOST_NODES:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                if node in self._channels_first or _operator(node) in CHANNELS_FIRST:
+                    return True
+                if _operator(node) in SAME_LAYOUT:
+                    waiting += [each for each, _ in node.next_functions if each is not None]
+        return False
 
     def _look_for_an_adapter(self, call, tensor):
         """A module that adds something of a lower rank to what a layer inside it makes of the module's own input."""

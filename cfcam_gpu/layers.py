@@ -207,7 +207,9 @@ def _layout_in(run: DryRun, ran: Ran) -> _Layout:
         if len(shape) == 4 and _is_of_heads(run, shape):
             return _Layout(None, reason="has a row of tokens for every attention head")
         first, last = fits(shape[2:], run.image_size), fits(shape[1:-1], run.image_size)
-        notice = f"{shape} may be read with its channels first or last; taken as first" if first and last else None
+        notice = None
+        if first and last and not run.has_channels_first(ran):
+            notice = f"{shape} may be read with its channels first or last; taken as first"
         if first:
             return _Layout(shape[1:], None, notice)
         if last:

@@ -1,5 +1,7 @@
 """Volumes (B, C, d, h, w) and series (B, C, t): the same pipeline on grids of three axes and of one."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -200,7 +202,7 @@ def test_a_series_from_the_model_to_the_maps():
 
 
 @pytest.mark.parametrize("name", ["r3d_18", "s3d", "swin3d_t", "mvit_v2_s"])
-def test_torchvisions_video_models_by_name(name):
+def test_torchvisions_video_models_by_name(name, recwarn):
     pytest.importorskip("torchvision", reason="torchvision is not installed (extra: test)")
     frames, side = (16, 224) if name == "s3d" else (4, 64)
     model, clip = video_model(name), torch.rand(1, 3, frames, side, side)
@@ -214,6 +216,7 @@ def test_torchvisions_video_models_by_name(name):
     maps = cam.maps(clip)
     assert cam.target_names == [target] and (guide is None or cam.guide_names == [guide])
     assert maps.shape == (1, frames, side, side) and maps.isfinite().all()
+    assert maps.max() == 1 or any("maps are zero" in str(each.message) for each in recwarn)
 
 
 def video_model(name):
@@ -233,6 +236,45 @@ def video_model(name):
     return MViT(spatial_size=(64, 64), temporal_size=4, block_setting=blocks, **options).eval()
 
 
+class MeanLogits(nn.Module):
+    """A segmentation network's classes as scores of the volume."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["densenet", "resnet", "segresnet", "unet"])
+def test_monais_networks(name):
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    torch.manual_seed(0)
+    options = {"spatial_dims": 3, "in_channels": 1}
+    if name == "densenet":
+        sizes = {"init_features": 8, "growth_rate": 4, "block_config": (2, 2, 2)}
+        model, target = nets.DenseNet(**options, out_channels=3, **sizes), "class_layers.relu"
+    elif name == "resnet":
+        sizes = {"block_inplanes": [8, 16, 16, 32], "layers": [1, 1, 1, 1], "conv1_t_stride": 2}
+        model = nets.ResNet("basic", spatial_dims=3, n_input_channels=1, num_classes=3, **sizes)
+        target = "layer4"
+    elif name == "segresnet":
+        sizes = {"init_filters": 8, "blocks_down": (1, 1), "blocks_up": (1,)}
+        model, target = MeanLogits(nets.SegResNet(**options, out_channels=3, **sizes)), "network.act_mod"
+    else:
+        model = MeanLogits(nets.UNet(**options, out_channels=3, channels=(8, 16, 16), strides=(2, 2)))
+        target = "network.model.1"
+    model, volumes = model.eval(), torch.randn(2, 1, 24, 32, 40)
+    cam = CFCAM(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*channels first or last")
+        maps = cam.maps(volumes, top=3)
+    assert maps.shape == (2, 3, 24, 32, 40) and maps.isfinite().all()
+    assert (maps.flatten(2).amax(2) == 1).any(1).all(), "something speaks for one of the classes"
+    assert cam.target_names == [target]
+
+
 def test_layers_of_images_and_of_volumes_together():
     class Mixed(nn.Module):
         def __init__(self):
@@ -248,3 +290,45 @@ def test_layers_of_images_and_of_volumes_together():
     with pytest.raises(ValueError, match=r"grids of equally many axes, got \(3, 10, 10\), \(8, 8\)"):
         CFCAM(model, [model.volume, model.plane], guide_layer=None).maps(clips)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class SlowFast(nn.Module):
+    """Two pathways: one sees every fourth frame, the other all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = nn.Sequential(nn.Conv3d(2, 16, (1, 3, 3), (1, 4, 4), (0, 1, 1)), nn.ReLU())
+        self.fast = nn.Sequential(nn.Conv3d(2, 4, 3, (1, 4, 4), 1), nn.ReLU())
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat((self.slow(x[:, :, ::4]).mean((2, 3, 4)), self.fast(x).mean((2, 3, 4))), 1))
+
+
+def test_pathways_of_other_frames_than_the_clip():
+    torch.manual_seed(2)  # each pathway has a map of both clips
+    model, clips = SlowFast().eval(), torch.rand(2, 2, 8, 16, 24)
+    pathways = [model.slow, model.fast]
+    maps = [CFCAM(model, [pathway]).maps(clips, [1, 2]) for pathway in pathways]
+    for pathway, frames, of_pathway in zip(pathways, (2, 8), maps):
+        capture = HeadCapture(model, [pathway], margin_temperature=1.2)(clips, [1, 2])
+        assert capture.activations[0].shape[2:] == (frames, 4, 6)
+        assert of_pathway.flatten(1).amax(1).tolist() == [1, 1]
+        expected = cf_cam(capture.activations[0], capture.gradients[0], (8, 16, 24)).maps
+        torch.testing.assert_close(of_pathway, expected, rtol=0, atol=2e-6)
+    # Every slow frame stands for four: its middle lies between the second and the third of them.
+    assert torch.equal(maps[0][:, 0], maps[0][:, 1]) and not torch.equal(maps[0][:, 3], maps[0][:, 4])
+    both = CFCAM(model, pathways).maps(clips, [1, 2])
+    mean = torch.stack(maps).mean(0)
+    expected = torch_backend.normalize(mean, CFCAMConfig())
+    torch.testing.assert_close(both, expected, rtol=0, atol=2e-6)
+
+
+def test_what_a_model_of_volumes_is_refused():
+    model, clips = Video().eval(), torch.rand(2, 2, 6, 20, 24)
+    with pytest.raises(ValueError, match="one for each of 3 axes, got 2"):
+        CFCAM(model, [model.second], config=CFCAMConfig(sigma=(1.0, 2.0))).maps(clips)
+    for empty in (clips[:, :, :0], clips[..., :0]):
+        for layers in ([model.second], None):
+            with pytest.raises(ValueError, match=r"input_tensor must not be empty, got \(2, 2, "):
+                CFCAM(model, layers).maps(empty)

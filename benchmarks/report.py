@@ -63,6 +63,7 @@ class Results:
         self.growth = {
             kind: rows.latest(_of_last_device(growth_rows, kind), "along", "provider", "x") for kind in KINDS
         }
+        self.memory = rows.latest(rows.read(folder / "memory.jsonl"), "model")
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
         point = ("network", "layer", "half", "method")
         self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
@@ -70,7 +71,10 @@ class Results:
         self.outsiders = rows.latest(rows.read(folder / "outsiders.jsonl"), *point)
         self.architectures = rows.latest(rows.read(folder / "architectures.jsonl"), "model")
         self.methods = rows.latest(rows.read(folder / "methods.jsonl"), "library", "method", "model")
-        self.shapes = rows.latest(rows.read(folder / "shapes.jsonl"), "network", "classes", "seed", "method")
+        self.shapes, self.volumes = (
+            rows.latest(rows.read(folder / f"{name}.jsonl"), "network", "classes", "seed", "method")
+            for name in ("shapes", "volumes")
+        )
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -312,6 +316,22 @@ def gates_table(results):
     return markdown(["gate, two CPU cores", "ratio", "limit"], body)
 
 
+def memory_table(results):
+    """The peaks of video networks: the plain forward, the map, and finding the layer."""
+    if not results.memory:
+        return NOT_MEASURED
+    body = []
+    for (model,), row in results.memory.items():
+        peaks = [f"{row[field]:.0f}" for field in ("forward_mib", "map_mib", "choice_mib")]
+        above = f"{row['map_mib'] - row['forward_mib']:+.0f}"
+        body.append([f"`{model}`, {' x '.join(map(str, row['clip']))}", *peaks[:2], above, peaks[2]])
+    header = ["a clip, MiB", "plain forward", "`cam.maps`", "above the forward's", "finding the layer, once"]
+    row = list(results.memory.values())[-1]
+    versions = ", ".join(f"{package} {row[package]}" for package in ("torch", "torchvision") if package in row)
+    about = f"{row['device']}; {versions}; {row['date']}, commit {row['commit'] or 'unknown'}."
+    return f"{markdown(header, body)}\n\n{about}"
+
+
 def numbers_table(results):
     """The README's first numbers: time against the usual library and the plain forward, and faithfulness."""
     body = []
@@ -346,6 +366,7 @@ TABLES = {
     "throughput": throughput_table,
     "growth": growth_table,
     "gates": gates_table,
+    "memory": memory_table,
     **report_faithfulness.TABLES,
 }
 """{name: function of the results}."""
@@ -365,7 +386,7 @@ PAGES = {
     "README.md": ("numbers", "methods in short", "four"),
     "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
-    "docs/speed.md": ("resnet50", "latency.svg", "models", "gates"),
+    "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
         *(
@@ -382,6 +403,7 @@ PAGES = {
             "shapes",
         ),
         "shapes.jpg",
+        "volumes",
     ),
 }
 """{page: its tables and images}."""

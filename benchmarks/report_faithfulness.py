@@ -23,14 +23,18 @@ MEASURES = {
 }
 """{measure: its column's title}."""
 
+WITH_SSIM = ("class_sensitivity", "gradient_noise_10", "input_noise")
+
 SHAPES = {
-    **{measure: MEASURES[measure] for measure in ("insertion_minus_deletion", "average_drop", "class_sensitivity")},
-    **{measure: MEASURES[measure] for measure in ("gradient_noise_10", "input_noise")},
+    **{measure: MEASURES[measure] for measure in ("insertion_minus_deletion", "average_drop", *WITH_SSIM)},
     "energy": "energy in the mask",
     "hit": "peak in the mask",
     "iou": "IoU at the best threshold",
 }
 """The same of shapes.py."""
+
+VOLUMES = {measure: title for measure, title in SHAPES.items() if measure not in WITH_SSIM}
+"""And of volumes.py."""
 
 OUTSIDERS = {
     "pixel_flipping": "pixel flipping",
@@ -270,11 +274,19 @@ def architectures_table(results):
 
 
 def shapes_table(results):
+    return _drawn_table(results.shapes, SHAPES, "pictures")
+
+
+def volumes_table(results):
+    return _drawn_table(results.volumes, VOLUMES, "volumes")
+
+
+def _drawn_table(measured, measures, drawn):
     """A line a family, number of classes and method: the mean of its networks, bold where all of these agree."""
-    families = dict.fromkeys(key[:2] for key in results.shapes)
+    families = dict.fromkeys(key[:2] for key in measured)
     body, rows = [], []
     for family in families:
-        of_family = {key: row for key, row in results.shapes.items() if key[:2] == family}
+        of_family = {key: row for key, row in measured.items() if key[:2] == family}
         seeds = list(dict.fromkeys(key[2] for key in of_family))
         accuracies = [[row["accuracy"][i] for row in of_family.values()] for i in (0, 1)]
         network = f"{family[0]}, {family[1]} classes, {len(seeds)} seeds"
@@ -282,7 +294,7 @@ def shapes_table(results):
         for method in dict.fromkeys(key[3] for key in of_family):
             keys = [(*family, seed, method) for seed in seeds]
             found = [of_family[key] for key in keys if key in of_family]
-            cells = [_over_seeds(found, measure) for measure in SHAPES]
+            cells = [_over_seeds(found, measure) for measure in measures]
             body.append([network, method, *cells, str(sum(row["zero_maps"] for row in found))])
             network = ""
             rows += found
@@ -291,10 +303,10 @@ def shapes_table(results):
     header = [
         "network; accuracy on one object, on two",
         "method",
-        *(title(measure, SHAPES) for measure in SHAPES),
+        *(title(measure, measures) for measure in measures),
         "zero maps",
     ]
-    return f"{markdown(header, body)}\n\n{about(rows).replace('photographs', 'pictures of each kind')}"
+    return f"{markdown(header, body)}\n\n{about(rows).replace('photographs', f'{drawn} of each kind')}"
 
 
 def _over_seeds(found, measure):
@@ -308,6 +320,7 @@ def _over_seeds(found, measure):
 TABLES = {
     "four": four_table,
     "shapes": shapes_table,
+    "volumes": volumes_table,
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
     "parts": lambda results: differences_table(results, ["CF-CAM", *CONTROLS]),

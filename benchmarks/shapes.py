@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,7 @@ CLASSES = (2, 10, 100)
 
 
 class Pictures(NamedTuple):
-    """What `pictures` returns; K objects of different classes in each."""
+    """What `pictures` returns; K objects of different classes in each. Of volumes, three axes for 64, 64."""
 
     images: torch.Tensor
     """(n, 3, 64, 64) in [-1, 1]."""
@@ -156,20 +157,35 @@ def pictures(n, n_classes, n_objects, seed):
 
     images = _ground(n, generator)
     quarter = torch.rand(n, 4, generator=generator).argsort(1)
-    masks = torch.zeros(n, n_objects, SIDE, SIDE)
-    for index in range(kinds.shape[1]):
-        place = torch.stack((quarter[:, index] % 2, quarter[:, index] // 2), 1)
-        x, y = (SIDE / 4 + SIDE / 2 * place + uniform(-5, 5, n, 2)).T
-        radius, angle = uniform(10, 15, n), uniform(-0.35, 0.35, n)
-        cover = _cover(kinds[:, index], x, y, radius, angle) * shown[:, index, None, None]
-        stripes = _stripes(uniform(0, 2 * math.pi, n), uniform(0.8, 1.6, n), uniform(0, 2 * math.pi, n))
-        shade = uniform(0.8, 1.0, n, 1, 1) * (1 - uniform(0, 0.35, n, 1, 1) * stripes)
-        masks *= 1 - cover[:, None]
-        if index >= 2:
-            masks[:, index - 2] = cover
-        paint = palette[colours[:, index], :, None, None] * shade[:, None] + uniform(-0.05, 0.05, n, 3, 1, 1)
+
+    def things():
+        for index in range(kinds.shape[1]):
+            place = torch.stack((quarter[:, index] % 2, quarter[:, index] // 2), 1)
+            x, y = (SIDE / 4 + SIDE / 2 * place + uniform(-5, 5, n, 2)).T
+            radius, angle = uniform(10, 15, n), uniform(-0.35, 0.35, n)
+            cover = _cover(kinds[:, index], x, y, radius, angle) * shown[:, index, None, None]
+            stripes = _stripes(uniform(0, 2 * math.pi, n), uniform(0.8, 1.6, n), uniform(0, 2 * math.pi, n))
+            shade = uniform(0.8, 1.0, n, 1, 1) * (1 - uniform(0, 0.35, n, 1, 1) * stripes)
+            paint = palette[colours[:, index], :, None, None] * shade[:, None] + uniform(-0.05, 0.05, n, 3, 1, 1)
+            yield cover, paint
+
+    return laid_over(images, things(), classes, generator)
+
+
+def laid_over(images, things, classes, generator):
+    """`Pictures` of things laid over the ground one after the other, and noise over all.
+
+    Args:
+        images: (n, channels, ...) in [0, 1], the ground.
+        things: how much of each pixel one covers, (n, ...), and its paint, (n, channels, ...); the objects last.
+        classes: (n, K) of the objects.
+    """
+    masks = []
+    for cover, paint in things:
+        masks = [mask * (1 - cover) for mask in masks] + [cover]
         images = torch.lerp(images, paint, cover[:, None])
     images = images + 0.03 * torch.randn(images.shape, generator=generator)
+    masks = torch.stack(masks[-classes.shape[1] :], 1)
     return Pictures(2 * images.clamp(0, 1) - 1, classes, masks > 0.5)
 
 
@@ -256,6 +272,9 @@ class Family(NamedTuple):
     """Largest learning rate."""
     patience: int = 1
     """Multiple of `STEPS`."""
+    draw: Callable = pictures
+    """What it sees, drawn by a function like `pictures`."""
+    layout: torch.memory_format = torch.channels_last
 
 
 FAMILIES = {
@@ -272,8 +291,8 @@ POOL = 8192
 """Pictures of one object to train on, and as many of two; turned and mirrored at random."""
 
 BATCH = 16
-STEPS = {2: 1000, 10: 2000, 100: 4000}
-"""Of training, by the number of classes."""
+STEPS = {2: 1000, 6: 2000, 10: 2000, 100: 4000}
+"""Of training, by the number of classes; six are those of volumes.py."""
 
 FADED_IN, PAIRS_FROM = 0.4, 0.5
 """Shares of the steps."""
@@ -283,19 +302,19 @@ HELD_OUT = 1000
 
 
 @cache
-def pool(n_classes):
+def pool(n_classes, draw=pictures):
     """Pictures to train on as bytes, where the objects are, and the classes as probabilities; of one object first."""
     images, masks, targets = [], [], []
     for n_objects in (1, 2):
         for chunk in range(POOL // 256):
-            made = pictures(256, n_classes, n_objects, seed=1000 + 2 * chunk + n_objects)
+            made = draw(256, n_classes, n_objects, seed=1000 + 2 * chunk + n_objects)
             images.append(((made.images + 1) * 127.5).round().byte())
             masks.append(made.masks.any(1, keepdim=True))
             targets.append(F.one_hot(made.classes, n_classes).float().mean(1))
     return torch.cat(images), torch.cat(masks), torch.cat(targets)
 
 
-def train(network, images, masks, targets, steps, rate, generator):
+def train(network, images, masks, targets, steps, rate, generator, layout=torch.channels_last):
     """AdamW on the cross-entropy, from easy to hard: one object without its surroundings, these fading in, then two."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.05)
@@ -305,7 +324,7 @@ def train(network, images, masks, targets, steps, rate, generator):
         chosen = torch.randint(among, (BATCH,), generator=generator)
         seen = masks[chosen].float().clamp_min(step / (FADED_IN * steps)).clamp_max(1)
         batch = (images[chosen].float() / 127.5 - 1) * seen
-        loss = F.cross_entropy(network(batch.contiguous(memory_format=torch.channels_last)), targets[chosen])
+        loss = F.cross_entropy(network(batch.contiguous(memory_format=layout)), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -314,21 +333,21 @@ def train(network, images, masks, targets, steps, rate, generator):
     return network.eval()
 
 
-def accuracy(network, n_classes):
+def accuracy(network, n_classes, draw=pictures):
     """Share of held-out pictures whose one object's class is the top class; whose two objects' are the top two."""
     shares = []
     for n_objects in (1, 2):
-        made = pictures(HELD_OUT, n_classes, n_objects, seed=n_objects)
+        made = draw(HELD_OUT, n_classes, n_objects, seed=n_objects)
         found = torch.cat([network(batch).topk(n_objects, 1).indices for batch in made.images.split(100)])
         shares.append((found.sort(1).values == made.classes.sort(1).values).all(1).float().mean().item())
     return shares
 
 
-def trained(family, n_classes, seed, folder):
+def trained(name, family, n_classes, seed, folder):
     """(network, accuracy), from the folder where it is there, else trained and put there."""
-    file = folder / f"{family}-{n_classes}-{seed}.pt"
+    file = folder / f"{name}-{n_classes}-{seed}.pt"
     torch.manual_seed(seed)
-    network = FAMILIES[family].build(n_classes).to(memory_format=torch.channels_last)
+    network = family.build(n_classes).to(memory_format=family.layout)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):  # torchvision's small weights take a while to get going
             module.reset_parameters()
@@ -337,10 +356,10 @@ def trained(family, n_classes, seed, folder):
         network.load_state_dict(state)
         return network.eval(), shares
     generator = torch.Generator().manual_seed(seed)
-    steps = STEPS[n_classes] * FAMILIES[family].patience
-    train(network, *pool(n_classes), steps, FAMILIES[family].rate, generator)
+    steps = STEPS[n_classes] * family.patience
+    train(network, *pool(n_classes, family.draw), steps, family.rate, generator, family.layout)
     with torch.no_grad():
-        shares = accuracy(network, n_classes)
+        shares = accuracy(network, n_classes, family.draw)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save((network.state_dict(), shares), file)
     return network, shares
@@ -372,7 +391,7 @@ class Localisation(NamedTuple):
 
 
 def localisation(maps, masks):
-    """How well maps (B, H, W) in [0, 1] show masks (B, H, W)."""
+    """How well maps (B, H, W) in [0, 1] show masks (B, H, W); of volumes likewise."""
     maps, masks = maps.flatten(1), masks.flatten(1)
     energy = (maps * masks).sum(1) / maps.sum(1).clamp_min(1e-20)
     hit = (maps * masks).amax(1) > (maps * ~masks).amax(1)
@@ -387,10 +406,10 @@ class Subject:
 
     def __init__(self, network, family, n_classes, n, seed=100):
         self.network = network
-        self.single, self.pair = (pictures(n, n_classes, n_objects, seed=seed + n_objects) for n_objects in (1, 2))
-        generator = torch.Generator().manual_seed(0)
-        scale = faithfulness.INPUT_NOISE * self.single.images.flatten(1).std(1)[:, None, None, None]
-        self.noisy = self.single.images + scale * torch.randn(self.single.images.shape, generator=generator)
+        self.single, self.pair = (family.draw(n, n_classes, n_objects, seed=seed + n_objects) for n_objects in (1, 2))
+        generator, images = torch.Generator().manual_seed(0), self.single.images
+        scale = faithfulness.INPUT_NOISE * images.flatten(1).std(1).view(-1, *[1] * (images.ndim - 1))
+        self.noisy = images + scale * torch.randn(images.shape, generator=generator)
         _, self.layer, self.reshape = find_target_layer(network, self.single.images[:1])
         self.seen = {}
 
@@ -421,7 +440,7 @@ class Subject:
 
 def measured(subject, method):
     """Per-picture values of every measure, {name: (N,)}, and how many maps are zero."""
-    size = (SIDE, SIDE)
+    size = subject.single.images.shape[2:]
     single, noisy, *pair = subject.sees(method.score)
     images, classes = subject.single.images, subject.single.classes[:, 0]
     maps, noisy_maps, *pair_maps = (seen.maps(method, size) for seen in (single, noisy, *pair))
@@ -429,25 +448,26 @@ def measured(subject, method):
     # From grey: what the surroundings faded in from in training, so that the network knows such pictures.
     baselines = {"insertion_baseline": "zero", "deletion_baseline": "zero"}
     curves = metrics.insertion_deletion(*arguments, steps=faithfulness.STEPS, **baselines)
-    stability = metrics.gradient_noise_stability(
-        single.activations,
-        single.gradients,
-        lambda activations, gradients: method.make(activations, gradients, single.guide, size),
-        faithfulness.NOISE[:1],
-        draws=1,
-        generator=torch.Generator().manual_seed(0),
-    )
     found = [localisation(of_one, subject.pair.masks[:, index]) for index, of_one in enumerate(pair_maps)]
     values = {
         "insertion": curves.insertion,
         "deletion": curves.deletion,
         "insertion_minus_deletion": curves.insertion - curves.deletion,
         "average_drop": metrics.average_drop(*arguments),
-        "class_sensitivity": metrics.class_sensitivity(*pair_maps).ssim_distance,
-        "gradient_noise_10": stability.ssim[:, 0],
-        "input_noise": metrics.ssim(maps, noisy_maps),
         **{name: torch.stack(each).mean(0) for name, each in zip(Localisation._fields, zip(*found))},
     }
+    if len(size) == 2:  # structural similarity is of pictures
+        stability = metrics.gradient_noise_stability(
+            single.activations,
+            single.gradients,
+            lambda activations, gradients: method.make(activations, gradients, single.guide, size),
+            faithfulness.NOISE[:1],
+            draws=1,
+            generator=torch.Generator().manual_seed(0),
+        )
+        values["class_sensitivity"] = metrics.class_sensitivity(*pair_maps).ssim_distance
+        values["gradient_noise_10"] = stability.ssim[:, 0]
+        values["input_noise"] = metrics.ssim(maps, noisy_maps)
     return values, sum(int((of_one.flatten(1).amax(1) == 0).sum()) for of_one in (maps, *pair_maps))
 
 
@@ -486,45 +506,56 @@ def picture(subjects, path, n=2):
     figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", nargs="*", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    parser.add_argument("--classes", type=int, choices=CLASSES, default=10, help="default: 10")
+def parser_of(doc, families):
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--network", nargs="*", choices=families, default=list(families), help="default: all")
     parser.add_argument("--seed", type=int, nargs="*", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("-n", type=int, default=128, help="pictures of one object, and of two; default: 128")
     parser.add_argument("--only", nargs="*", help="only the methods with these names")
     parser.add_argument("--again", action="store_true", help="make rows that are there already")
-    parser.add_argument("--picture", type=Path, help="draw maps of the first seed's networks instead, into this file")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "cfcam_shapes", help="of weights")
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
-    args = parser.parse_args(argv)
+    return parser
 
+
+def measure(table, families, methods, args):
+    """Append the rows of a table that are not there yet, of these families and methods."""
     here = rows.about("cfcam_gpu", "torchvision", "grad-cam", "torchmetrics", device="cpu")
-    done = {tuple(row[field] for field in POINT) for row in rows.read(args.out / "shapes.jsonl")}
-    methods = {name: method for name, method in METHODS.items() if not args.only or name in (*args.only, "Grad-CAM")}
-    subjects = {}
-    for family in args.network:
+    done = {tuple(row[field] for field in POINT) for row in rows.read(args.out / f"{table}.jsonl")}
+    methods = {name: method for name, method in methods.items() if not args.only or name in (*args.only, "Grad-CAM")}
+    for name in args.network:
+        family = families[name]
         for seed in args.seed:
-            network, shares = trained(family, args.classes, seed, args.cache)
+            network, shares = trained(name, family, args.classes, seed, args.cache)
             subject = Subject(network, family, args.classes, args.n)
-            if args.picture:
-                subjects[family] = subject
-                break
-            of_network = {"network": family, "classes": args.classes, "seed": seed}
+            of_network = {"network": name, "classes": args.classes, "seed": seed}
             of_network["accuracy"] = [round(share, 5) for share in shares]
-            of_network.update(layer=FAMILIES[family].layer, guide=FAMILIES[family].guide)
+            of_network.update(layer=family.layer, guide=family.guide)
             grad_cam = None
-            for name in tqdm(methods, desc=f"{family}, {args.classes} classes, seed {seed}"):
-                point = {**of_network, "method": name}
+            for method in tqdm(methods, desc=f"{name}, {args.classes} classes, seed {seed}"):
+                point = {**of_network, "method": method}
                 known = tuple(point[field] for field in POINT) in done and not args.again
-                if known and name != "Grad-CAM":
+                if known and method != "Grad-CAM":
                     continue
-                values, zero = measured(subject, methods[name])
+                values, zero = measured(subject, methods[method])
                 grad_cam = values if grad_cam is None else grad_cam
                 if not known:
-                    rows.write("shapes", [{**point, **row_of(values, zero, grad_cam), **here}], args.out)
-    if args.picture:
-        picture(subjects, args.picture)
+                    rows.write(table, [{**point, **row_of(values, zero, grad_cam), **here}], args.out)
+
+
+def main(argv=None):
+    parser = parser_of(__doc__, FAMILIES)
+    parser.add_argument("--classes", type=int, choices=CLASSES, default=10, help="default: 10")
+    parser.add_argument("--picture", type=Path, help="draw maps of the first seed's networks instead, into this file")
+    args = parser.parse_args(argv)
+    if not args.picture:
+        measure("shapes", FAMILIES, METHODS, args)
+        return 0
+    subjects = {}
+    for name in args.network:
+        network, _ = trained(name, FAMILIES[name], args.classes, args.seed[0], args.cache)
+        subjects[name] = Subject(network, FAMILIES[name], args.classes, args.n)
+    picture(subjects, args.picture)
     return 0
 
 

@@ -38,6 +38,10 @@ FOR_WEIGHTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MOST_COLOURS = 4
 """Channels that images may have behind their other axes."""
 
+MOST_OF_TOKENS = 48 * 2**20
+"""But of tokens no more: those of a video are many in the first stage and few in the last. Of a ViT so large that its
+last block needs more, the pass is repeated."""
+
 N_SOURCES = 4
 """The latest maps that tokens may have been made of."""
 
@@ -350,7 +354,7 @@ class DryRun:
             received = call.tensor()
             self._saved.may_keep(KEPT_OF_MAPS * (tensor.nbytes + (0 if received is None else received.nbytes)))
             if any(reading is not None and reading.n_prefix + reading.n_suffix for reading in readings.values()):
-                self._saved.may_keep(KEPT_OF_TOKENS * tensor.nbytes)
+                self._saved.may_keep(min(KEPT_OF_TOKENS * tensor.nbytes, MOST_OF_TOKENS))
             if sees_image:
                 self._remember(tensor, edge, readings)
             return None

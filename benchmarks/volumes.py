@@ -13,7 +13,10 @@ import sys
 import shapes
 import torch
 import torch.nn.functional as F
+from faithfulness import CONTROLS, from_config
 from torch import nn
+
+from cfcam_gpu import CFCAMConfig
 
 SIDE = 24
 """Depth, height and width of a volume."""
@@ -174,7 +177,12 @@ FAMILIES = {
 }
 
 
-METHODS = {name: method for name, method in shapes.METHODS.items() if name != "CF-CAM 0.1"}
+METHODS = {
+    **{name: method for name, method in shapes.METHODS.items() if name != "CF-CAM 0.1"},
+    "CF-CAM, narrow": from_config(CFCAMConfig(affinity_sigma=1.0, affinity_power=4.0)),
+    "CF-CAM, no average": CONTROLS["CF-CAM, no average"],
+}
+"""The last two: of bodies of two or three cells, does it hang on the average's reach?"""
 
 
 def main(argv=None):

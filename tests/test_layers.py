@@ -507,6 +507,21 @@ def test_the_pass_keeps_little(seed):
     assert layers.find_target_layer(model, torch.rand(1, 3, 256, 256))[0] == "1"
 
 
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 4, "init_values": 0.1}], ids=["plain", "registers, scaled"])
+def test_one_pass_of_a_transformer_is_enough(seed, monkeypatch, options):
+    timm = pytest.importorskip("timm")
+    # Beyond what is kept in any case: a block's largest tensor is 4 MiB.
+    options = {"img_size": 128, "patch_size": 4, "embed_dim": 256, "num_heads": 4, "num_classes": 3, **options}
+    model = timm.models.VisionTransformer(depth=3, **options).eval()
+    passes, make = [], DryRun.__init__
+    monkeypatch.setattr(DryRun, "__init__", lambda run, *args: passes.append(run) or make(run, *args))
+    before = storages()
+    assert layers.inspect_target_layer(model, torch.rand(1, 3, 128, 128)).name == "blocks.2.norm1"
+    kept = sum(n_bytes for storage, n_bytes in storages().items() if storage not in before)
+    assert len(passes) == 1
+    assert kept < 3.6 * 4 * 2**20, "of about 17 MiB that a block saves"
+
+
 def test_the_names_that_models_had_are_still_there():
     for name in ("TargetLayer", "TokensToMap", "channels_last_to_map", "find_target_layer", "get_layer"):
         assert getattr(models, name) is getattr(layers, name)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cfcam_gpu import torch_backend
+from cfcam_gpu import operators, torch_backend
 from cfcam_gpu.arrays import as_tensor
 from cfcam_gpu.checks import (
     check_config,
@@ -58,7 +58,7 @@ def cf_cam(
         gradients: (B, C, h, w), likewise, on the same device; or (B, K, C, h, w), those of K scores of each image, of
             which everything that does not depend on the class is done once.
         output_size: (H, W) of the maps; default: the grid's own.
-        config: `CFCAMConfig`; default: ``CFCAMConfig()``.
+        config: `CFCAMConfig`; default: ``CFCAMConfig()``, of volumes ``CFCAMConfig.volumes()``.
         backend: "triton" (CUDA or ROCm devices; at most 4096 channels, float32 and less), "torch" (any device),
             "reference" (NumPy, SciPy and scikit-learn in float64, on the host), or "auto": triton where it takes the
             tensors, else torch.
@@ -89,6 +89,9 @@ def cf_cam(
     >>> result.maps.shape, result.labels.shape
     (torch.Size([2, 224, 224]), torch.Size([2, 64]))
     """
+    if torch.compiler.is_compiling():
+        arguments = output_size, config, backend, clustering, check_finite, guide
+        return CFCAMResult(*operators.result_of_compiled(activations, gradients, *arguments))
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
     if not isinstance(gradients, torch_backend.PooledGradients):
@@ -100,6 +103,7 @@ def cf_cam(
     if guide is not None:
         check_values({"guide": guide}, check_finite)
     output_size = check_output_size(output_size, activations)
+    config = config.of(activations.ndim - 2)
     with plain_arithmetic(activations.device):
         result = module.cf_cam(activations, gradients, output_size, config, engine, guide)
     return CFCAMResult(*map(restore, result))
@@ -169,6 +173,8 @@ def cluster_channels(
     >>> labels.shape, eps.shape
     (torch.Size([2, 64]), torch.Size([2]))
     """
+    if torch.compiler.is_compiling():
+        return operators.labels_of_compiled(activations, config, backend, clustering, check_finite)
     config = check_config(config)
     activations, restore = as_tensor("activations", activations)
     check_grid("activations", activations)
@@ -196,6 +202,7 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         float64 activations.
     """
     check_guide(guide, activations)
+    config = config and config.of(activations.ndim - 2)
     module = _module("triton" if takes_kernels(activations, backend) else "torch")
     with plain_arithmetic(activations.device):
         return module.class_grid(activations, weights, relu, skip_nan, config, guide)

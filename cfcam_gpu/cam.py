@@ -90,7 +90,7 @@ class CFCAM(Explainer):
             reshape_transform,
             choices,
             guide_layer=guide_layer,
-            guided=self.config.averages,
+            guided=lambda images: self.config.of(images.ndim - 2).averages,
             margin_temperature=self.config.margin_temperature,
         )
         self._pool = partial(pipeline.pool_gradients, config=self.config, **choices)

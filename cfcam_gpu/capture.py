@@ -90,7 +90,7 @@ class HeadCapture:
             (B, C, h, w); for transformers. Default: none, the layer must return (B, C, h, w).
         guide_layer: the earlier layer whose output is captured beside each target layer's: a module, "auto" (`Guides`
             says which), None, or a list with one of these per target layer. Default: None.
-        guided: False checks ``guide_layer`` and captures no guide.
+        guided: False checks ``guide_layer`` and captures no guide; or a function of the images that says whether.
         margin_temperature: of the score of class indices and of None; 0 (default) for the logit, above for the margin
             (`margin_cotangent`).
         chosen_side: of a model with a single logit (B, 1), and without targets, explain the side that was chosen: the
@@ -121,7 +121,7 @@ class HeadCapture:
         reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
         *,
         guide_layer: GuideLayer = None,
-        guided: bool = True,
+        guided: bool | Callable[[torch.Tensor], bool] = True,
         margin_temperature: float = 0.0,
         chosen_side: bool = False,
         any_rows: bool = False,
@@ -155,6 +155,7 @@ class HeadCapture:
         self._names = {layer: find_module_name(self.model, layer) for layer in self.target_layers}
         guides = make_guides(self.model, guide_layer, len(self.target_layers), reshape_transform)
         self._guides = guides if guided else None
+        self._guided, self._has_guides = guided, bool(guided)
         self._last_call: dict[nn.Module, int] = {}  # layer -> number of its calls in the previous pass
         self._grad_from_start = False
         self._batched_backward = True
@@ -173,7 +174,7 @@ class HeadCapture:
     def guide_names(self) -> list[str] | None:
         """The names of the target layers' guides, a target layer's own where it has no other; None before the first
         pass where they are to be found."""
-        return self.target_names if self._guides is None else self._guides.names(self.target_names)
+        return self._guides.names(self.target_names) if self._guides and self._has_guides else self.target_names
 
     def __call__(
         self,
@@ -362,10 +363,15 @@ class _Pass:
         self._calls: Counter[nn.Module] = Counter()
         self._hands_on = False
         self._taps: dict[nn.Module, _Tap] = {}
-        self._guides = None if self._of._guides is None else self._of._guides.begin()
+        guides, guided = self._of._guides, self._of._guided
+        if guides is not None and callable(guided) and not guided(self._images):
+            guides = None
+        self._of._has_guides = guides is not None
+        self._guides = guides and guides.begin()
 
     def run(self, inputs, targets, batch, top, pool):
         """The `Capture`, or None where the pass is to be repeated."""
+        self._images = inputs.images
         # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
         self._rooted: list[torch.Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

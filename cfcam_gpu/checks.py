@@ -30,9 +30,11 @@ def is_installed(package: str) -> bool:
 
 
 def check_config(config: CFCAMConfig | None) -> CFCAMConfig:
-    """``config``, or the default for None."""
+    """``config``, or the default for None, which of volumes is another (`CFCAMConfig.of`)."""
     if config is None:
-        return CFCAMConfig()
+        config = CFCAMConfig()
+        object.__setattr__(config, "_by_default", True)
+        return config
     if not isinstance(config, CFCAMConfig):
         raise TypeError(f"config must be a CFCAMConfig, got {type(config).__name__}")
     return config

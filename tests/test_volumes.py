@@ -163,18 +163,44 @@ class Series(nn.Module):
 def test_a_video_from_the_model_to_the_maps():
     torch.manual_seed(1)  # of some random networks everything speaks against the class, and the map is zero
     model, clips = Video().eval(), torch.rand(2, 2, 6, 20, 24)
-    cam = CFCAM(model)
+    config = CFCAMConfig()
+    cam = CFCAM(model, config=config)
     maps = cam.maps(clips, targets=[1, 2])
     assert cam.target_names == ["second"] and cam.guide_names == ["first"]
     assert maps.shape == (2, 6, 20, 24) and maps.amax() == 1 and maps.amin() == 0
     capture = HeadCapture(model, [model.second], guide_layer=model.first, margin_temperature=1.2)(clips, [1, 2])
-    expected = cf_cam(capture.activations[0], capture.gradients[0], (6, 20, 24), guide=capture.guides[0])
+    expected = cf_cam(capture.activations[0], capture.gradients[0], (6, 20, 24), config, guide=capture.guides[0])
     torch.testing.assert_close(maps, expected.maps, rtol=0, atol=2e-6)
     several = cam.explain(clips, top=3)
     assert several.maps.shape == (2, 3, 6, 20, 24) and several.weights.shape == (2, 3, 16)
     assert cam(clips).shape == (2, 6, 20, 24)
     both = CFCAM(model, [model.first, model.second])
     assert both.maps(clips).shape == (2, 6, 20, 24) and both(clips).max() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_default_of_volumes_is_without_the_average():
+    torch.manual_seed(1)
+    model, clips = Video().eval(), torch.rand(2, 2, 6, 20, 24)
+    cam = CFCAM(model, [model.second])
+    maps = cam.maps(clips, targets=[1, 2])
+    assert cam.guide_names == ["second"] and cam.config == CFCAMConfig()
+    config = CFCAMConfig.volumes()
+    assert not config.averages and config.margin_temperature == CFCAMConfig().margin_temperature
+    assert torch.equal(maps, CFCAM(model, [model.second], config=config).maps(clips, targets=[1, 2]))
+    averaged = CFCAM(model, [model.second], config=CFCAMConfig()).maps(clips, targets=[1, 2])
+    assert not torch.allclose(maps, averaged, rtol=0, atol=0.05)
+    activations, gradients = torch.rand(2, 8, 3, 4, 5), torch.randn(2, 8, 3, 4, 5)
+    for backend in ("torch", "reference"):
+        if not pipeline.unavailable(backend):
+            of_default, of_volumes = (
+                cf_cam(activations, gradients, config=each, backend=backend).maps for each in (None, config)
+            )
+            assert torch.equal(of_default, of_volumes)
+    # Neither images nor series.
+    for shape in ((2, 8, 4, 5), (2, 8, 9)):
+        activations, gradients = torch.rand(shape), torch.randn(shape)
+        expected = cf_cam(activations, gradients, config=CFCAMConfig()).maps
+        assert torch.equal(cf_cam(activations, gradients).maps, expected)
 
 
 @pytest.mark.parametrize("name", ["gradcam", "layercam", "eigencam", "ablation"])
@@ -212,7 +238,7 @@ def test_torchvisions_video_models_by_name(name, recwarn):
         "swin3d_t": ("norm", "features.4"),
         "mvit_v2_s": ("blocks.2.norm1", None),
     }[name]
-    cam = CFCAM(model)
+    cam = CFCAM(model, config=CFCAMConfig())
     maps = cam.maps(clip)
     assert cam.target_names == [target] and (guide is None or cam.guide_names == [guide])
     assert maps.shape == (1, frames, side, side) and maps.isfinite().all()

@@ -209,11 +209,12 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
                 result = weighted(activations, weights)
                 with pipeline.plain_arithmetic(activations.device):
                     features = activations if guide is None else guide
-                    if self.config.averages:
+                    config = self.config.of(activations.ndim - 2)
+                    if config.averages:
                         # As the sum of the channels is balanced, so that they still add up to it.
-                        factors = torch_backend.evidence_factors(result.sum(1), features.shape[2:], self.config)
+                        factors = torch_backend.evidence_factors(result.sum(1), features.shape[2:], config)
                         result = result * factors[:, None]
-                    result = torch_backend.average_alike_cells(result, features, self.config)
+                    result = torch_backend.average_alike_cells(result, features, config)
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
 

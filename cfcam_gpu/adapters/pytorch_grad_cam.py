@@ -366,6 +366,7 @@ class HeadOnlyCAM:
     def _grid(self, activations, gradients, shape, guide, eigen_smooth):
         """The non-negative map of one layer on its own grid, (B, *shape), or on its guide's."""
         average = self._grid_options["config"]
+        average = average and average.of(len(shape))
         if average is not None and len(shape) > 2:  # a volume is given as a grid, on which distances mean nothing
             average = replace(average, affinity_sigma=math.inf)
         # A caller's autocast is for the model; the maps are computed in float32.
@@ -449,7 +450,7 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         self._configure(config, backend, clustering, check_finite)
         self._capture_options = {
             "guide_layer": guide_layer,
-            "guided": self.config.averages,
+            "guided": lambda images: self.config.of(images.ndim - 2).averages,
             "margin_temperature": self.config.margin_temperature,
         }
         self._several = {"several": True, "pool": partial(pipeline.pool_gradients, config=self.config, **self._choices)}

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from cfcam_gpu import obstacles
+from cfcam_gpu import obstacles, uncompiled
 from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
 from cfcam_gpu.guides import AUTO, Guides
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
@@ -219,6 +219,8 @@ class HeadCapture:
                 flows back from; weights without values, quantised or sharded where that is what failed.
             RuntimeError: from autograd, where the head cannot be differentiated (reentrant checkpointing).
         """
+        if torch.compiler.is_compiling():
+            return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
         inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
         batch = len(inputs.images)
         with torch.inference_mode(False), torch.no_grad():

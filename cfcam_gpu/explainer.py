@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfcam_gpu import layers, pipeline
+from cfcam_gpu import layers, pipeline, uncompiled
 from cfcam_gpu.capture import Capture, HeadCapture
 from cfcam_gpu.dry_run import image_size
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
@@ -216,6 +216,8 @@ class Explainer:
         return self._explain(input_tensor, targets, top, inputs)
 
     def _explain(self, input_tensor, targets, top, inputs):
+        if torch.compiler.is_compiling():
+            return uncompiled.run(self._explain, input_tensor, targets, top, inputs)
         checked = check_inputs(input_tensor, inputs, self.model)
         seen = self._run(checked, targets, top, stacklevel=5)
         maps, labels, weights, captured = self._result(seen)
@@ -234,6 +236,8 @@ class Explainer:
 
         Source: jacobgil/pytorch-grad-cam 1.5.7, ``BaseCAM.forward`` and ``scale_cam_image``.
         """
+        if torch.compiler.is_compiling():
+            return uncompiled.run(self, input_tensor, targets, top, **inputs)
         checked = check_inputs(input_tensor, inputs, self.model)
         seen = self._run(checked, targets, top, stacklevel=4)
         grids, captured = self._grids(seen)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.library import opcheck
 
-from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels
+from cfcam_gpu import CFCAM, CFCAMConfig, cf_cam, cluster_channels
+from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.operators import plain_values
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
@@ -88,3 +90,38 @@ def test_what_is_wrong_is_said_in_compiled_code(fresh_compiler):
         compiled(activations, gradients[:, 1:])
     with pytest.raises(ValueError, match="must be finite, got 1 NaN"):
         compiled(activations, gradients.clone().index_put_((torch.tensor([0]),) * 4, torch.tensor(float("nan"))))
+
+
+@pytest.mark.parametrize("calls", ["maps", "explain", "cam", "capture", "a function"])
+def test_compiled_calls_of_cfcam(fresh_compiler, calls):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Softplus()), *head).eval()
+    images = torch.rand(2, 3, 12, 16)
+    cam, capture = CFCAM(model, [model[0]]), HeadCapture(model, [model[0]])
+    call = {
+        "maps": cam.maps,
+        "explain": lambda images, targets: cam.explain(images, targets).maps,
+        "cam": lambda images, targets: torch.from_numpy(cam(images, targets)),
+        "capture": lambda images, targets: capture(images, targets).gradients[0],
+        "a function": lambda images, targets: 2 * cam.maps(images + 0.5, targets).sum(0),
+    }[calls]
+    expected = call(images, [1, 2])
+    compiled = torch.compile(call, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images, [1, 2]), expected, rtol=0, atol=1e-6)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert all("needs hooks on the model" in reason for reason in breaks) and breaks
+    assert not model[0]._forward_hooks
+
+
+def test_cfcam_of_a_compiled_model(fresh_compiler):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Softplus()), *head).eval()
+    images = torch.rand(2, 3, 12, 16)
+    expected = CFCAM(model, [model[0]]).maps(images, [1, 2])
+    compiled = torch.compile(model, backend="aot_eager")
+    scores = compiled(images)
+    cam = CFCAM(compiled, [model[0]])
+    assert torch.equal(cam.maps(images, [1, 2]), expected)
+    torch.testing.assert_close(compiled(images), scores)
+    assert torch.equal(torch.compile(cam.maps, backend="aot_eager")(images, [1, 2]), expected)

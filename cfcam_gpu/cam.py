@@ -90,7 +90,7 @@ class CFCAM(Explainer):
             reshape_transform,
             choices,
             guide_layer=guide_layer,
-            guided=lambda images: self.config.of(images.ndim - 2).averages,
+            guided=self.config.averages_of,
             margin_temperature=self.config.margin_temperature,
         )
         self._pool = partial(pipeline.pool_gradients, config=self.config, **choices)

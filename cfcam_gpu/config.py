@@ -162,6 +162,10 @@ class CFCAMConfig:
         """What counts on a grid of so many axes: itself, or of volumes `volumes` where nobody chose it."""
         return CFCAMConfig.volumes() if n_axes == 3 and "_by_default" in self.__dict__ else self
 
+    def averages_of(self, images: Any) -> bool:
+        """Whether there is an average where these images, (B, C, ...) of any kind of array, are explained."""
+        return self.of(images.ndim - 2).averages
+
     def sigmas(self, n_axes: int) -> tuple[float, ...]:
         """``sigma`` of each axis of a grid that has so many."""
         sigmas = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,) * n_axes

@@ -450,7 +450,7 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         self._configure(config, backend, clustering, check_finite)
         self._capture_options = {
             "guide_layer": guide_layer,
-            "guided": lambda images: self.config.of(images.ndim - 2).averages,
+            "guided": self.config.averages_of,
             "margin_temperature": self.config.margin_temperature,
         }
         self._several = {"several": True, "pool": partial(pipeline.pool_gradients, config=self.config, **self._choices)}

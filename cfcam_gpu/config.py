@@ -34,6 +34,12 @@ MAX_AFFINITY_STEPS = 16
 WINDOW_SIGMAS = 3.0
 """Cells farther apart than this many affinity_sigma, in y or in x, do not count for each other: exp(-4.5) is 1 %."""
 
+MAX_GUIDE_POWER = 2.0
+"""Largest guide_power: the map would be the guide's few strongest cells, whatever the class."""
+
+WITHOUT_FEATURES = 1e-30
+"""The least square of the features' length: a guide that is 0 everywhere leaves the map as it was."""
+
 MAX_MARGIN_TEMPERATURE = 100.0
 """Largest margin_temperature: the softmax over the other classes is uniform long before."""
 
@@ -71,6 +77,9 @@ class CFCAMConfig:
             Without it (inf), time and memory traffic grow with the square of the grid's cells.
         affinity_steps: how many times the average is applied, each time to its own result; an integer in [0, 16],
             0 for no average.
+        guide_power: the averaged sum is multiplied by |f_p|^guide_power, the length of the features at each cell of the
+            guide: where an earlier layer sees little, little can have spoken for the class; in [0, 2], 0 for no such
+            factor. Not published, and without the average it has no effect.
         margin_temperature: used by `CFCAM` alone, which chooses the score to differentiate; `cf_cam` is given
             gradients and ignores it. Above 0: the margin z_c - T logsumexp(z_k / T) over the other classes k, with
             T = margin_temperature times the standard deviation of those logits, held constant. 0: the
@@ -98,6 +107,7 @@ class CFCAMConfig:
     affinity_sigma: float = 2.0
     affinity_steps: int = 2
     margin_temperature: float = 1.2
+    guide_power: float = 0.5
 
     def __post_init__(self) -> None:
         if isinstance(self.sigma, (tuple, list)):
@@ -111,6 +121,7 @@ class CFCAMConfig:
             ("affinity_sigma", 0.0, math.inf),
             ("affinity_steps", 0, MAX_AFFINITY_STEPS),
             ("margin_temperature", 0.0, MAX_MARGIN_TEMPERATURE),
+            ("guide_power", 0.0, MAX_GUIDE_POWER),
         ):
             value: Any = getattr(self, name)
             kind: Any

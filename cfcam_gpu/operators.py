@@ -13,7 +13,7 @@ from cfcam_gpu.config import CFCAMConfig
 CONFIG = (
     "float dominant_percentile, str descriptor, float eps_percentile, float min_samples_fraction, float[] sigma, "
     "str boundary, str weighting, str normalize, float affinity_power, float affinity_sigma, int affinity_steps, "
-    "float margin_temperature"
+    "float margin_temperature, float guide_power"
 )
 """The fields of `CFCAMConfig`; a sigma for all axes is a list of one."""
 
@@ -43,6 +43,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
         float(config.affinity_sigma),
         int(config.affinity_steps),
         float(config.margin_temperature),
+        float(config.guide_power),
     )
 
 

@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE
+from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, WITHOUT_FEATURES
 from cfcam_gpu.gaussian import coverage, interpolation_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
@@ -167,6 +167,8 @@ def balance(grid, shape, config):
 def average_alike_cells(grid, guide, config):
     """The signed sum (h, w) on the guide's grid, averaged over the cells with alike features there: (hg, wg).
 
+    It is more where the features are strong, by ``guide_power``, and next to nothing where there are none.
+
     Args:
         guide: (Cg, hg, wg), the features. Without an average (`CFCAMConfig.averages`), grid comes back as it is.
     """
@@ -185,6 +187,9 @@ def average_alike_cells(grid, guide, config):
             affinity = likeness(features @ features[cell], config) * near[cell]
             averaged[cell] = affinity @ values / affinity.sum()
         values = averaged
+    if config.guide_power > 0:
+        squares = np.where(has_features, norms, 0) ** 2
+        values = values * np.maximum(squares, WITHOUT_FEATURES) ** (config.guide_power / 2)
     return values.reshape(shape)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
-from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON
+from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
 from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import (
     as_rows_and_columns,
@@ -229,7 +229,8 @@ def evidence_factors(grids, shape, config):
 
 
 def average_alike_cells(grids, guide, config):
-    """Signed sums on the guide's grid, each cell averaged over the cells with alike features there.
+    """Signed sums on the guide's grid, each cell averaged over the cells with alike features there, and multiplied by
+    the power of its features' length.
 
     Args:
         grids: (B, h, w), or (B, K, h, w) for several of an image.
@@ -266,7 +267,17 @@ def average_alike_cells(grids, guide, config):
             mass = sums[:, -1:]
             # 0 for a cell without features, which keeps its own value.
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
-    return values[:, :-1].reshape(*grids.shape[: -len(shape)], *shape)
+    values = values[:, :-1]
+    if config.guide_power > 0:
+        values = values * strengths(guide, config.guide_power, values.dtype)[:, None]
+    return values.reshape(*grids.shape[: -len(shape)], *shape)
+
+
+def strengths(guide, power, dtype):
+    """The power of the features' length at each cell of the guide (B, Cg, hg, wg): (B, hg * wg)."""
+    cells = guide.detach().to(dtype).flatten(2)
+    squares = (cells * cells).sum(1).nan_to_num_(0, 0, 0)  # NaN or infinite features are no features
+    return squares.clamp_min_(WITHOUT_FEATURES).pow_(power / 2)
 
 
 def affinities(guide, target_shape, config, dtype, rows, columns):

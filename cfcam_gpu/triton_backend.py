@@ -194,7 +194,7 @@ def _averaged(grid, guide, relu, config, products=None):
         grid = torch_backend.average_alike_cells(grid, guide, config)
         return grid.relu_() if relu else grid
     power, sigma, steps = config.affinity_power, config.affinity_sigma, config.affinity_steps
-    return affinity_sum(grid, _as_read(guide), power, sigma, steps, relu, products)
+    return affinity_sum(grid, _as_read(guide), power, sigma, steps, relu, products, config.guide_power)
 
 
 def _as_read(guide):

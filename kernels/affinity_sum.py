@@ -3,10 +3,11 @@
     k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
 with f_p = (F_1p ... F_Cp) the features of the guide's cell p, and q at most reach_y rows and reach_x columns away; a
-cell without features keeps S_p. In the first step S is the signed sum over the channels on the target layer's coarser
-grid, of which each program takes the bilinear value at q for itself, its negative cells scaled down to what the
-positive ones amount to (`reference.balance`); later it is what the step before has left on the guide's own grid. A
-program owns a block of cells p and walks over the cells q of the rows within reach.
+cell without features keeps S_p. What the last step leaves is multiplied by |f_p|^guide_power, where that is above 0.
+In the first step S is the signed sum over the channels on the target layer's coarser grid, of which each program takes
+the bilinear value at q for itself, its negative cells scaled down to what the positive ones amount to
+(`reference.balance`); later it is what the step before has left on the guide's own grid. A program owns a block of
+cells p and walks over the cells q of the rows within reach.
 
 The products f_p . f_q of a guide of up to `STORED_CELLS` cells are stored, each tile computed once for both of its
 halves, because every step needs them; where a batch has few tiles, several programs share the channels of one, and who
@@ -29,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cfcam_gpu.config import WITHOUT_FEATURES
 from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import coverage, window_decay, window_reach
 from cfcam_gpu.kernels.class_map import bilinear, scaled_below_zero
@@ -234,11 +236,14 @@ def affinity_sum_kernel(
     decay_y,
     decay_x,
     power,
+    half_guide_power,
+    least_square,
     f_stride_b,
     f_stride_c,
     f_stride_y,
     f_stride_x,
     RELU: tl.constexpr,
+    STRENGTH: tl.constexpr,
     RESIZE: tl.constexpr,
     BALANCE: tl.constexpr,
     SHARES: tl.constexpr,
@@ -262,8 +267,9 @@ def affinity_sum_kernel(
     x = cell % width
     f_ptr += image * f_stride_b
     products_ptr += image * SHARES * n_cells * n_cells
+    own_square = tl.zeros([BLOCK_P], tl.float32)
     if SHARES > 0:
-        own_square = squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
+        own_square += squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
     grid_ptr += image * n_classes * grid_height * grid_width
     averaged_ptr += image * n_classes * n_cells
     share = 1.0
@@ -318,7 +324,8 @@ def affinity_sum_kernel(
                 product = add_product(a, b, product)
                 squares += a * a
                 other_squares += b * b
-            exponent, alike = log2_likeness(product, tl.sum(squares, axis=1), tl.sum(other_squares, axis=0), power)
+            own_square = tl.sum(squares, axis=1)
+            exponent, alike = log2_likeness(product, own_square, tl.sum(other_squares, axis=0), power)
         apart_y = tl.abs(y[:, None] - other_y[None, :])
         apart_x = tl.abs(x[:, None] - other_x[None, :])
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
@@ -359,12 +366,16 @@ def affinity_sum_kernel(
         mass = mass[:, None]
         out = k[None, :] * n_cells + cell[:, None]
     averaged = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), own)
+    if STRENGTH:
+        square = tl.where(own_square < float("inf"), own_square, 0.0)  # nor NaN
+        strength = tl.exp2(half_guide_power * tl.log2(tl.maximum(square, least_square)))
+        averaged = averaged * (strength if BLOCK_K == 1 else strength[:, None])
     if RELU:
         averaged = tl.maximum(averaged, 0.0)
     tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
-def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None):
+def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
     A launch for the products of the cells, where they are stored and not there yet, and one a step; float32
@@ -376,17 +387,18 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=Non
         power, sigma_cells: as in `CFCAMConfig`, the power above 0.
         steps: how often, at least 1.
         products: those of the guide's cells, where another launch has made them.
+        guide_power: as in `CFCAMConfig`.
     """
     batch, _, height, width = guide.shape
     n_cells = height * width
     if products is not None or n_cells > STORED_CELLS:
-        return _averaged(grid, guide, products, power, sigma_cells, steps, relu)
+        return _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power)
     at_once = max(1, STORED_BYTES // (4 * _shares(guide.shape) * n_cells**2))
     parts = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
         products = cell_products(guide[part], _shares(guide.shape))
-        parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu))
+        parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu, guide_power))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -439,7 +451,7 @@ def product_launch(guide, products):
     return batch * n_shares * columns * (columns + 1) // 2, arguments, options
 
 
-def _averaged(grid, guide, products, power, sigma_cells, steps, relu):
+def _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power):
     batch, n_channels, *shape = guide.shape
     n_cells = shape[0] * shape[1]
     classes, target_shape = grid.shape[1:-2], grid.shape[-2:]
@@ -476,8 +488,11 @@ def _averaged(grid, guide, products, power, sigma_cells, steps, relu):
             *reach,
             *decay,
             float(power),
+            guide_power / 2,
+            WITHOUT_FEATURES,
             *guide.stride(),
             RELU=relu and step == steps - 1,
+            STRENGTH=guide_power > 0 and step == steps - 1,
             RESIZE=tuple(grid.shape[-2:]) != tuple(shape),
             BALANCE=step == 0,
             SHARES=0 if products is None else products.shape[1],

@@ -278,7 +278,9 @@ PEERS = {
 }
 """Method -> pytorch-grad-cam's class."""
 
-FIRST_DEFAULT = CFCAMConfig(affinity_power=3.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0)
+FIRST_DEFAULT = CFCAMConfig(
+    affinity_power=3.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0, guide_power=0.0
+)
 """The default of version 0.1: one average over all alike cells of the target layer's own grid, and the logit."""
 
 METHODS = {
@@ -301,6 +303,7 @@ CONTROLS = {
     "Grad-CAM, averaged": averaged_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig()),
     "CF-CAM, logit": from_config(dataclasses.replace(CFCAMConfig(), margin_temperature=0.0)),
     "CF-CAM, no average": from_config(dataclasses.replace(CFCAMConfig(), affinity_power=0.0)),
+    "CF-CAM, guide's strength apart": from_config(dataclasses.replace(CFCAMConfig(), guide_power=0.0)),
     "CF-CAM, own cells": from_config(CFCAMConfig(), guided=False),
     "Grad-CAM, margin": from_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig().margin_temperature),
     "Grad-CAM, Finer-CAM's score": from_grid(from_weights(WEIGHTS["Grad-CAM"]), finer_cam),
@@ -311,23 +314,29 @@ CONTROLS = {
 relatives. On both halves."""
 
 CANDIDATES = {
-    f"d {dominant:g}, p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}": from_config(
+    f"d {dominant:g}, p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}"
+    + (f", g {guide:g}" * (guide > 0)): from_config(
         CFCAMConfig(
             dominant_percentile=dominant,
             affinity_power=power,
             affinity_sigma=sigma,
             affinity_steps=steps,
             margin_temperature=temperature,
+            guide_power=guide,
         )
     )
-    for dominant, power, sigma, steps, temperature in (
-        (25.0, 2.0, 2.0, 2, 1.5),
-        (50.0, 2.0, 2.0, 2, 1.5),
-        (25.0, 2.0, 2.0, 2, 1.2),
-        (25.0, 2.0, 2.0, 2, 2.0),
-        (25.0, 2.0, 1.5, 2, 1.5),
-        (25.0, 2.0, 2.0, 1, 1.5),
-        (25.0, 4.0, 1.0, 2, 1.5),
+    for dominant, power, sigma, steps, temperature, guide in (
+        (25.0, 2.0, 2.0, 2, 1.5, 0.0),
+        (50.0, 2.0, 2.0, 2, 1.5, 0.0),
+        (25.0, 2.0, 2.0, 2, 1.2, 0.0),
+        (25.0, 2.0, 2.0, 2, 2.0, 0.0),
+        (25.0, 2.0, 1.5, 2, 1.5, 0.0),
+        (25.0, 2.0, 2.0, 1, 1.5, 0.0),
+        (25.0, 4.0, 1.0, 2, 1.5, 0.0),
+        (25.0, 2.0, 2.0, 2, 1.2, 0.5),
+        (25.0, 2.0, 2.0, 2, 1.2, 1.0),
+        (25.0, 2.0, 2.0, 2, 1.2, 2.0),
+        (25.0, 2.0, 2.0, 2, 1.5, 1.0),
     )
 }
 """Configurations that the default is chosen from, on the half "choose"; `affinity_steps` at most 2, each a launch."""

@@ -144,7 +144,7 @@ def largest(share):
 
 def everywhere(power):
     """One average over all alike cells, near and far."""
-    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1)
+    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1, guide_power=0.0)
 
 
 def centred_affinity(power):

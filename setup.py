@@ -28,12 +28,14 @@ PEERS = {
 HEIF = ["pillow-heif"]
 MEDICAL = ["nibabel>=5"]
 VIDEO = ["av>=12"]
+DATASETS = ["pyarrow>=15", "zarr>=3.0.8"]  # float16 in Parquet; shards, and no half-written chunks
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
 LINT = [RUFF, "mypy==2.4.1"]
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
-TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "timm", *METRICS, *MEDICAL, *VIDEO, *BENCH, *DEMO, *LINT]
+OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS]
+TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "timm", *OPTIONAL, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
 HOST = Extension(
@@ -77,6 +79,7 @@ setup(
         "heif": HEIF,
         "medical": MEDICAL,
         "video": VIDEO,
+        "datasets": DATASETS,
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,

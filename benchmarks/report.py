@@ -75,6 +75,7 @@ class Results:
             rows.latest(rows.read(folder / f"{name}.jsonl"), "network", "classes", "seed", "method")
             for name in ("shapes", "volumes")
         )
+        self.datasets = rows.latest(rows.read(folder / "datasets.jsonl"), "op", "way", "photos")
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -354,6 +355,37 @@ def numbers_table(results):
     return markdown(["", ""], body) if body else NOT_MEASURED
 
 
+def datasets_table(results):
+    """Pictures a second of whole runs, beside the network alone; the memory of longer ones; and kills."""
+    of = {op: [row for key, row in results.datasets.items() if key[0] == op] for op in ("explain", "memory", "kill")}
+    if not of["explain"]:
+        return NOT_MEASURED
+    body = []
+    for row in of["explain"]:
+        share = "" if row["of_network"] is None else f"{100 * row['of_network']:.0f} %"
+        spread = f"{number(row['per_s'])} ({number(row['lowest_per_s'])} to {number(row['highest_per_s'])})"
+        body.append([DATASET_WAYS.get(row["way"], row["way"]), spread, share, number(row["peak_mib"])])
+    parts = [markdown(["", "pictures a second", "of the network's", "peak MiB"], body)]
+    if of["memory"]:
+        found = (f"{row['peak_mib']} MiB for {row['photos']} pictures ({row['way']})" for row in of["memory"])
+        parts.append(f"Peak memory: {', '.join(found)}.")
+    parts += [
+        f"{row['kills']} kills at random moments, of runs that take {number(row['undisturbed_s'])} s: the folder was"
+        f" {'the same as after an undisturbed run' if row['equal'] else 'NOT the same in the end'}."
+        for row in of["kill"]
+    ]
+    row = of["explain"][-1]
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "pillow", "pyarrow", "zarr") if name in row)
+    parts.append(
+        f"{row['photos']} photographs, EfficientNet-Lite0, batch {row['batch']}, median of {row['rounds']} runs (lowest"
+        f" to highest), from when the model is loaded to the end; {row['device']}; {versions}; {row['date']}, commit"
+        f" {row['commit'] or 'unknown'}."
+    )
+    return "\n\n".join(parts)
+
+
+DATASET_WAYS = {"network": "the network alone", "before": "overlays, one picture after the other, as before"}
+
 TABLES = {
     "numbers": numbers_table,
     "accelerated": accelerated_table,
@@ -367,6 +399,7 @@ TABLES = {
     "growth": growth_table,
     "gates": gates_table,
     "memory": memory_table,
+    "datasets": datasets_table,
     **report_faithfulness.TABLES,
 }
 """{name: function of the results}."""
@@ -387,6 +420,7 @@ PAGES = {
     "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
+    "docs/datasets.md": ("datasets",),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
         *(

@@ -5,99 +5,22 @@ line.
 """
 
 import argparse
-import glob
-import hashlib
 import json
 import math
-import os
 import sys
-import unicodedata
-import warnings
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cfcam_gpu import (
-    CFCAM,
-    CFCAMConfig,
-    __version__,
-    class_names,
-    doctor,
-    images,
-    layers,
-    models,
-    pipeline,
-    volume_preprocess,
-    volumes,
-)
-from cfcam_gpu import probabilities as prob
+from cfcam_gpu import __version__, datasets, doctor, layers, models, pipeline, volume_preprocess
 from cfcam_gpu.checks import needs
+from cfcam_gpu.datasets import reading, writing
 from cfcam_gpu.methods import METHODS
-from cfcam_gpu.outputs import find_logits
-
-PANEL_PIXELS = 448
-"""Height of the photograph and of each overlay in a picture."""
-
-FAINT_DIFFERENCE = 0.05
-"""The colours of --versus reach as far as the largest difference, but at least to this: equal maps would show their
-rounding."""
-
-FRAME_PIXELS = 288
-"""Height of a frame and of each overlay in an animation."""
-
-MONTAGE_PIXELS = 672
-"""Height of the slices together in a picture of a scan."""
 
 N_NOISE = 64
 """Voxels along each axis of the noise that a network of volumes is looked at with, where its size is not known."""
-
-DEFAULT_BATCH = {2: 16, 3: 1}
-"""Images, or volumes and videos, per forward pass."""
-
-DEFAULT_TOP = 2
-"""Classes that are explained of each image, of a model that has so many."""
-
-GIVE_UP = 3
-"""Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
-
-LONGEST_SUFFIX = len("_100000-100000.nii.gz")
-"""What may follow an image's name in a file's name."""
-
-
-class Source(NamedTuple):
-    """One image, scan or video to explain."""
-
-    label: str
-    load: Callable
-    """What a network of ``n_axes`` takes: called with ``n_axes`` and the number of frames, returns a PIL image or a
-    `volumes.Volume`."""
-    stem: str
-    """Name of what is written for it, without the extension."""
-
-
-class Seen(NamedTuple):
-    """A scan or a video, and what the network sees of it, (C, d, h, w)."""
-
-    volume: volumes.Volume
-    values: torch.Tensor
-
-
-class Batch(NamedTuple):
-    """Images of one shape: the (B, C, H, W) or (B, C, D, H, W) input, and what the network sees of each: a PIL image,
-    or a `Seen`."""
-
-    sources: tuple
-    seen: tuple
-    inputs: torch.Tensor
-
-    def part(self, images):
-        """The images of a slice."""
-        return Batch(*(each[images] for each in self))
 
 
 class _Refused(Exception):
@@ -119,6 +42,9 @@ def main(argv=None):
     except (_Refused, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"cfcam: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cfcam: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser():
@@ -135,12 +61,14 @@ def _parser():
         "animation, OUT/NAME.webp.",
     )
     add = explain.add_argument
-    inputs = "a folder gives what the network takes of its files, not of its subfolders'"
-    add("inputs", nargs="+", metavar="IMAGE|FOLDER|GLOB", help=inputs)
-    frames = "frames of a video, evenly spread (default: as many as the model says, else 16)"
-    add("--frames", type=_positive, metavar="N", help=frames)
+    inputs = (
+        "a folder gives its images, not its subfolders'; @FILE is a text file of paths, and - is standard input; a "
+        "table (.csv, .parquet) names files in a column, and an archive (.tar) holds them"
+    )
+    add("inputs", nargs="*", metavar="IMAGE|FOLDER|GLOB", help=inputs)
     _add_options(explain, out="cfcam-out", versus=False)
-    explain.set_defaults(run=lambda args: explain_images(args, lambda n_axes: find_sources(args.inputs, n_axes)))
+    _add_dataset_options(explain)
+    explain.set_defaults(run=lambda args: explain_images(args, _sources(args)))
 
     demo = commands.add_parser(
         "demo",
@@ -207,6 +135,41 @@ def _add_options(parser, out, versus):
         action="store_true",
         help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1], of a scan (D, H, W); and with "
         "--versus OUT/NAME_I-J.npy: the map of class I minus that of class J, in [-1, 1]",
+    )
+
+
+def _add_dataset_options(parser):
+    add = parser.add_argument_group("many pictures (docs/datasets.md)").add_argument
+    add("--list", action="append", metavar="FILE", help="a text file with a path on each line; as @FILE")
+    add("--path-column", default=reading.PATH_COLUMN, metavar="NAME", help="of tables (default: %(default)s)")
+    add(
+        "--target-column",
+        metavar="NAME",
+        help="explain the class whose index is in this column of a table, or in the members of an archive with this "
+        "extension, such as cls (default: the best classes)",
+    )
+    add(
+        "--write",
+        type=lambda text: [part.strip() for part in text.split(",")],
+        default=["overlay"],
+        metavar="WHAT,...",
+        help=f"one or more of {', '.join(writing.KINDS)} (default: overlay)",
+    )
+    for kind in writing.KINDS:
+        formats = writing.formats_of(kind)
+        files = ", ".join(f"{each.name}: {each.files}" for each in formats.values())
+        default = next(iter(formats))
+        add(f"--{kind}-format", choices=list(formats), default=default, help=f"{files} (default: {default})")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew where an unfinished run has left its journal (default: go on with it)",
+    )
+    add("--workers", type=_positive, metavar="N", help="threads that read, and that write (default: one a core, to 8)")
+    add(
+        "--json",
+        action="store_true",
+        help="a line of JSON for every picture as it is done, and one for the run at the end; all else on stderr",
     )
 
 
@@ -310,71 +273,7 @@ def _chelsea():
     from PIL import Image
 
     photograph = Image.fromarray(chelsea())
-    load = lambda n_axes, n_frames: volumes.check_takes_images("chelsea", photograph, n_axes)
-    return Source("chelsea", load, "chelsea")
-
-
-def find_sources(inputs, n_axes=2):
-    """The images that the arguments name, each once, with distinct names for what is written.
-
-    A folder gives its own files with an image's extension, sorted, or for a network of volumes (``n_axes`` of 3) with a
-    scan's or a video's; for None with any of these. A pattern gives its matches, sorted; anything else is taken as a
-    file and tried. Where two files have the same stem, the later ones are numbered: cat, cat-2.
-
-    Raises:
-        ValueError: a folder has no image, or a pattern matches no file.
-    """
-    extensions = {2: images.EXTENSIONS, 3: volumes.EXTENSIONS, None: (*images.EXTENSIONS, *volumes.EXTENSIONS)}[n_axes]
-    paths = {}
-    for text in inputs:
-        # Of os.path, because Path's methods raise for a name that is too long.
-        if os.path.isdir(text):
-            found = [file for file in sorted(Path(text).iterdir()) if volumes.extension(file) in extensions]
-            found = [file for file in found if os.path.isfile(file)]
-            if not found:
-                what = "volume or video" if n_axes == 3 else "image"
-                raise ValueError(f"no {what} in folder {text} (looked for {' '.join(extensions)})")
-        elif glob.has_magic(text) and not os.path.exists(text):
-            found = [Path(file) for file in sorted(glob.glob(text, recursive=True)) if os.path.isfile(file)]
-            if not found:
-                raise ValueError(f"no file matches {text}")
-        else:
-            found = [Path(text)]
-        for file in found:
-            paths.setdefault(os.path.realpath(file), file)
-    sources, taken = [], set()
-    for file in paths.values():
-        stem, number = volumes.stem(file), 1
-        while _same_name(stem) in taken:
-            number += 1
-            stem = f"{volumes.stem(file)}-{number}"
-        taken.add(_same_name(stem))
-        load = lambda n_axes, n_frames, file=file: volumes.load(file, n_axes, n_frames)
-        sources.append(Source(str(file), load, stem))
-    return sources
-
-
-def _same_name(stem):
-    """Equal for names that a file system may take for one: they differ in case, or in how accents are composed."""
-    return unicodedata.normalize("NFC", stem).casefold()
-
-
-def _shorten(sources, folder):
-    """The sources with names that fit in the folder: of one that is too long the beginning and a hash of it all."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    try:
-        longest = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        longest = 255 - LONGEST_SUFFIX
-    return [source._replace(stem=_shortened(source.stem, longest)) for source in sources]
-
-
-def _shortened(stem, longest):
-    name = os.fsencode(stem)
-    if len(name) <= longest:
-        return stem
-    tail = f"-{hashlib.sha256(name).hexdigest()[:12]}"
-    return name[: longest - len(tail)].decode("utf-8", "ignore") + tail
+    return datasets.Source("chelsea", lambda: photograph, "chelsea")
 
 
 def _tqdm():
@@ -467,342 +366,66 @@ def run_bench(args):
     return 0
 
 
-def explain_images(args, find):
-    """Write the pictures of all sources; returns 0, or 1 when some could not be explained, which are listed at the end.
-
-    What fails on the first images, whichever they are, fails because of the model or the arguments, and is raised.
-
-    Args:
-        find: gives the sources for a network of ``n_axes``, None while that is not known.
-    """
-    tqdm = _tqdm()
-    find(None)  # what is not there is better known before a model is loaded
-    if args.out.exists() and not args.out.is_dir():
-        raise _Refused(f"--out must be a folder, got the file {args.out}")
-    if args.paper and args.method != "cfcam":
-        raise _Refused(f"--paper is a procedure of --method cfcam, got --method {args.method}")
-    images.get_colormap(args.colormap)
-    _versus(args, args.top or DEFAULT_TOP)
-    names = None if args.labels is None else class_names.class_names(args.labels)
-    device = _default_device(args)
-    pipeline.choose(args.backend, "auto", torch.empty(1, 1, 1, 1, device=device))
-    loaded = models.load_model(args.model, device)
-    if args.labels is not None:
-        loaded = replace(loaded, class_names=names)
-    if args.layer is not None:
-        layers.get_layer(loaded.model, args.layer)
-    sources = find(loaded.n_axes)
-    inputs = {os.path.realpath(source.label) for source in sources}
-    sources = _shorten(sources, args.out)
-    for source in sources:
-        picture = args.out / f"{source.stem}.png"
-        if os.path.realpath(picture) in inputs:
-            raise _Refused(f"--out {args.out} would overwrite the input {picture}")
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    with tqdm(total=len(sources), unit="image", disable=None, file=sys.stderr) as bar, warnings.catch_warnings():
-        run = _Run(args, loaded, bar, inputs)
-        warnings.showwarning = run.warn
-        try:
-            for batch in _batches(sources, run):
-                run.explain(batch._replace(inputs=batch.inputs.to(device)))
-            run.check()
-        finally:
-            run.list_left_out()
-    return 1 if run.lost else 0
+def _sources(args):
+    lists = args.list or []
+    if not args.inputs and not lists:
+        raise _Refused("the following arguments are required: IMAGE|FOLDER|GLOB, or --list (see cfcam explain --help)")
+    return datasets.find_sources(args.inputs, lists, args.path_column, args.target_column)
 
 
-class _Run:
-    """The images of one command, one batch after the other."""
+def explain_images(args, sources):
+    """Write what is asked for of all sources; returns 0, or 1 when some could not be explained, which are listed at the
+    end."""
+    names = [field.name for field in fields(datasets.Options) if hasattr(args, field.name)]
+    options = datasets.Options(**{name: getattr(args, name) for name in names})
+    report = _Said(options.out, as_json=getattr(args, "json", False))
+    try:
+        summary = datasets.explain(options, sources, report)
+    finally:
+        report.close()
+    report.summary(summary)
+    return 1 if summary.lost else 0
 
-    def __init__(self, args, loaded, bar, inputs):
-        self.args, self.loaded, self.bar, self.inputs = args, loaded, bar, inputs
-        self.cam = None
-        self.explained = 0
-        self.lost = []
-        """(reason, error) of each image that was left out; the error is None where its file is what is wrong."""
 
-    def warn(self, message, category, filename, lineno, file=None, line=None):
-        text = " ".join(str(message).split())
-        if not issubclass(category, UserWarning):
-            text = f"{filename}:{lineno}: {category.__name__}: {text}"
+class _Said(datasets.Report):
+    """What a run says on the terminal, beside a bar; or lines of JSON."""
+
+    def __init__(self, out, as_json):
+        self.out, self.as_json, self.tqdm, self.bar, self.n_lost = out, as_json, _tqdm(), None, 0
+
+    def start(self, n_images, n_done):
+        self.bar = self.tqdm(total=n_images, initial=n_done, unit="image", disable=None, file=sys.stderr)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+    def note(self, text):
+        self.bar.write(text, file=sys.stderr if self.as_json else None)
+
+    def warning(self, text):
         self.bar.write(f"cfcam: warning: {text}", file=sys.stderr)
 
-    def left_out(self, reason, error=None):
-        self.lost.append((reason, error))
+    def record(self, record, said):
+        if self.as_json:
+            self.bar.write(json.dumps(record.as_dict()))
+        elif record.error is None:
+            where = f" -> {self.out / record.files[0]}" if record.files else ""
+            self.bar.write(f"{record.path}{where}: {said}")
+        if record.error is not None:
+            self.n_lost += 1
+            self.bar.set_postfix_str(f"{self.n_lost} failed", refresh=False)
         self.bar.update()
 
-    def failed(self, source, error):
-        """The model, or its preprocess, failed on an image."""
-        self.left_out(f"{source.label}: {_reason(error)}", error)
-        if len([error for _, error in self.lost if error is not None]) >= GIVE_UP:
-            self.check()
+    def left_out(self, record):
+        self.bar.write(f"cfcam: {record.error}", file=sys.stderr)
 
-    def check(self):
-        """Raise the first error if the model has explained nothing."""
-        errors = [error for _, error in self.lost if error is not None]
-        if errors and not self.explained:
-            raise _Refused(_reason(errors[0])) from errors[0]
-
-    def list_left_out(self):
-        for reason, error in self.lost:
-            if error is None or self.explained:
-                self.bar.write(f"cfcam: {reason}", file=sys.stderr)
-
-    def explain(self, batch):
-        """Write the pictures of a batch; where one image fails, of the others."""
-        while self.cam is None:
-            if not batch.sources:
-                return
-            try:
-                self.prepare(batch.inputs[:1])
-            except _Refused:
-                raise
-            except Exception as error:  # of the user's network
-                self.failed(batch.sources[0], error)
-                batch = batch.part(slice(1, None))
-        to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
-        try:
-            classes, scores, maps = _explain_batch(self, batch.inputs)
-        except Exception as error:
-            if len(batch.sources) == 1:
-                return self.failed(batch.sources[0], error)
-            for image in range(len(batch.sources)):
-                self.explain(batch.part(slice(image, image + 1)))
-            return
-        if to_find and self.cam.guide_names != self.cam.target_names:
-            self.bar.write(f"guide layer: {self.cam.guide_names[0]}")
-        for source, seen, *result in zip(batch.sources, batch.seen, classes, scores, maps):
-            try:
-                picture, said = self.write(source, seen, *result)
-            except Exception as error:  # what cannot be written, or the user's own `seen`
-                self.failed(source, error)
-                continue
-            self.explained += 1
-            self.bar.write(f"{source.label} -> {picture}: {said}")
-            self.bar.update()
-
-    def prepare(self, image):
-        """Look at the model with a first image (1, C, H, W): its layer, and what its outputs are."""
-        args, model = self.args, self.loaded.model
-        with prob.looking(model) as ending:
-            try:
-                target = layers.inspect_target_layer(model, image, args.layer)
-            except ValueError:
-                if ending.name is None:
-                    raise
-        if ending.name is not None:
-            # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
-            handle = prob.give_logits(model, ending.name)
-            try:
-                target = layers.inspect_target_layer(model, image, args.layer)
-            except Exception:
-                handle.remove()
-                raise
-            self.bar.write(f"outputs: probabilities, by a {ending.name} of the model's own")
-        n_classes = target.n_classes
-        _check_classes(args, n_classes)
-        self.top = args.top or min(DEFAULT_TOP, n_classes)
-        self.versus = n_classes > 1 and _versus(args, self.top)
-        if args.versus and n_classes == 1:
-            raise _Refused(f"--versus needs two classes or more, {args.model} has one output")
-        names = self.loaded.class_names
-        if names and not class_names.fit(names, n_classes):
-            said = f"{_counted(names)}, {args.model} has {n_classes} classes"
-            if args.labels is not None:
-                raise _Refused(f"--labels {args.labels} has {said}")
-            self.bar.write(f"class names: not used, since there are {said}")
-        config = CFCAMConfig.paper() if args.paper else CFCAMConfig()
-        self.multilabel = args.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
-        if self.multilabel and n_classes > 1:
-            config = replace(config, margin_temperature=0.0)
-            self.bar.write("outputs: several labels an image, each explained by its own logit")
-        self.bar.write(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
-        self.n_classes = n_classes
-        if args.method == "cfcam":
-            self.cam = CFCAM(model, config=config, backend=args.backend)
-        else:
-            self.cam = METHODS[args.method](model, backend=args.backend)
-            self.bar.write(f"method: {self.cam.name}")
-        self.cam._take(target, tuple(image.shape[2:]))
-
-    def write(self, source, seen, classes, scores, maps):
-        """Write an image's picture and its maps; returns the picture's path and what it says of its classes."""
-        if self.n_classes == 1:
-            (positive,), (score,) = classes, scores
-            names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
-            captions, keys = [f"{names[0]} {score:.2f}"], ["positive" if positive else "negative"]
-            said = f"{captions[0]} ({names[1]} {1 - score:.2f})"
-        else:
-            names = [self.loaded.class_name(index, self.n_classes) for index in classes]
-            captions, keys = [f"{name} {score:.2f}" for name, score in zip(names, scores)], classes
-            said = ", ".join(captions)
-        method = "" if self.args.method == "cfcam" else f", {METHODS[self.args.method].name}"
-        captions.insert(0, source.stem + method)
-        maps = {str(key): heat for key, heat in zip(keys, maps)}
-        difference = None
-        if self.versus:
-            difference = maps[str(keys[0])] - maps[str(keys[1])]
-            captions.append(f"{names[0]}, not {names[1]} \u00b1{np.abs(difference).max():.2f}")
-        return _write(self, source, seen, captions, maps, difference), said
-
-    def output(self, name):
-        """The path of a file to write; ValueError where one of the inputs is."""
-        path = self.args.out / name
-        if os.path.realpath(path) in self.inputs:
-            raise ValueError(f"{path} would overwrite an input: choose another --out")
-        return path
-
-
-def _reason(error):
-    text = " ".join(str(error).split())
-    if isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _counted(names):
-    return f"an index {max(names)}" if isinstance(names, dict) else f"{len(names)} names"
-
-
-def _check_classes(args, n_classes):
-    for index in args.classes or []:
-        if index >= n_classes:
-            raise _Refused(f"--classes must be in [0, {n_classes}) for {args.model}, got {index}")
-    if args.top is not None and args.top > n_classes:
-        raise _Refused(f"--top must be at most {n_classes} for {args.model}, got {args.top}")
-
-
-def _versus(args, top):
-    """Whether to compare the first two classes. ``args.versus`` of None: where there are two."""
-    n_classes = len(args.classes) if args.classes else top
-    if args.versus and n_classes < 2:
-        given = f"--classes {args.classes[0]}" if args.classes else f"--top {top}"
-        raise _Refused(f"--versus needs two classes or more, got {given}")
-    return args.versus is not False and n_classes > 1
-
-
-def _batches(sources, run):
-    """Batches of images that could be read; a new shape begins a new one. Why the others could not goes to
-    ``run.left_out``, and to ``run.failed`` where the preprocess is what did not take them."""
-    loaded, group = run.loaded, []
-    batch_size = run.args.batch_size or DEFAULT_BATCH[loaded.n_axes]
-    for source in sources:
-        try:
-            image = source.load(loaded.n_axes, run.args.frames or loaded.frames)
-        except (ImportError, OSError, ValueError, MemoryError) as error:
-            run.left_out(_reason(error))
-            continue
-        try:
-            if isinstance(image, volumes.Volume):
-                pixels, seen = loaded.preprocess(image.values), Seen(image, loaded.seen(image.values))
-            else:
-                pixels, seen = loaded.preprocess(image), loaded.seen(image)
-        except Exception as error:  # of the user's preprocess
-            run.failed(source, error)
-            continue
-        if group and (len(group) == batch_size or pixels.shape != group[-1][2].shape):
-            yield _batch(group)
-            group = []
-        group.append((source, seen, pixels))
-    if group:
-        yield _batch(group)
-
-
-def _batch(group):
-    sources, seen, pixels = zip(*group)
-    return Batch(sources, seen, torch.stack(pixels))
-
-
-def _explain_batch(run, inputs):
-    """Per image: its classes [K], their scores [K] and their maps (K, H, W), on the host.
-
-    Of a model with one output a class is the side that is explained, True or False, and the score that side's.
-    """
-    cam, one_output = run.cam, run.n_classes == 1
-    targets = run.args.classes and [run.args.classes] * len(inputs)
-    maps = cam.maps(inputs, targets, top=None if targets or one_output else run.top)
-    logits = find_logits(cam.outputs, len(inputs))
-    scores = prob.probabilities(logits, run.multilabel)
-    if not one_output:
-        return cam.classes.tolist(), scores.gather(1, cam.classes).tolist(), maps.float().cpu().numpy()
-    positive = torch.ones_like(logits, dtype=torch.bool) if targets else logits >= 0
-    scores = torch.where(positive, scores, 1 - scores)
-    maps = maps if targets else maps.unsqueeze(1)
-    return positive.tolist(), scores.tolist(), maps.float().cpu().numpy()
-
-
-def _write(run, source, seen, captions, maps, difference):
-    """Write the picture and the maps of an image, a scan or a video; returns the picture's path.
-
-    Args:
-        captions: of what was seen, of each class, and of the difference.
-        maps: by what they are called in the names of files.
-        difference: of the first two, or None.
-    """
-    if isinstance(seen, Seen):
-        # A network that looks at a volume slice by slice may have maps (H, W): they hold for all of them.
-        depth = seen.values.shape[1]
-        maps = {name: _of_volume(heat, depth) for name, heat in maps.items()}
-        difference = None if difference is None else _of_volume(difference, depth)
-    # Maps of classes that are confused differ little: as it is, their difference would hardly show.
-    shown = None if difference is None else difference / max(np.abs(difference).max(), FAINT_DIFFERENCE)
-    draw = _picture if not isinstance(seen, Seen) else _animation if seen.volume.is_video else _slices
-    picture = draw(run, source, seen, captions, list(maps.values()), shown)
-    if difference is not None:
-        maps["-".join(list(maps)[:2])] = difference
-    if isinstance(seen, Seen) and not seen.volume.is_video:
-        shape, nifti = seen.volume.shape, seen.volume.nifti
-        maps = {name: run.loaded.to_volume(torch.from_numpy(heat), shape).numpy() for name, heat in maps.items()}
-        for name, heat in maps.items() if nifti is not None else ():
-            volumes.save_nifti(heat, nifti, run.output(f"{source.stem}_{name}.nii.gz"))
-    if run.args.raw:
-        for name, heat in maps.items():
-            with images.atomic_write(run.output(f"{source.stem}_{name}.npy")) as file:
-                np.save(file, heat)
-    return picture
-
-
-def _of_volume(heat, depth):
-    return heat if heat.ndim == 3 else np.repeat(heat[None], depth, 0)
-
-
-def _picture(run, source, photograph, captions, heats, difference):
-    path = run.output(f"{source.stem}.png")
-    panels = _panels(photograph, PANEL_PIXELS, heats, difference, run.args.colormap)
-    images.save_image(images.side_by_side(panels, captions), path)
-    return path
-
-
-def _slices(run, source, seen, captions, heats, difference):
-    path = run.output(f"{source.stem}.png")
-    draw = partial(volumes.draw_slices, *seen, height=MONTAGE_PIXELS)
-    panels = [draw(heat, colormap=run.args.colormap) for heat in (np.zeros_like(heats[0]), *heats)]
-    if difference is not None:
-        panels.append(draw(difference, colormap="RdBu_r", difference=True))
-    images.save_image(images.side_by_side(panels, captions), path)
-    return path
-
-
-def _animation(run, source, seen, captions, heats, difference):
-    path, pictures = run.output(f"{source.stem}.webp"), []
-    for index, frame in enumerate(volumes.frames_of(seen.values)):
-        # The user's `seen` may show other frames than the network takes.
-        index = index * len(heats[0]) // seen.values.shape[1]
-        of_frame = None if difference is None else difference[index]
-        panels = _panels(frame, FRAME_PIXELS, [heat[index] for heat in heats], of_frame, run.args.colormap)
-        pictures.append(images.side_by_side(panels, captions))
-    volumes.save_animation(pictures, path, seen.volume.seconds)
-    return path
-
-
-def _panels(photograph, height, heats, difference, colormap):
-    """The photograph and the maps over it."""
-    from PIL.Image import Resampling
-
-    width = max(1, round(photograph.width * height / photograph.height))
-    photograph = photograph.resize((width, height), Resampling.LANCZOS)
-    panels = [photograph, *(images.overlay(photograph, heat, colormap) for heat in heats)]
-    if difference is not None:
-        panels.append(images.overlay_difference(photograph, difference))
-    return panels
+    def summary(self, summary):
+        n_new = summary.explained - summary.resumed
+        if self.as_json:
+            values = {**summary._asdict(), "lost": len(summary.lost), "out": str(self.out)}
+            print(json.dumps({"summary": values}))
+        elif summary.images > 1:
+            lost = f", {len(summary.lost)} left out" if summary.lost else ""
+            rate = f"{n_new / max(summary.seconds, 1e-9):.3g} a second"
+            print(f"{summary.explained} of {summary.images} images explained{lost}: {summary.seconds:.3g} s, {rate}")

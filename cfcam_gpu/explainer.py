@@ -3,10 +3,10 @@
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from cfcam_gpu.dry_run import image_size
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
 from cfcam_gpu.notices import Notices
 from cfcam_gpu.targets import Targets
+
+if TYPE_CHECKING:
+    from cfcam_gpu.datasets.streaming import StreamedExplanation
 
 Self = TypeVar("Self", bound="Explainer")
 
@@ -214,6 +217,40 @@ class Explainer:
         (torch.Size([2, 5, 224, 224]), torch.Size([2, 5]), torch.Size([2, 2048]), torch.Size([2, 5, 2048]))
         """
         return self._explain(input_tensor, targets, top, inputs)
+
+    def stream(
+        self, loader: Iterable[Any], top: int | None = None, *, use_targets: bool = True, prefetch: int = 2
+    ) -> Iterator["StreamedExplanation"]:
+        """`explain` for every batch of a loader; the next ones are loaded and pinned while one is explained.
+
+        Args:
+            loader: a ``torch.utils.data.DataLoader`` or any iterable of batches, each of them
+
+                - a tensor of images (B, C, H, W), or a list of images (C, H, W);
+                - ``(images, targets)``, or ``(images,)``; what comes after is not used;
+                - a dict, such as a batch of rows of Hugging Face's datasets: of the columns those that the model's
+                  forward names, or else the one with images, or of several "pixel_values"; and the targets in
+                  "labels", "label", "targets" or "target".
+
+                It is iterated in a thread of its own, and its tensors are moved to the model's device.
+            top: the K classes of highest score of each image, instead of the batch's targets.
+            use_targets: whether the targets in a batch are what is explained; default True. False: the top class.
+            prefetch: batches that are loaded ahead; default 2.
+
+        Yields:
+            `cfcam_gpu.datasets.streaming.StreamedExplanation`: an `Explanation` whose ``batch`` is what the loader
+            gave.
+
+        Raises:
+            TypeError: a batch is of another kind.
+            As `maps`, and whatever the loader raises.
+
+        >>> for found in cam.stream(DataLoader(photographs, batch_size=16)):
+        ...     save(found.batch, found.maps)
+        """
+        from cfcam_gpu.datasets import streaming
+
+        return streaming.stream(self, loader, top, use_targets, prefetch)
 
     def _explain(self, input_tensor, targets, top, inputs):
         if torch.compiler.is_compiling():

@@ -5,6 +5,8 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from io import BytesIO
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -85,14 +87,33 @@ def load_image(path: str | os.PathLike) -> "Image":
     'RGB'
     """
     PIL = _pillow()
-    path = check_file(path)
+    with catch_warnings():
+        # Pillow warns at half its limit: 100-megapixel photographs are no attack.
+        simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        return read_image(path)
+
+
+def read_image(path: str | os.PathLike, content: bytes | None = None) -> "Image":
+    """`load_image` for several threads at once, which leaves Pillow's DecompressionBombWarning to the caller.
+
+    (``catch_warnings`` in one thread takes back what another has set.)
+
+    Args:
+        path: the file.
+        content: its bytes, where it is part of another file; ``path`` is then what errors call it.
+
+    Raises:
+        As `load_image`.
+    """
+    PIL = _pillow()
+    if content is None:
+        path = check_file(path)
+    elif not content:
+        raise ValueError(f"{path}: the file is empty")
     try:
-        with catch_warnings():
-            # Pillow warns at half its limit: 100-megapixel photographs are no attack.
-            simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            # Not by its name: of a file that it maps into memory, Pillow turns a TIFF's rows and columns wrongly.
-            with open(path, "rb") as file:
-                return _decode(path, file)
+        # Not by its name: of a file that it maps into memory, Pillow turns a TIFF's rows and columns wrongly.
+        with open(path, "rb") if content is None else BytesIO(content) as file:
+            return _decode(path, file, lambda: path if content is None else BytesIO(content))
     except ImportError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -140,7 +161,8 @@ def image_of(values: np.ndarray) -> "Image":
     return _rgb(_pillow().Image.fromarray(values if values.dtype == np.uint8 else _eight_bit(values, {})))
 
 
-def _decode(path, file):
+def _decode(path, file, whole):
+    """The image in ``file``; ``whole()`` is it again from its beginning, for the other packages that read images."""
     PIL = _pillow()
     try:
         image = PIL.Image.open(file)
@@ -148,7 +170,7 @@ def _decode(path, file):
         file.seek(0)
         head = file.read(12)
         if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
-            image = _open_heif(path)
+            image = _open_heif(path, whole())
         elif head[4:12] in (b"ftypavif", b"ftypavis"):
             from PIL import features
 
@@ -160,13 +182,13 @@ def _decode(path, file):
                 import tifffile  # noqa: F401
             except ImportError as error:
                 raise ImportError(f"{path}: a TIFF file that Pillow cannot read: {needs('tifffile')}") from error
-            return _rgb(_read_tiff(path))
+            return _rgb(_read_tiff(whole()))
         else:
             raise
     with image:
         tags = getattr(image, "tag_v2", {})
         if image.mode in ("RGB", "RGBA") and set(tags.get(BITS_PER_SAMPLE, ())) == {16}:
-            return _rgb(_read_deep_colours(path, image))
+            return _rgb(_read_deep_colours(whole(), image))
         tags = dict(tags)  # when it is loaded, a TIFF image is turned upright and loses some
         image.load()
         upright = PIL.ImageOps.exif_transpose(image)
@@ -175,20 +197,20 @@ def _decode(path, file):
         return _rgb(upright)
 
 
-def _open_heif(path):
+def _open_heif(path, file):
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         raise ImportError(f"{path}: HEIC and HEIF: {needs('pillow-heif', 'heif')}") from error
-    return HeifImageFile(path)
+    return HeifImageFile(file)
 
 
-def _read_deep_colours(path, image):
+def _read_deep_colours(file, image):
     """16-bit colours by tifffile: Pillow keeps their high bytes, and of separate planes the low ones."""
     PIL = _pillow()
     planar = image.tag_v2.get(PLANAR, 1)
     try:
-        return _read_tiff(path)
+        return _read_tiff(file)
     except Exception as error:  # tifffile is missing, or what it needs for this compression
         image.load()
         if planar != 1 or max(high for _, high in image.convert("RGB").getextrema()) < 64:
@@ -196,12 +218,12 @@ def _read_deep_colours(path, image):
     return PIL.ImageOps.exif_transpose(image)
 
 
-def _read_tiff(path):
+def _read_tiff(file):
     PIL = _pillow()
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
-        page = file.pages[0]
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages[0]
         values, tags = page.asarray(), {tag.code: tag.value for tag in page.tags}
         values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
     if values.ndim == 2:
@@ -388,12 +410,22 @@ def _overlay(image, name, values, low, colormap, alpha):
     values = _checked_values(name, values, low)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    colors = get_colormap(colormap)
+    colors = _colors(get_colormap(colormap))
     values = np.asarray(PIL.Image.fromarray(values).resize(image.size, PIL.Image.Resampling.BILINEAR)).clip(low, 1.0)
     opacity = alpha * np.abs(values)[..., None]
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
-    mixed = (1.0 - opacity) * photo + opacity * 255.0 * colors((values - low) / (1 - low))[..., :3]
-    return PIL.Image.fromarray(np.rint(mixed).astype(np.uint8))
+    # Looked up here: matplotlib's own call takes several times as long, most of it for what is not a number.
+    nearest = ((values - low) * (len(colors) / (1 - low))).astype(np.intp)
+    mixed = colors.take(np.minimum(nearest, len(colors) - 1, out=nearest), axis=0)
+    mixed -= photo
+    mixed *= opacity
+    mixed += photo
+    return PIL.Image.fromarray(np.rint(mixed, out=mixed).astype(np.uint8))
+
+
+def _colors(colormap):
+    """(N, 3) float32: a colour map's colours in 0 to 255."""
+    return (255.0 * colormap(np.arange(colormap.N))[:, :3]).astype(np.float32)
 
 
 def _checked_values(name, values, low):
@@ -460,15 +492,20 @@ def side_by_side(panels: Sequence["Image"], captions: Sequence[str]) -> "Image":
     return canvas
 
 
+@lru_cache(maxsize=64)
+def _font(size):
+    """Pillow's own font, which each call of its would decode anew."""
+    return _pillow().ImageFont.load_default(size)
+
+
 def _fitted(text, width, font_size):
     """The text and font that fit in ``width`` pixels: smaller type first, then an ellipsis before the last word.
 
     The last word of a caption is its score, so the middle is what gives way.
     """
-    load = _pillow().ImageFont.load_default
-    font = load(font_size)
+    font = _font(font_size)
     if font.getlength(text) > width:
-        font = load(max(SMALLEST_CAPTION * font_size, font_size * 0.98 * width / font.getlength(text)))
+        font = _font(max(SMALLEST_CAPTION * font_size, font_size * 0.98 * width / font.getlength(text)))
     head, _, tail = text.rpartition(" ")
     while font.getlength(text) > width and len(text) > 1:
         if head:

@@ -110,8 +110,12 @@ class Preprocess:
         # Only the crop is computed: a 1 x 10000 image would otherwise be two million pixels tall on the way.
         resampling, box = Resampling[self.interpolation.upper()], self._box(image)
         image = image.convert(self._mode).resize(self.size[::-1], resampling, box)
-        pixels = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        # In NumPy: torch would start a pool of its own in every thread that reads pictures.
+        pixels = np.atleast_3d(np.asarray(image)).astype(np.float32)
+        pixels /= 255
+        pixels -= np.float32(self.mean)
+        pixels /= np.float32(self.std)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def seen(self, image):
         """The region of a PIL image that the network sees, in the photograph's own resolution; grey if it sees grey."""

@@ -19,8 +19,9 @@ for package in ("matplotlib", "tqdm", "efficientnet_lite_pytorch", "imagenet_cla
 data = pytest.importorskip("skimage.data")
 
 import cfcam_gpu
-from cfcam_gpu import cli, doctor, pipeline
+from cfcam_gpu import cli, datasets, doctor, images, models, pipeline
 from cfcam_gpu.clustering import ENGINES, host
+from cfcam_gpu.datasets import running, writing
 from cfcam_gpu.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,14 +146,14 @@ def test_a_batch_gives_what_its_images_give_alone(run, folder, tiny, tmp_path):
 
 @pytest.mark.parametrize("which", [["--top", 3], ["--classes", "2,0,1"]])
 def test_one_pass_a_batch_explains_every_class(run, folder, tiny, tmp_path, monkeypatch, which):
-    load, batches = cli.models.load_model, []
+    load, batches = models.load_model, []
 
     def counted(*args):
         loaded = load(*args)
         loaded.model.register_forward_pre_hook(lambda model, inputs: batches.append(len(inputs[0])))
         return loaded
 
-    monkeypatch.setattr(cli.models, "load_model", counted)
+    monkeypatch.setattr(models, "load_model", counted)
     inputs = [folder / "b_cat.png", folder / "c_cup.JPG", folder / "sub" / "deep.png"]
     common = ["explain", *inputs, "--model", tiny, "--raw"]
     status, out, _ = run(*common, *which, "--batch-size", 2, "--out", tmp_path / "all")
@@ -169,13 +170,13 @@ def test_one_pass_a_batch_explains_every_class(run, folder, tiny, tmp_path, monk
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels and the captions of every picture that is written."""
-    pictures, side_by_side = [], cli.images.side_by_side
+    pictures, side_by_side = [], images.side_by_side
 
     def recorded(panels, captions):
         pictures.append((panels, captions))
         return side_by_side(panels, captions)
 
-    monkeypatch.setattr(cli.images, "side_by_side", recorded)
+    monkeypatch.setattr(images, "side_by_side", recorded)
     return pictures
 
 
@@ -186,29 +187,29 @@ def test_versus_adds_the_first_class_minus_the_second(run, folder, tiny, tmp_pat
     (_, before), (panels, captions) = drawn
     plain, versus = (Image.open(tmp_path / way / "b_cat.png") for way in ("plain", "versus"))
     assert versus.height == plain.height
-    assert versus.width - plain.width == panels[0].width + round(cli.images.MARGIN * cli.PANEL_PIXELS)
+    assert versus.width - plain.width == panels[0].width + round(images.MARGIN * writing.PANEL_PIXELS)
     assert set(names(tmp_path / "versus")) - set(names(tmp_path / "plain")) == {"b_cat_2-0.npy"}
 
     cup, cat, difference = (np.load(tmp_path / "versus" / f"b_cat_{name}.npy") for name in ("2", "0", "2-0"))
     assert difference.dtype == np.float32 and (difference == cup - cat).all()
     largest = np.abs(difference).max()
-    assert largest > cli.FAINT_DIFFERENCE
+    assert largest > writing.FAINT_DIFFERENCE
     assert captions == [*before, f"cup, not cat \u00b1{largest:.2f}"]
-    expected = cli.images.overlay_difference(panels[0], difference / largest)
+    expected = images.overlay_difference(panels[0], difference / largest)
     assert (np.asarray(panels[-1]) == np.asarray(expected)).all()
     assert (np.asarray(panels[-1]) != np.asarray(panels[0])).any()
 
 
-@pytest.mark.parametrize("step, shift", [(0, 0), (1e-6, 1), (cli.FAINT_DIFFERENCE, 255)])
+@pytest.mark.parametrize("step, shift", [(0, 0), (1e-6, 1), (writing.FAINT_DIFFERENCE, 255)])
 def test_versus_does_not_blow_up_rounding(run, folder, tiny, tmp_path, monkeypatch, drawn, step, shift):
-    explain = cli._explain_batch
+    explain = running._explain_batch
 
     def nearly_equal(*args):
         classes, scores, maps = explain(*args)
         maps[:, 0], maps[:, 1] = 0.5 + step, 0.5
         return classes, scores, maps
 
-    monkeypatch.setattr(cli, "_explain_batch", nearly_equal)
+    monkeypatch.setattr(running, "_explain_batch", nearly_equal)
     assert run("explain", folder / "b_cat.png", "--model", tiny, "--versus", "--out", tmp_path / "out")[0] == 0
     ((panels, captions),) = drawn
     assert captions[-1].endswith(f" \u00b1{step:.2f}")
@@ -233,7 +234,7 @@ def test_equal_stems_get_names_of_their_own(tmp_path):
     for name in ("a/cat.jpg", "a/cat.png", "b/Cat.jpg", "b/cat-2.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    sources = cli.find_sources([str(tmp_path / "a"), str(tmp_path / "b" / "*")])
+    sources = datasets.find_sources([str(tmp_path / "a"), str(tmp_path / "b" / "*")])
     assert [source.stem for source in sources] == ["cat", "cat-2", "Cat-3", "cat-2-2"]
 
 
@@ -264,7 +265,7 @@ def test_other_methods(run, folder, tiny, tmp_path, drawn, method):
     assert captions[0] == f"b_cat, {name}" and len(captions) == 5
     maps = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
     assert len(maps) == 4
-    loaded = cli.models.load_model(tiny, "cpu")
+    loaded = models.load_model(tiny, "cpu")
     inputs = loaded.preprocess(Image.open(folder / "b_cat.png").convert("RGB"))[None]
     expected = METHODS[method](loaded.model).maps(inputs, [[0, 1, 2]])[0].numpy()
     for index in range(3):
@@ -379,7 +380,7 @@ def test_the_negative_side_is_the_opposite_class(explain):
 def test_one_logits_probability_is_its_sigmoid(explain, rng):
     bias = rng.uniform(-2, 2)
     status, out, _, _ = explain(f"Net(1, bias={bias})", "--top", 1)
-    loaded = cli.models.load_model("zoo:build")
+    loaded = models.load_model("zoo:build")
     with torch.no_grad():
         p = loaded.model(loaded.preprocess(Image.open("cat.png"))[None]).sigmoid().item()
     sides = [f"positive {p:.2f}", f"negative {1 - p:.2f}"]
@@ -440,7 +441,7 @@ LABELS = "outputs: several labels an image, each explained by its own logit\n"
 def test_labels_that_do_not_compete(explain, build, option, said):
     status, out, err, found = explain(build, *option, "--classes", "0,1,2")
     assert (status, err) == (0, "") and out.startswith(said)
-    loaded = cli.models.load_model("zoo:build")
+    loaded = models.load_model("zoo:build")
     loaded.model.end = None
     pixels = loaded.preprocess(Image.open("cat.png"))[None]
     with cfcam_gpu.CFCAM(loaded.model, [loaded.model.act], config=cfcam_gpu.CFCAMConfig(margin_temperature=0)) as cam:
@@ -699,7 +700,7 @@ def test_names_that_differ_in_how_accents_are_composed(tmp_path):
     for folder, stem in (("a", "caf\u00e9"), ("b", "cafe\u0301")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{stem}.png").touch()
-    sources = cli.find_sources([str(tmp_path / "a"), str(tmp_path / "b")])
+    sources = datasets.find_sources([str(tmp_path / "a"), str(tmp_path / "b")])
     assert [source.stem for source in sources] == ["caf\u00e9", "cafe\u0301-2"]
 
 
@@ -708,7 +709,7 @@ def test_a_folder_gives_what_would_be_read_by_name(folder):
     (folder / "a_broken.jpg").unlink()
     for extension in ("jfif", "jpe", "AVIF", "heic", "Heif", "hif", "jp2", "txt", "pdf"):
         (folder / f"x.{extension}").write_bytes(b"?")
-    found = [Path(source.label).suffix for source in cli.find_sources([str(folder)])]
+    found = [Path(source.label).suffix for source in datasets.find_sources([str(folder)])]
     assert sorted(found) == sorted([".JPG", ".jfif", ".jpe", ".AVIF", ".heic", ".Heif", ".hif", ".jp2"])
 
 

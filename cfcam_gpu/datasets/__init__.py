@@ -1,0 +1,27 @@
+"""Data sets: many pictures from anywhere, explained and written at the speed of the network, and resumed when killed.
+
+`cfcam explain` is `explain` on what `find_sources` finds; what it is told to write is in `FORMATS`, and a `Record` is
+what is known of a picture in the end.
+
+>>> sources = find_sources(["photos/"])
+>>> explain(Options(out=Path("out"), write=["maps", "scores"]), sources).explained
+200
+"""
+
+from cfcam_gpu.datasets.journal import Record
+from cfcam_gpu.datasets.reading import Source, find_sources
+from cfcam_gpu.datasets.running import Options, Refused, Report, Summary, explain
+from cfcam_gpu.datasets.writing import FORMATS, Format
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Options",
+    "Record",
+    "Refused",
+    "Report",
+    "Source",
+    "Summary",
+    "explain",
+    "find_sources",
+]

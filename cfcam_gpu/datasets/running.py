@@ -1,0 +1,592 @@
+"""A run over many pictures: reading, network and writing at the same time, picture by picture into the journal."""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline
+from cfcam_gpu import probabilities as prob
+from cfcam_gpu.datasets import files, reading, writing
+from cfcam_gpu.datasets.journal import Journal, Record
+from cfcam_gpu.datasets.transfer import Transfer
+from cfcam_gpu.methods import METHODS
+from cfcam_gpu.outputs import find_logits
+
+DEFAULT_TOP = 2
+"""Classes that are explained of each image, of a model that has so many."""
+
+GIVE_UP = 3
+"""Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
+
+BATCHES_WAITING = 4
+"""As many images as in these may wait for others of their size, or be read ahead."""
+
+BATCHES_WRITTEN = 2
+"""Batches that are being written at the same time as the next one is explained."""
+
+
+MOST_WORKERS = 8
+"""Threads that read, and threads that write: at most so many, and at most one a core, unless more are asked for."""
+
+
+class Refused(ValueError):
+    """The arguments cannot be carried out."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done with each picture: the options of ``cfcam explain``, by the same names.
+
+    ``versus`` of None: where there are two classes. ``device`` of None: CUDA if there is one. ``workers`` of None: as
+    many threads for reading, and as many for writing, as there are cores, at most 8 each.
+    """
+
+    out: Path
+    model: str = "demo"
+    top: int | None = None
+    classes: list[int] | None = None
+    versus: bool | None = False
+    labels: Path | None = None
+    multilabel: bool = False
+    layer: str | None = None
+    method: str = "cfcam"
+    paper: bool = False
+    backend: str = "auto"
+    device: torch.device | None = None
+    batch_size: int = 16
+    colormap: str = "inferno"
+    raw: bool = False
+    write: Sequence[str] = ("overlay",)
+    overlay_format: str = "png"
+    maps_format: str = "npy"
+    scores_format: str = "csv"
+    overwrite: bool = False
+    workers: int | None = None
+
+    @property
+    def where(self) -> torch.device:
+        return self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+UNTOUCHED = ("out", "overwrite", "workers", "device", "labels")
+"""Options that are no parameters of what is written. The class names of ``labels`` are one."""
+
+
+class Report:
+    """What a run says while it runs; each method may be replaced."""
+
+    def start(self, n_images: int, n_done: int) -> None:
+        """The run begins with so many images, of which an earlier part has done so many."""
+
+    def note(self, text: str) -> None:
+        """Something about the model or the run."""
+
+    def warning(self, text: str) -> None:
+        """A warning that something has given."""
+
+    def record(self, record: Record, said: str) -> None:
+        """A picture is done: what is said of its classes; or, with ``record.error``, it has failed."""
+
+    def left_out(self, record: Record) -> None:
+        """At the end: one of those that failed."""
+
+
+class Summary(NamedTuple):
+    """What a run has done.
+
+    Attributes:
+        images: how many there were.
+        explained: how many of them are done, those of an earlier part of the run included.
+        resumed: how many of these an earlier part had done.
+        lost: the records of the others, each with its error.
+        files: names of the files of the whole run.
+        seconds: how long it took, from the first picture on.
+    """
+
+    images: int
+    explained: int
+    resumed: int
+    lost: list[Record]
+    files: list[str]
+    seconds: float
+
+
+class Picture(NamedTuple):
+    """An image that has been read."""
+
+    index: int
+    source: reading.Source
+    panel: Any
+    pixels: torch.Tensor
+
+
+class Failure(NamedTuple):
+    """An image that could not be read. ``error`` is None where its file is what is wrong, not the model."""
+
+    index: int
+    source: reading.Source
+    reason: str
+    error: Exception | None
+
+
+def explain(options: Options, sources: Sequence[reading.Source], report: Report | None = None) -> Summary:
+    """Explain all pictures and write what the options say; what an unfinished run has done is not done again.
+
+    What fails on the first images, whichever they are, fails because of the model or the arguments, and is raised.
+
+    Raises:
+        ValueError: the options cannot be carried out, or another run has the folder.
+        OSError: the disk is full, or the folder cannot be written to; what is done is kept.
+        ImportError: a package is missing.
+    """
+    report = report or Report()
+    sources = reading.shorten(sources, options.out)
+    options = replace(options, write=writing.check_kinds(options.write))
+    if "overlay" in options.write:
+        pictures = (options.out / writing.picture_name(options, source.stem) for source in sources)
+        there = [picture for picture in pictures if os.path.lexists(picture)]
+        inputs = {os.path.realpath(source.label) for source in sources} if there else ()
+        for picture in there:
+            if os.path.realpath(picture) in inputs:
+                raise Refused(f"--out {options.out} would overwrite the input {picture}")
+        images.get_colormap(options.colormap)
+    if options.out.exists() and not options.out.is_dir():
+        raise Refused(f"--out must be a folder, got the file {options.out}")
+    if options.paper and options.method != "cfcam":
+        raise Refused(f"--paper is a procedure of --method cfcam, got --method {options.method}")
+    versus(options, options.top or DEFAULT_TOP)
+    if any(source.target is not None for source in sources):
+        for option, given in (("--classes", options.classes), ("--top", options.top), ("--versus", options.versus)):
+            if given:
+                raise Refused(f"{option} does not go with targets from the input, which are the classes to explain")
+    names = None if options.labels is None else class_names.class_names(options.labels)
+    pipeline.choose(options.backend, "auto", torch.empty(1, 1, 1, 1, device=options.where))
+    loaded = models.load_model(options.model, options.where)
+    if options.labels is not None:
+        loaded = replace(loaded, class_names=names)
+    if options.layer is not None:
+        layers.get_layer(loaded.model, options.layer)
+    writing.check_packages(options)
+    journal = Journal(options.out, parameters(options, loaded, sources), options.overwrite)
+    ended = False
+    report.start(len(sources), len(journal.done))
+    try:
+        with warnings.catch_warnings():
+            run = _Run(options, loaded, sources, journal, report)
+            warnings.showwarning = run.warn
+            # For the threads that read, as `images.load_image` does it.
+            warnings.simplefilter("ignore", images._pillow().Image.DecompressionBombWarning)
+            try:
+                run.run()
+                summary = run.summary()
+            except OSError as error:
+                if error.errno in files.FULL:
+                    raise OSError(error.errno, f"{options.out}: {error.strerror}{_kept(journal)}") from error
+                raise
+            finally:
+                for record in sorted(run.lost, key=lambda record: record.index):
+                    if run.explained or run.errors.get(record.index) is None:
+                        report.left_out(record)
+        ended = True
+        return summary
+    finally:
+        journal.close(ended or not journal.n_explained)
+
+
+def _kept(journal):
+    done = len(journal.done)
+    return f"; {done} images are done, and the same command goes on after them" if done else ""
+
+
+def parameters(options: Options, loaded: models.LoadedModel, sources: Sequence[reading.Source]) -> dict[str, Any]:
+    """All that decides what a run writes, as plain values."""
+    values = {name: value for name, value in asdict(options).items() if name not in UNTOUCHED}
+    values["versus"] = bool(options.versus)
+    values["config"] = asdict(CFCAMConfig.paper() if options.paper else CFCAMConfig())
+    listed = hashlib.sha256()
+    for source in sources:
+        listed.update(os.fsencode(f"{source.label}\0{source.stem}\0{source.target}\0"))
+    values["inputs"] = listed.hexdigest()
+    values["class_names"] = hashlib.sha256(json.dumps(loaded.class_names).encode()).hexdigest()
+    values["weights"] = fingerprint(loaded.model)
+    values["size"] = getattr(loaded.preprocess, "size", None)
+    values["version"] = __version__
+    return values
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's parameters and buffers: of names, shapes, types and the sums of their bits."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        said = f"{name} {getattr(tensor, 'shape', None)} {getattr(tensor, 'dtype', None)}"
+        if isinstance(tensor, torch.Tensor) and not tensor.is_quantized and tensor.layout == torch.strided:
+            integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+            values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            # Integers, because their sum does not depend on the order, which depends on the number of threads.
+            values = values.detach().contiguous().view(integers[values.element_size()])
+            said += f" {int(values.sum(dtype=torch.int64))}"
+        found.update(said.encode())
+    return found.hexdigest()
+
+
+def versus(options: Options, top: int) -> bool:
+    """Whether to compare the first two classes."""
+    n_classes = len(options.classes) if options.classes else top
+    if options.versus and n_classes < 2:
+        given = f"--classes {options.classes[0]}" if options.classes else f"--top {top}"
+        raise Refused(f"--versus needs two classes or more, got {given}")
+    return options.versus is not False and n_classes > 1
+
+
+class _Batch(NamedTuple):
+    """Images of one shape, and the (B, C, H, W) input on the model's device."""
+
+    pictures: Sequence[Picture]
+    inputs: torch.Tensor
+
+    def part(self, images):
+        return _Batch(*(each[images] for each in self))
+
+
+class _Outcome(NamedTuple):
+    """What became of a picture when it was written."""
+
+    record: Record
+    said: str
+    maps: np.ndarray | None
+    """What is to go into the one file of all."""
+    error: Exception | None
+
+
+class _Run:
+    """The images of one run: a pool reads them ahead, the calling thread explains batch after batch, and a second pool
+    writes what was found, while a thread keeps the journal, in the order of the batches."""
+
+    def __init__(self, options, loaded, sources, journal, report):
+        self.options, self.loaded, self.sources = options, loaded, sources
+        self.journal, self.report = journal, report
+        self.writer, self.transfer = writing.Writer(options, journal), Transfer(options.where)
+        self.cam = self.found = None
+        self.broken = False
+        """Whether a batch could not be journalled."""
+        self.lost = [record for record in journal.records() if record.error is not None]
+        self.errors = {}
+        """{index: the model's or the writer's error} of those of ``lost`` whose files are not what is wrong."""
+        self.resumed = self.explained = len(journal.done) - len(self.lost)
+        self.n_computed = 0
+        self.unsettled = deque()
+        self.started = time.perf_counter()
+        n_workers = options.workers or min(MOST_WORKERS, _cores())
+        self.n_ahead = options.batch_size + n_workers
+        self.pools = self.readers, self.writers, self.keeper = (
+            ThreadPoolExecutor(n_workers, "cfcam-read"),
+            ThreadPoolExecutor(n_workers, "cfcam-write"),
+            ThreadPoolExecutor(1, "cfcam-journal"),
+        )
+
+    def warn(self, message, category, filename, lineno, file=None, line=None):
+        text = " ".join(str(message).split())
+        if not issubclass(category, UserWarning):
+            text = f"{filename}:{lineno}: {category.__name__}: {text}"
+        self.report.warning(text)
+
+    def run(self):
+        done, size = self.journal.done, self.options.batch_size
+        if done:
+            what = f"{len(done)} of {len(self.sources)} images are done"
+            self.report.note(f"going on with the unfinished run in {self.options.out}: {what}")
+        todo = ((index, source) for index, source in enumerate(self.sources) if index not in done)
+        try:
+            read = reading.ahead(self.readers, self._read, todo, self.n_ahead)
+            key = lambda picture: (picture.pixels.shape, picture.pixels.dtype, picture.source.target is None)
+            for pictures in reading.grouped(self._that_were_read(read), key, size, BATCHES_WAITING * size):
+                inputs = torch.stack([picture.pixels for picture in pictures])
+                self.explain(_Batch(pictures, self.transfer.to_device(inputs)))
+                self._settle(BATCHES_WRITTEN)
+            self._settle(0)
+            self.check()
+        finally:
+            for pool in self.pools:
+                pool.shutdown(cancel_futures=True)
+
+    def summary(self):
+        unread = [record for record in self.lost if record.index not in self.journal.done]
+        written = self.writer.finish(len(self.sources), unread)
+        seconds = time.perf_counter() - self.started
+        lost = sorted(self.lost, key=lambda record: record.index)
+        return Summary(len(self.sources), self.explained, self.resumed, lost, written, seconds)
+
+    # Reading
+
+    def _read(self, numbered):
+        """In a reader's thread: a `Picture` or a `Failure`."""
+        index, source = numbered
+        try:
+            photograph = source.load()
+        except (ImportError, OSError, ValueError, MemoryError) as error:
+            return Failure(index, source, reason_of(error), None)
+        if isinstance(source.target, str):
+            return Failure(index, source, f"{source.label}: expected a class index, got {source.target!r}", None)
+        try:
+            pixels = self.loaded.preprocess(photograph)
+            # The photograph itself, which may be large, is let go of.
+            panel = self.writer.panel(self.loaded.seen(photograph)) if self.writer.draws else None
+        except Exception as error:  # of the user's preprocess
+            return Failure(index, source, f"{source.label}: {reason_of(error)}", error)
+        return Picture(index, source, panel, pixels)
+
+    def _that_were_read(self, read):
+        for each in read:
+            if isinstance(each, Picture):
+                yield each
+            else:
+                self._lose(_failed(each, each.reason), each.error)
+
+    # What fails
+
+    def _lose(self, record, error):
+        """Count a failure; ``error`` is None where the image's file is what is wrong."""
+        self.lost.append(record)
+        self.report.record(record, "")
+        if error is not None:
+            self.errors[record.index] = error
+            if not self.n_computed:
+                self.give_up()
+        return record
+
+    def give_up(self):
+        if len(self.errors) >= GIVE_UP:
+            self.check()
+
+    def check(self):
+        """Raise the first error if the model has explained nothing."""
+        if self.errors and not self.explained:
+            error = next(iter(self.errors.values()))
+            raise Refused(reason_of(error)) from error
+
+    # Explaining
+
+    def explain(self, batch):
+        """Explain a batch and have it written; where one image fails, the others."""
+        failed, explained = [], []
+
+        def fail(picture, error):
+            failed.append(self._lose(_failed(picture, f"{picture.source.label}: {reason_of(error)}"), error))
+
+        while self.cam is None and batch.pictures:
+            try:
+                self.prepare(batch.inputs[:1])
+            except Refused:
+                raise
+            except Exception as error:  # of the user's network
+                fail(batch.pictures[0], error)
+                batch = batch.part(slice(1, None))
+        parts = [batch] if batch.pictures else []
+        while parts:
+            part = parts.pop(0)
+            to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
+            try:
+                found = _explain_batch(self, part.inputs, [picture.source.target for picture in part.pictures])
+            except Exception as error:
+                if len(part.pictures) == 1:
+                    fail(part.pictures[0], error)
+                else:
+                    parts = [part.part(slice(image, image + 1)) for image in range(len(part.pictures))]
+                continue
+            if to_find and self.cam.guide_names != self.cam.target_names:
+                self.report.note(f"guide layer: {self.cam.guide_names[0]}")
+            explained.append((part.pictures, found, self.transfer.mark()))
+            self.n_computed += len(part.pictures)
+        if explained:
+            self.journal_found()
+        self._hand_over(explained, failed)
+
+    def journal_found(self):
+        """The layers that the batches to come, of this run or of one that goes on with it, are explained at."""
+        if self.found is None:
+            self.found = {"layer": self.cam.target_names, "guide": getattr(self.cam, "guide_names", None)}
+            # Not in this thread: the journal is the other's.
+            self.keeper.submit(self.journal.set_found, self.found).result()
+
+    def prepare(self, image):
+        """Look at the model with a first image (1, C, H, W): its layer, and what its outputs are."""
+        options, model, note = self.options, self.loaded.model, self.report.note
+        layer = options.layer
+        if layer is None and self.journal.found is not None:
+            layer = self.journal.found["layer"][0]
+        with prob.looking(model) as ending:
+            try:
+                target = layers.inspect_target_layer(model, image, layer)
+            except ValueError:
+                if ending.name is None:
+                    raise
+        if ending.name is not None:
+            # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
+            handle = prob.give_logits(model, ending.name)
+            try:
+                target = layers.inspect_target_layer(model, image, layer)
+            except Exception:
+                handle.remove()
+                raise
+            note(f"outputs: probabilities, by a {ending.name} of the model's own")
+        n_classes = target.n_classes
+        _check_classes(options, n_classes)
+        self.top = options.top or min(DEFAULT_TOP, n_classes)
+        self.writer.versus = n_classes > 1 and versus(options, self.top)
+        if options.versus and n_classes == 1:
+            raise Refused(f"--versus needs two classes or more, {options.model} has one output")
+        names = self.loaded.class_names
+        if names and not class_names.fit(names, n_classes):
+            said = f"{_counted(names)}, {options.model} has {n_classes} classes"
+            if options.labels is not None:
+                raise Refused(f"--labels {options.labels} has {said}")
+            note(f"class names: not used, since there are {said}")
+        config = CFCAMConfig.paper() if options.paper else CFCAMConfig()
+        self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
+        if self.multilabel and n_classes > 1:
+            config = replace(config, margin_temperature=0.0)
+            note("outputs: several labels an image, each explained by its own logit")
+        note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
+        self.n_classes = n_classes
+        if options.method == "cfcam":
+            self.cam = CFCAM(model, config=config, backend=options.backend)
+        else:
+            self.cam = METHODS[options.method](model, backend=options.backend)
+            note(f"method: {self.cam.name}")
+        self.cam._take(target, tuple(image.shape[-2:]))
+
+    # Writing
+
+    def _hand_over(self, explained, failed):
+        """Give what was found of a batch, and the records of its images that failed, to those who write."""
+        outcomes = [
+            self.writers.submit(self._write, picture, *(each[image] for each in found), mark)
+            for pictures, found, mark in explained
+            for image, picture in enumerate(pictures)
+        ]
+        self.unsettled.append(self.keeper.submit(self._journal, outcomes, failed))
+
+    def _write(self, picture, classes, scores, maps, mark):
+        """In a writer's thread."""
+        mark.wait()
+        source = picture.source
+        try:
+            found, captions, said, compared = self._named(classes.tolist(), scores.tolist(), maps.numpy())
+            written = self.writer.write(source.stem, picture.panel, found, captions, compared)
+        except Exception as error:  # what cannot be written
+            if getattr(error, "errno", None) in files.FULL:
+                raise
+            return _Outcome(_failed(picture, f"{source.label}: {reason_of(error)}"), "", None, error)
+        record = Record(
+            *(picture.index, source.label, source.stem, source.target),
+            *(found.classes, found.labels, found.scores, written),
+        )
+        return _Outcome(record, said, self.writer.to_keep(found.maps), None)
+
+    def _named(self, classes, scores, maps):
+        """An `Explained`, the captions of its maps, what is said of the picture, and what two maps are compared as."""
+        if self.n_classes == 1:
+            (positive,), (score,) = classes, scores
+            names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
+            captions, keys = [f"{names[0]} {score:.2f}"], ["positive" if positive else "negative"]
+            said = f"{captions[0]} ({names[1]} {1 - score:.2f})"
+            return writing.Explained([int(positive)], names[:1], keys, scores, maps), captions, said, ""
+        names = [self.loaded.class_name(index, self.n_classes) for index in classes]
+        captions = [f"{name} {score:.2f}" for name, score in zip(names, scores)]
+        compared = f"{names[0]}, not {names[1]}" if len(names) > 1 else ""
+        found = writing.Explained(classes, names, list(map(str, classes)), scores, maps)
+        return found, captions, ", ".join(captions), compared
+
+    def _journal(self, outcomes, failed):
+        """In the thread of the journal: a batch is done when all of it is in place, and when those before it are."""
+        broken, self.broken = self.broken, True
+        if broken:
+            return []
+        kept = []
+        for outcome in [future.result() for future in outcomes]:
+            record = outcome.record
+            if outcome.maps is not None:
+                try:
+                    outcome = outcome._replace(record=record._replace(at=self.writer.keep(outcome.maps)))
+                except ValueError as error:
+                    record = record._replace(classes=(), labels=(), scores=(), error=f"{record.path}: {error}")
+                    outcome = _Outcome(record, "", None, error)
+            kept.append(outcome._replace(maps=None))
+        self.journal.add([*(outcome.record for outcome in kept), *failed])
+        self.broken = False
+        return kept
+
+    def _settle(self, n):
+        """Wait until at most ``n`` batches are being written, and report the others."""
+        while len(self.unsettled) > n:
+            outcomes = self.unsettled.popleft().result()
+            self.explained += sum(outcome.error is None for outcome in outcomes)
+            for record, said, _, error in outcomes:
+                if error is None:
+                    self.report.record(record, said)
+                else:
+                    self._lose(record, error)
+            self.give_up()
+
+
+def _failed(picture, reason):
+    """The record of a `Picture` or a `Failure`."""
+    source = picture.source
+    return Record(picture.index, source.label, source.stem, source.target, error=reason)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, with its class where it is none that users are told of."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _counted(names):
+    return f"an index {max(names)}" if isinstance(names, dict) else f"{len(names)} names"
+
+
+def _check_classes(options, n_classes):
+    for index in options.classes or []:
+        if index >= n_classes:
+            raise Refused(f"--classes must be in [0, {n_classes}) for {options.model}, got {index}")
+    if options.top is not None and options.top > n_classes:
+        raise Refused(f"--top must be at most {n_classes} for {options.model}, got {options.top}")
+
+
+def _cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _explain_batch(run, inputs, targets):
+    """Classes (B, K), their scores (B, K) and their maps (B, K, H, W), on the host when the device has come so far.
+
+    Of a model with one output a class is the side that is explained, True or False, and the score that side's.
+    """
+    cam, one_output = run.cam, run.n_classes == 1
+    classes = run.options.classes and [run.options.classes] * len(inputs)
+    if targets[0] is not None:
+        classes = [[target] for target in targets]
+    found = cam.explain(inputs, classes, top=None if classes or one_output else run.top)
+    logits = find_logits(found.outputs, len(inputs))
+    scores = prob.probabilities(logits, run.multilabel)
+    maps = found.maps.float()
+    if one_output:
+        positive = torch.ones_like(logits, dtype=torch.bool) if classes else logits >= 0
+        results = positive, torch.where(positive, scores, 1 - scores), maps.view(len(maps), 1, *maps.shape[-2:])
+    else:
+        results = found.targets, scores.gather(1, found.targets), maps
+    return tuple(run.transfer.to_host(result) for result in results)

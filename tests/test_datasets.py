@@ -205,6 +205,16 @@ def test_the_formats_of_the_overlays_show_the_same(run, photos):
         assert np.abs(shown - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (33, 20), (600, 500)])
+def test_png_is_lossless(rng, size):
+    for content in (rng.integers(0, 256, (*size[::-1], 3)), np.full((*size[::-1], 3), 7)):
+        picture = Image.fromarray(content.astype(np.uint8))
+        again = Image.open(io.BytesIO(writing.encoded(picture, "png")))
+        again.verify()
+        again = Image.open(io.BytesIO(writing.encoded(picture, "png")))
+        assert again.mode == "RGB" and again.tobytes() == picture.tobytes()
+
+
 def test_what_is_written_is_chosen(run, photos, monkeypatch):
     monkeypatch.setattr(images, "side_by_side", None)  # nothing is drawn for nothing
     status, out, _ = run(photos, "--write", "scores, maps", "--out", "out", "--raw")

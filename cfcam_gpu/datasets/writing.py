@@ -2,6 +2,8 @@
 
 import csv
 import io
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,12 +56,8 @@ FORMATS = (
 KINDS = tuple(dict.fromkeys(each.write for each in FORMATS))
 """What --write takes."""
 
-ENCODINGS = {
-    # Lossless at any level; 1 takes a third of the time of Pillow's own choice.
-    "png": ("PNG", {"compress_level": 1}),
-    "webp": ("WEBP", {"quality": 85, "method": 0}),
-    "jpeg": ("JPEG", {"quality": 90}),
-}
+LOSSY = {"webp": ("WEBP", {"quality": 85, "method": 0}), "jpeg": ("JPEG", {"quality": 90})}
+"""Options of Pillow's encoders."""
 
 
 def formats_of(kind: str) -> dict[str, Format]:
@@ -153,11 +151,7 @@ class Writer:
         difference = found.maps[0] - found.maps[1] if self.versus and len(found.maps) > 1 else None
         if self.draws:
             picture = self._picture(name, panel, found, captions, difference, said)
-            kind, encoding = ENCODINGS[options.overlay_format]
-            # Not into the file: for a full disk, Pillow's encoders raise an error that does not say so.
-            content = io.BytesIO()
-            picture.save(content, format=kind, **encoding)
-            written.append(self._write(picture_name(options, name), content.getvalue()))
+            written.append(self._write(picture_name(options, name), encoded(picture, options.overlay_format)))
         if "maps" in options.write and options.maps_format == "npy":
             written.append(self._write(f"{name}_maps.npy", _npy(found.maps.astype(np.float16))))
         if options.raw:
@@ -291,6 +285,41 @@ class Writer:
 def picture_name(options: Any, name: str) -> str:
     """Name of a picture's file."""
     return formats_of("overlay")[options.overlay_format].files.replace("NAME", name)
+
+
+def encoded(picture: Any, name: str) -> bytes:
+    """A picture in mode "RGB" as the bytes of a file, in the format of `FORMATS` that is called so."""
+    if name == "png":
+        return _png(np.asarray(picture))
+    # Not into the file: for a full disk, Pillow's encoders raise an error that does not say so.
+    content = io.BytesIO()
+    kind, options = LOSSY[name]
+    picture.save(content, format=kind, **options)
+    return content.getvalue()
+
+
+def _png(pixels):
+    """(H, W, 3) uint8 as a PNG file, with what compresses photographs in the least time: every row as its difference
+    from the one above, and runs alone. Pillow's fastest, which looks for the best difference of each row, takes twice
+    as long and saves a twentieth."""
+    height, width, _ = pixels.shape
+    rows = pixels.reshape(height, 3 * width)
+    filtered = np.empty((height, 1 + 3 * width), np.uint8)
+    filtered[:, 0] = 2  # the filter "up"
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    compressed = compressor.compress(filtered) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, content in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")):
+        parts += (
+            struct.pack(">I", len(content)),
+            kind,
+            content,
+            struct.pack(">I", zlib.crc32(content, zlib.crc32(kind))),
+        )
+    return b"".join(parts)
 
 
 def _npy(values):

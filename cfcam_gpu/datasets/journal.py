@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 from cfcam_gpu.datasets import files
 
 FOLDER = ".cfcam"
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """What became of one picture, as plain values.
 
     Attributes:
@@ -51,7 +53,7 @@ class Record(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The record for JSON, without what only the run itself needs."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         del values["at"]
         return values
 
@@ -82,7 +84,7 @@ class Journal:
         self.done: dict[int, int] = {}
         self.n_explained = 0
         self.found: dict[str, Any] | None = None
-        self._lock = None
+        self._lock: IO[str] | None = None
         # Plain values, as they would come back from the file.
         parameters = json.loads(json.dumps(dict(parameters)))
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -134,12 +136,12 @@ class Journal:
 
     def set_found(self, found: Mapping[str, Any]) -> None:
         """Keep what was found of the model; ValueError where an earlier run found something else."""
-        found = json.loads(json.dumps(dict(found)))
+        plain = json.loads(json.dumps(dict(found)))
         if self.found is None:
-            self.found = found
-            self._append({"found": found})
+            self.found = plain
+            self._append({"found": plain})
         else:
-            _compare(self.out, self.found, found)
+            _compare(self.out, self.found, plain)
 
     def spooled(self, content: bytes) -> int:
         """Keep maps until all are written; returns where they are."""
@@ -155,7 +157,7 @@ class Journal:
             self._spool.flush()
             os.fsync(self._spool.fileno())
         where = self._file.tell()
-        self._append({"batch": [list(record) for record in records], "spooled": self._spool.tell()})
+        self._append({"batch": [list(vars(record).values()) for record in records], "spooled": self._spool.tell()})
         self._count(records, where)
 
     def _count(self, records, where):
@@ -182,7 +184,8 @@ class Journal:
             # Under another name: what is being removed is not to be taken for a run, nor a new run to be removed.
             os.replace(self.folder, self._old)
             shutil.rmtree(self._old, ignore_errors=True)
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _cut(path, length):

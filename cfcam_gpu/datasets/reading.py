@@ -9,7 +9,7 @@ import tarfile
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -96,7 +96,9 @@ def find_sources(
     every = list(files.values())
     for text in lists:
         every += _of_list(text)
-    sources, taken, latest = [], set(), {}
+    sources: list[Source] = []
+    taken: set[str] = set()
+    latest: dict[str, int] = {}
     for found in every:
         if isinstance(found, Path):
             found = _file(found)
@@ -290,7 +292,7 @@ def _shortened(stem, longest):
 
 def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], n: int) -> Iterator[Result]:
     """``map(function, items)`` in a pool, in order and at most ``n`` ahead of what has been asked for."""
-    waiting = deque()
+    waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -311,7 +313,7 @@ def grouped(
     With more than ``most_waiting`` items waiting, the group that waits for the longest is given as it is. What is given
     after the first groups depends on the other items alone: without those groups' items, the rest is the same.
     """
-    groups = {}
+    groups: dict[Any, list[Item]] = {}
     n_waiting = 0
     for item in items:
         group = groups.setdefault(key(item), [])

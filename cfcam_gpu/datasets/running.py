@@ -122,7 +122,8 @@ class Summary(NamedTuple):
     seconds: float
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Picture:
     """An image that has been read."""
 
     index: int
@@ -131,7 +132,8 @@ class Picture(NamedTuple):
     pixels: torch.Tensor
 
 
-class Failure(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Failure:
     """An image that could not be read. ``error`` is None where its file is what is wrong, not the model."""
 
     index: int
@@ -518,9 +520,9 @@ class _Run:
             record = outcome.record
             if outcome.maps is not None:
                 try:
-                    outcome = outcome._replace(record=record._replace(at=self.writer.keep(outcome.maps)))
+                    outcome = outcome._replace(record=replace(record, at=self.writer.keep(outcome.maps)))
                 except ValueError as error:
-                    record = record._replace(classes=(), labels=(), scores=(), error=f"{record.path}: {error}")
+                    record = replace(record, classes=(), labels=(), scores=(), error=f"{record.path}: {error}")
                     outcome = _Outcome(record, "", None, error)
             kept.append(outcome._replace(maps=None))
         self.journal.add([*(outcome.record for outcome in kept), *failed])

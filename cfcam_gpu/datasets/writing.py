@@ -224,7 +224,7 @@ class Writer:
 
     def _maps(self) -> Iterator[list[tuple[Record, np.ndarray]]]:
         """All maps in the order of the inputs, as many at once as are held in memory."""
-        chunk = []
+        chunk: list[tuple[Record, np.ndarray]] = []
         with open(self.journal.spool, "rb") as file:
             for record in self.journal.records():
                 if record.at is None:

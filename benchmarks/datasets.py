@@ -42,7 +42,7 @@ WAYS = {
     "overlays as png": ["--write", "overlay"],
     "overlays as webp": ["--write", "overlay", "--overlay-format", "webp"],
     "overlays as jpeg": ["--write", "overlay", "--overlay-format", "jpeg"],
-    "overlays as jpeg, maps and scores": ["--write", "overlay,maps,scores", "--overlay-format", "jpeg"],
+    "everything": ["--write", "overlay,maps,scores", "--overlay-format", "jpeg", "--maps-format", "parquet"],
 }
 """{way: options of `cfcam explain`}; None is the network alone."""
 
@@ -172,17 +172,16 @@ def rows_of_memory(photos, many, batch_size):
         with tempfile.TemporaryDirectory() as folder:
             listed = Path(folder) / "list.txt"
             listed.write_text("".join(f"{paths[index % len(paths)]}\n" for index in range(n)))
-            for way in ("maps as parquet", "overlays as jpeg"):
-                found = measure(way, [f"@{listed}"], paths[0], batch_size)
-                print(f"{way}, {n}: {found['peak_mib']:.0f} MiB, {n / found['seconds']:.1f} a second", flush=True)
-                yield {
-                    "op": "memory",
-                    "way": way,
-                    "photos": n,
-                    "batch": batch_size,
-                    "per_s": round(n / found["seconds"], 2),
-                    "peak_mib": round(found["peak_mib"]),
-                }
+            found = measure("everything", [f"@{listed}"], paths[0], batch_size)
+            print(f"{n} pictures: {found['peak_mib']:.0f} MiB, {n / found['seconds']:.1f} a second", flush=True)
+            yield {
+                "op": "memory",
+                "way": "everything",
+                "photos": n,
+                "batch": batch_size,
+                "per_s": round(n / found["seconds"], 2),
+                "peak_mib": round(found["peak_mib"]),
+            }
 
 
 def tree(folder):
@@ -193,8 +192,7 @@ def row_of_kills(photos, n_kills, seed, batch_size):
     """Kill a run at random moments and compare what it leaves in the end with an undisturbed run's."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        options = ["--write", "overlay,maps,scores", "--overlay-format", "jpeg", "--maps-format", "parquet"]
-        args = ["explain", str(photos), "--out", str(out), "--batch-size", str(batch_size), *options]
+        args = ["explain", str(photos), "--out", str(out), "--batch-size", str(batch_size), *WAYS["everything"]]
         command = [sys.executable, str(ROOT / "benchmarks" / "kill.py"), str(n_kills), str(seed), *args]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:

@@ -416,7 +416,7 @@ def _overlay(image, name, values, low, colormap, alpha):
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
     # Looked up here: matplotlib's own call takes several times as long, most of it for what is not a number.
     nearest = ((values - low) * (len(colors) / (1 - low))).astype(np.intp)
-    mixed = colors.take(np.minimum(nearest, len(colors) - 1, out=nearest), axis=0)
+    mixed = colors.take(nearest, axis=0, mode="clip")
     mixed -= photo
     mixed *= opacity
     mixed += photo

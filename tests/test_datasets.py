@@ -497,6 +497,16 @@ def test_what_is_held_at_once_does_not_grow(photos):
         assert max(most) <= 4 * (2 + running.BATCHES_WRITTEN) + (4 + 2) + 2
 
 
+def test_a_source_of_ones_own_may_raise_anything(photos):
+    def load():
+        raise KeyError("gone")
+
+    sources = [*datasets.find_sources(["photos"]), datasets.Source("mine", load, "mine")]
+    summary = datasets.explain(running.Options(Path("out"), "small_net:build", write=["scores"]), sources)
+    assert summary.explained == N_PHOTOS and summary.files == ["scores.csv"]
+    assert [record.error for record in summary.lost] == ["mine: KeyError: 'gone'"]
+
+
 # Going on
 
 

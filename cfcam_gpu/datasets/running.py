@@ -336,8 +336,10 @@ class _Run:
         index, source = numbered
         try:
             photograph = source.load()
-        except (ImportError, OSError, ValueError, MemoryError) as error:
+        except (ImportError, OSError, ValueError, MemoryError) as error:  # they say which file it is
             return Failure(index, source, reason_of(error), None)
+        except Exception as error:  # of a source that is the user's
+            return Failure(index, source, f"{source.label}: {reason_of(error)}", None)
         if isinstance(source.target, str):
             return Failure(index, source, f"{source.label}: expected a class index, got {source.target!r}", None)
         try:

@@ -358,14 +358,13 @@ def numbers_table(results):
 def datasets_table(results):
     """Pictures a second of whole runs, beside the network alone; the memory of longer ones; and kills."""
     of = {op: [row for key, row in results.datasets.items() if key[0] == op] for op in ("explain", "memory", "kill")}
-    if not of["explain"]:
-        return NOT_MEASURED
     body = []
     for row in of["explain"]:
         share = "" if row["of_network"] is None else f"{100 * row['of_network']:.0f} %"
         spread = f"{number(row['per_s'])} ({number(row['lowest_per_s'])} to {number(row['highest_per_s'])})"
         body.append([DATASET_WAYS.get(row["way"], row["way"]), spread, share, number(row["peak_mib"])])
-    parts = [markdown(["", "pictures a second", "of the network's", "peak MiB"], body)]
+    header = ["", "pictures a second", "of the network's", "peak MiB"]
+    parts = [markdown(header, body) if body else f"Pictures a second: {NOT_MEASURED}."]
     if of["memory"]:
         found = (f"{row['peak_mib']} MiB for {row['photos']} pictures" for row in of["memory"])
         parts.append(f"Peak memory, everything written: {', '.join(found)}.")
@@ -374,6 +373,8 @@ def datasets_table(results):
         f" {'the same as after an undisturbed run' if row['equal'] else 'NOT the same in the end'}."
         for row in of["kill"]
     ]
+    if not body:
+        return "\n\n".join(parts)
     row = of["explain"][-1]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "pillow", "pyarrow", "zarr") if name in row)
     parts.append(

@@ -62,13 +62,15 @@ def _parser():
     )
     add = explain.add_argument
     inputs = (
-        "a folder gives its images, not its subfolders'; @FILE is a text file of paths, and - is standard input; a "
-        "table (.csv, .parquet) names files in a column, and an archive (.tar) holds them"
+        "a folder gives what the network takes of its files, not of its subfolders'; @FILE is a text file of paths, "
+        "and - is standard input; a table (.csv, .parquet) names files in a column, and an archive (.tar) holds images"
     )
     add("inputs", nargs="*", metavar="IMAGE|FOLDER|GLOB", help=inputs)
+    frames = "frames of a video, evenly spread (default: as many as the model says, else 16)"
+    add("--frames", type=_positive, metavar="N", help=frames)
     _add_options(explain, out="cfcam-out", versus=False)
     _add_dataset_options(explain)
-    explain.set_defaults(run=lambda args: explain_images(args, _sources(args)))
+    explain.set_defaults(run=lambda args: explain_images(args, _inputs(args)))
 
     demo = commands.add_parser(
         "demo",
@@ -77,7 +79,7 @@ def _parser():
         "The last panel is that of --versus, where there are two classes to compare.",
     )
     _add_options(demo, out="demo", versus=None)
-    demo.set_defaults(run=lambda args: explain_images(args, lambda n_axes: [_chelsea()]), frames=None)
+    demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
 
     _add_layers(commands)
     _add_bench(commands)
@@ -165,7 +167,12 @@ def _add_dataset_options(parser):
         action="store_true",
         help="start anew where an unfinished run has left its journal (default: go on with it)",
     )
-    add("--workers", type=_positive, metavar="N", help="threads that read, and that write (default: one a core, to 8)")
+    add(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="threads that read, and that write (default: one a core, to 8; of volumes 2)",
+    )
     add(
         "--json",
         action="store_true",
@@ -366,11 +373,11 @@ def run_bench(args):
     return 0
 
 
-def _sources(args):
+def _inputs(args):
     lists = args.list or []
     if not args.inputs and not lists:
         raise _Refused("the following arguments are required: IMAGE|FOLDER|GLOB, or --list (see cfcam explain --help)")
-    return datasets.find_sources(args.inputs, lists, args.path_column, args.target_column)
+    return datasets.Inputs(args.inputs, lists, args.path_column, args.target_column)
 
 
 def explain_images(args, sources):

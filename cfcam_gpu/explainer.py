@@ -146,7 +146,7 @@ class Explainer:
         return self._take(target, size)
 
     def _take(self, target: layers.TargetLayer, size: tuple[int, ...]) -> HeadCapture:
-        """Explain this layer, which was found for images (B, C, H, W) of that size."""
+        """Explain this layer, which was found for images (B, C, H, W) of that size, (C, H, W)."""
         found = self._capture_of(self.model, [target.module], target.reshape_transform)
         if isinstance(target.reshape_transform, layers.TokensToMap):
             self._found_at = {**self._found_at, size: found}

@@ -10,7 +10,7 @@ from io import BytesIO
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 
@@ -86,17 +86,21 @@ def load_image(path: str | os.PathLike) -> "Image":
     >>> load_image("cat.jpg").mode
     'RGB'
     """
-    PIL = _pillow()
-    with catch_warnings():
-        # Pillow warns at half its limit: 100-megapixel photographs are no attack.
-        simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+    with any_size():
         return read_image(path)
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Without Pillow's warning at half its limit: 100-megapixel photographs are no attack. Not for several threads at
+    once: ``catch_warnings`` in one takes back what another has set."""
+    with catch_warnings():
+        filterwarnings("ignore", "Image size .* exceeds limit")  # not its class: what is read may not need Pillow
+        yield
 
 
 def read_image(path: str | os.PathLike, content: bytes | None = None) -> "Image":
     """`load_image` for several threads at once, which leaves Pillow's DecompressionBombWarning to the caller.
-
-    (``catch_warnings`` in one thread takes back what another has set.)
 
     Args:
         path: the file.

@@ -8,6 +8,7 @@ import gzip
 import io
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,10 +105,16 @@ def load(path: str | os.PathLike, n_axes: int = 2, n_frames: int = FRAMES) -> "I
     >>> load("brain.nii.gz", n_axes=3).shape
     (182, 218, 182)
     """
+    with images.any_size():
+        return read(path, n_axes, n_frames)
+
+
+def read(path: str | os.PathLike, n_axes: int = 2, n_frames: int = FRAMES) -> "Image | Volume":
+    """`load` for several threads at once, which leaves Pillow's warnings to the caller as `images.read_image` does."""
     kind = extension(path)
     if n_axes == 2:
         if kind not in (".npy", *NIFTI, *VIDEOS):
-            return images.load_image(path)
+            return images.read_image(path)
         path = images.check_file(path)
         if kind == ".npy":
             return _picture_of(path)
@@ -117,15 +124,17 @@ def load(path: str | os.PathLike, n_axes: int = 2, n_frames: int = FRAMES) -> "I
         return load_volume(path)
     if kind in VIDEOS or (kind in ANIMATIONS and _n_pictures(path) > 1):
         return load_video(path, n_frames)
-    picture = images.load_image(path)
+    picture = images.read_image(path)
     raise _an_image(path, picture.height, picture.width)
 
 
-def check_takes_images(label: str, image: "Image", n_axes: int) -> "Image":
-    """The picture; ValueError if the network takes volumes."""
-    if n_axes != 2:
+def check_taken(label: str, image: "Image | Volume", n_axes: int) -> None:
+    """ValueError for a volume where the network takes images, or the other way round."""
+    if isinstance(image, Volume):
+        if n_axes == 2:
+            raise ValueError(f"{label}: {_expected(2)}, got {'a video' if image.is_video else 'a volume'}")
+    elif n_axes == 3:
         raise _an_image(label, image.height, image.width)
-    return image
 
 
 def _expected(n_axes):
@@ -233,9 +242,12 @@ def _picture_of(path):
         raise ValueError(f"{path}: {error}") from error
 
 
+_logger_lock = threading.Lock()
+
+
 @contextmanager
 def _errors_logged(name):
-    """The messages that a logger was given as errors, which nobody else gets."""
+    """The messages that a logger was given as errors, which nobody else gets; in one thread at a time."""
     messages, logger = [], logging.getLogger(name)
 
     def take(record):
@@ -243,11 +255,12 @@ def _errors_logged(name):
             messages.append(record.getMessage())
         return record.levelno < logging.ERROR
 
-    logger.addFilter(take)
-    try:
-        yield messages
-    finally:
-        logger.removeFilter(take)
+    with _logger_lock:  # by the thread they cannot be told apart: tifffile decodes in threads of its own
+        logger.addFilter(take)
+        try:
+            yield messages
+        finally:
+            logger.removeFilter(take)
 
 
 def _load_stack(path):
@@ -448,6 +461,13 @@ def save_nifti(heatmap: np.ndarray, like: Any, path: str | os.PathLike) -> None:
         ValueError: the map has another shape than the image.
         OSError: the folder is missing or cannot be written to.
     """
+    content = encoded_nifti(heatmap, like)
+    with images.atomic_write(path) as file:
+        file.write(content)
+
+
+def encoded_nifti(heatmap: np.ndarray, like: Any) -> bytes:
+    """The bytes of the file that `save_nifti` writes; ValueError as there."""
     if heatmap.shape != like.shape[:3]:
         raise ValueError(f"heatmap must have the image's shape {like.shape[:3]}, got {heatmap.shape}")
     header = like.header.copy()
@@ -456,8 +476,10 @@ def save_nifti(heatmap: np.ndarray, like: Any, path: str | os.PathLike) -> None:
     header["descrip"] = b"class activation map"
     image = type(like)(np.asarray(heatmap, np.float32), like.affine, header)
     # Without a time in it, so that the same map makes the same file.
-    with images.atomic_write(path) as file, gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+    content = io.BytesIO()
+    with gzip.GzipFile("", "wb", 6, content, mtime=0) as packed:
         packed.write(image.to_bytes())
+    return content.getvalue()
 
 
 def save_animation(frames: Sequence["Image"], path: str | os.PathLike, seconds: float = 0.0) -> None:
@@ -471,12 +493,18 @@ def save_animation(frames: Sequence["Image"], path: str | os.PathLike, seconds: 
     Raises:
         OSError: the folder is missing or cannot be written to.
     """
+    content = encoded_animation(frames, seconds)
+    with images.atomic_write(path) as file:
+        file.write(content)
+
+
+def encoded_animation(frames: Sequence["Image"], seconds: float = 0.0) -> bytes:
+    """The bytes of the file that `save_animation` writes."""
     duration = max(1, round(1000 * seconds / len(frames))) if seconds else FRAME_MS
     packed = io.BytesIO()  # Pillow's encoder seeks
     options = {"duration": duration, "loop": 0, "quality": 85, "method": 2}
     frames[0].save(packed, "WEBP", save_all=True, append_images=frames[1:], **options)
-    with images.atomic_write(path) as file:
-        file.write(packed.getvalue())
+    return packed.getvalue()
 
 
 def draw_slices(

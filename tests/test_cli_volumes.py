@@ -4,6 +4,10 @@ import gzip
 import re
 import struct
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ for package in ("matplotlib", "tqdm", "tifffile"):
 
 import tifffile
 
-from cfcam_gpu import cli, images, models, volume_preprocess, volumes
+from cfcam_gpu import CFCAM, CFCAMConfig, cli, datasets, images, models, volume_preprocess, volumes
+from cfcam_gpu.datasets import journal, scans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,7 +170,7 @@ def test_arrays(explain, channels):
     heat = np.load("out/scan_0.npy")
     assert heat.shape == SHAPE and heat.dtype == np.float32
     assert np.abs(np.subtract(peak(heat), BLOB)).max() <= 1
-    assert Image.open("out/scan.png").height > cli.MONTAGE_PIXELS  # slices, and a caption beneath
+    assert Image.open("out/scan.png").height > scans.MONTAGE_PIXELS  # slices, and a caption beneath
 
 
 def test_a_batch_by_another_method(explain):
@@ -260,7 +265,7 @@ def test_a_video(explain, name, codec):
     heat = np.load("out/clip_0.npy")
     assert heat.shape == (4, 32, 48) and heat.max() == 1
     with Image.open("out/clip.webp") as animation:
-        assert animation.n_frames == 4 and animation.height > cli.FRAME_PIXELS
+        assert animation.n_frames == 4 and animation.height > scans.FRAME_PIXELS
         animation.seek(3)
         animation.load()
         assert animation.info["duration"] == 300  # 12 frames at 10 a second
@@ -316,8 +321,10 @@ def test_a_folder_gives_what_the_network_takes():
     folder.mkdir()
     for name in names:
         (folder / name).write_bytes(b"?")
-    for n_axes, expected in ((2, of_images), (3, of_volumes), (None, sorted({*of_images, *of_volumes}))):
-        assert [source.stem for source in cli.find_sources(["mixed"], n_axes)] == expected
+    inputs = datasets.Inputs(["mixed"])
+    for n_axes, expected in ((2, of_images), (3, of_volumes)):
+        assert [source.stem for source in inputs.sources(n_axes)] == expected
+        assert [source.stem for source in datasets.find_sources(["mixed"], n_axes=n_axes)] == expected
 
 
 @pytest.fixture(autouse=True)
@@ -424,6 +431,131 @@ def test_one_logit(explain, options, name):
     status, out, err = explain("scan.npy", "--raw", *options, net="Net(n_classes=1)")
     assert (status, err) == (0, "") and f"scan.npy -> out/scan.png: {name} 0." in out
     assert np.abs(np.subtract(peak(np.load(f"out/scan_{name}.npy")), BLOB)).max() <= 1
+
+
+# In the run of many pictures
+
+
+def test_every_format(explain):
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (extra: datasets)")
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed (extra: datasets)")
+    nifti("brain.nii.gz")
+    np.save("scan.npy", scan(at=(4, 11, 8)))
+    Image.new("RGB", (7, 6)).save("photo.png")
+    Path("table.csv").write_text("path,class\nbrain.nii.gz,0\nphoto.png,0\nscan.npy,1\n")
+    inputs = ["table.csv", "--target-column", "class", "--write", "maps,scores"]
+    status, _, err = explain(*inputs, net="Net(img_size=(8, 8, 8))")
+    assert status == 1 and err.startswith("cfcam: photo.png: expected a volume") and err.count("\n") == 1
+    assert written() == ["brain_0.nii.gz", "brain_maps.npy", "scan_maps.npy", "scores.csv"]
+    maps = [np.load(f"out/{name}_maps.npy") for name in ("brain", "scan")]
+    assert all(each.shape == (1, *SHAPE) and each.dtype == np.float16 for each in maps)
+    for kind in ("parquet", "zarr"):
+        assert explain(*inputs, "--maps-format", kind, net="Net(img_size=(8, 8, 8))")[0] == 1
+    for row, expected in zip(pq.read_table("out/maps.parquet").to_pylist(), maps):
+        assert (np.frombuffer(row["maps"], "<f2").reshape(row["shape"]) == expected).all()
+    array = zarr.open_group("out/maps.zarr", mode="r")["maps"]
+    assert (array[0] == maps[0]).all() and np.isnan(array[1]).all() and (array[2] == maps[1]).all()
+    assert array.metadata.dimension_names == ("picture", "class", "z", "y", "x")
+
+
+def test_scores_alone_draw_and_write_nothing_else(explain, monkeypatch):
+    nifti("brain.nii.gz")
+    monkeypatch.setattr(images, "side_by_side", None)
+    assert explain("brain.nii.gz", "--write", "scores")[0] == 0 and written() == ["scores.csv"]
+
+
+def test_a_run_that_was_ended_goes_on(explain, monkeypatch):
+    nifti("a.nii.gz")
+    for name in "bcd":
+        np.save(f"{name}.npy", scan(at=(3, 3, 3 + ord(name) % 4)))
+    inputs = ["a.nii.gz", "b.npy", "c.npy", "d.npy", "--raw", "--classes", "0,1", "--versus", "--write", "overlay,maps"]
+    assert explain(*inputs)[0] == 0
+    undisturbed = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    for path in Path("out").iterdir():
+        path.unlink()
+    add, batches = journal.Journal.add, []
+
+    def ended(self, records):
+        if len(batches) == 2:
+            raise OSError(28, "No space left on device")
+        batches.append(records)
+        add(self, records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "add", ended)
+        assert "2 images are done, and the same command goes on after them" in explain(*inputs)[2]
+    assert "had batch_size 1, this one has 2" in explain(*inputs, "--batch-size", 2)[2]
+    status, out, _ = explain(*inputs)
+    assert status == 0 and "going on with the unfinished run in out: 2 of 4 images are done" in out
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == undisturbed
+
+
+def test_by_default_a_volume_is_explained_by_its_own_configuration(explain):
+    np.save("scan.npy", scan())
+    assert explain("scan.npy", "--raw", "--classes", 0)[0] == 0
+    loaded = models.load_model("net3d:build")
+    pixels = loaded.preprocess(torch.from_numpy(scan())[None])[None]
+
+    def maps(config):
+        return CFCAM(loaded.model, config=config).maps(pixels, [0])[0].numpy()
+
+    volume = maps(CFCAMConfig.volumes())
+    np.testing.assert_allclose(np.load("out/scan_0.npy"), volume, atol=1e-5)
+    assert np.abs(maps(CFCAMConfig()) - volume).max() > 0.01
+    assert explain("scan.npy", "--raw", "--classes", 0, "--multilabel")[0] == 0
+    several = maps(replace(CFCAMConfig.volumes(), margin_temperature=0.0))
+    np.testing.assert_allclose(np.load("out/scan_0.npy"), several, atol=1e-5)
+
+
+def test_a_source_of_ones_own_is_refused_where_the_network_takes_another_kind(explain):
+    values = torch.from_numpy(scan())[None]
+    mine = [
+        datasets.Source("volume", lambda: volumes.Volume(values), "volume"),
+        datasets.Source("picture", lambda: Image.new("RGB", (7, 6)), "picture"),
+    ]
+    for net, refused in (("Net()", "picture"), ("Net(3, 2)", "volume")):
+        explain("nothing.npy", net=net)
+        summary = datasets.explain(datasets.Options(Path("out"), "net3d:build", write=["scores"]), mine)
+        assert summary.explained == 1 and [record.path for record in summary.lost] == [refused]
+        assert summary.lost[0].error.startswith(f"{refused}: expected a")
+
+
+def test_what_is_said_of_one_stack_is_not_taken_for_what_is_wrong_with_another(monkeypatch):
+    for index in range(8):
+        tifffile.imwrite(f"{index}.tif", scan())
+    asarray, both = tifffile.TiffPageSeries.asarray, threading.Barrier(2)
+
+    def complains(self, *args, **options):
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)  # with another that is being read, if there is one
+        if self.parent.filename == "5.tif":
+            tifffile.tifffile.logger().error("a page is missing")
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)
+        return asarray(self, *args, **options)
+
+    def read(index):
+        try:
+            return volumes.read(f"{index}.tif", 3).shape
+        except ValueError as error:
+            return str(error)
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", complains)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(read, range(8)))
+    assert found.pop(5) == "5.tif: cannot be decoded: it is damaged or cut short (a page is missing)"
+    assert found == [SHAPE] * 7
+
+
+def test_an_animation_never_overwrites_its_input(explain):
+    Path("out").mkdir()
+    first, *others = map(Image.fromarray, moving())
+    first.save("out/clip.webp", save_all=True, append_images=others, lossless=True)
+    np.save("scan.npy", np.zeros((3, *SHAPE), np.float32))
+    before = Path("out/clip.webp").read_bytes()
+    status, _, err = explain("out/clip.webp", "scan.npy", "--classes", 0, net="Net(3)")
+    assert status == 1 and Path("out/clip.webp").read_bytes() == before
+    assert "cfcam: out/clip.webp: out/clip.webp would overwrite an input: choose another --out\n" in err
 
 
 # What is refused
@@ -551,7 +683,7 @@ def test_no_half_of_a_file_remains(explain, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(gzip.GzipFile, "write", full)
-        assert explain("brain.nii.gz", "--classes", 0)[2] == "cfcam: error: [Errno 28] No space left on device\n"
+        assert explain("brain.nii.gz", "--classes", 0)[2] == "cfcam: error: [Errno 28] out: No space left on device\n"
     assert written() == ["brain.png"]
     with pytest.raises(ValueError, match=re.escape(f"heatmap must have the image's shape {SHAPE}, got (2, 2, 2)")):
         volumes.save_nifti(np.zeros((2, 2, 2)), nibabel.load("brain.nii.gz"), "x.nii.gz")

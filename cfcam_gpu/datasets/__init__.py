@@ -9,13 +9,14 @@ what is known of a picture in the end.
 """
 
 from cfcam_gpu.datasets.journal import Record
-from cfcam_gpu.datasets.reading import Source, find_sources
+from cfcam_gpu.datasets.reading import Inputs, Source, find_sources
 from cfcam_gpu.datasets.running import Options, Refused, Report, Summary, explain
 from cfcam_gpu.datasets.writing import FORMATS, Format
 
 __all__ = [
     "FORMATS",
     "Format",
+    "Inputs",
     "Options",
     "Record",
     "Refused",

@@ -1,4 +1,5 @@
-"""Where pictures come from: files, folders, patterns, lists, tables and tar archives; and how they are read ahead."""
+"""Where pictures, scans and videos come from: files, folders, patterns, lists, tables and tar archives; and how they
+are read ahead."""
 
 import csv
 import glob
@@ -14,27 +15,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from cfcam_gpu import images
+from cfcam_gpu import images, volumes
 from cfcam_gpu.checks import did_you_mean
 from cfcam_gpu.datasets.packages import parquet_package
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LONGEST_SUFFIX = len("_100000-100000.npy")
+LONGEST_SUFFIX = len("_100000-100000.nii.gz")
 """What may follow an image's name in a file's name."""
+
+LISTED = {2: images.EXTENSIONS, 3: volumes.EXTENSIONS}
+"""What a folder gives a network of images, and one of volumes."""
 
 PATH_COLUMN = "path"
 """The column of a table that names the files, unless another is asked for."""
 
 
 class Source(NamedTuple):
-    """One image to explain."""
+    """One image, scan or video to explain."""
 
     label: str
     """What messages and tables call it: its path; of an archive's member the archive's path and the member's name."""
     load: Callable
-    """Returns the PIL image."""
+    """Returns the PIL image, or the `cfcam_gpu.volumes.Volume`."""
     stem: str
     """Name of what is written for it, without the extension."""
     target: int | None = None
@@ -46,6 +50,7 @@ class _Found(NamedTuple):
 
     label: str
     load: Callable
+    """Called with ``n_axes`` and ``n_frames``."""
     stem: str
     target: Any = None
 
@@ -55,53 +60,99 @@ def find_sources(
     lists: Sequence[str] = (),
     path_column: str = PATH_COLUMN,
     target_column: str | None = None,
+    n_axes: int = 2,
+    n_frames: int = volumes.FRAMES,
 ) -> list[Source]:
-    """The images that the arguments name, with distinct names for what is written.
+    """The images that the arguments name, with distinct names for what is written; for a network of volumes, the scans
+    and videos.
 
     Args:
         inputs: each of them one of
 
-            - a folder: its own files with an image's extension, sorted;
+            - a folder: its own files with an image's extension, or with a scan's or a video's, sorted;
             - a pattern such as ``"photos/**/*.jpg"``: its matches, sorted, each as what follows;
             - ``@FILE``: a text file with a path on each line; ``-`` is that of standard input;
             - a table, ``.csv`` or ``.parquet``, with the paths in ``path_column``;
             - an archive, ``.tar``, as WebDataset has them: each member with an image's extension;
-            - anything else: a file, which is tried as an image.
+            - anything else: a file, which is tried.
 
             A relative path in a list or a table is relative to the list's or the table's folder.
         lists: text files as by ``@FILE``.
         path_column: of tables.
         target_column: of tables, the column with the index of the class to explain of each picture; of archives, the
             extension of the member with the same key that holds it, such as "cls". Default: none.
+        n_axes: 2, the default, for a network of images, and 3 for one of volumes.
+        n_frames: how many frames of a video; default 16.
 
     Returns:
         List of `Source`. A file that arguments name twice is there once; what a list or a table names, as often as it
         does. Where two have the same stem, the later ones are numbered: cat, cat-2.
 
     Raises:
-        ValueError: a folder has no image, a pattern matches no file, a list is empty, or a table lacks a column or is
-            none.
+        ValueError: a folder has nothing that the network takes, a pattern matches no file, a list is empty, or a table
+            lacks a column or is none.
         OSError: a folder, a list, a table or an archive cannot be read.
         ImportError: a Parquet file needs pyarrow.
 
     >>> [source.stem for source in find_sources(["photos", "@more.txt"])]
     ['cat', 'dog', 'cat-2']
     """
-    files: dict[str, Any] = {}
-    for text in inputs:
-        for found in _expanded(text, path_column, target_column):
-            # Files that are named by themselves count once, by whatever name.
-            key = os.path.realpath(found) if isinstance(found, Path) else f"\0{len(files)}"
-            files.setdefault(key, found)
-    every = list(files.values())
-    for text in lists:
-        every += _of_list(text)
+    return Inputs(inputs, lists, path_column, target_column).sources(n_axes, n_frames)
+
+
+class Inputs:
+    """What arguments name, looked up before it is known which network is to take it.
+
+    Args:
+        As of `find_sources`.
+
+    Raises:
+        As `find_sources`; of a folder, where no network would take anything of it.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        lists: Sequence[str] = (),
+        path_column: str = PATH_COLUMN,
+        target_column: str | None = None,
+    ) -> None:
+        self._named: list[_Folder | list[Path | _Found]] = [
+            _expanded(text, path_column, target_column) for text in inputs
+        ]
+        self._listed = [found for text in lists for found in _of_list(text)]
+
+    def sources(self, n_axes: int = 2, n_frames: int = volumes.FRAMES) -> list[Source]:
+        """What `find_sources` returns, and ValueError as there."""
+        files: dict[str, Path | _Found] = {}
+        for named in self._named:
+            for found in named.listed(n_axes) if isinstance(named, _Folder) else named:
+                # Files that are named by themselves count once, by whatever name.
+                key = os.path.realpath(found) if isinstance(found, Path) else f"\0{len(files)}"
+                files.setdefault(key, found)
+        every = [_file(found) if isinstance(found, Path) else found for found in (*files.values(), *self._listed)]
+        return _with_names(every, n_axes, n_frames)
+
+
+class _Folder(NamedTuple):
+    """A folder, and its files that some network takes."""
+
+    name: str
+    files: list[Path]
+
+    def listed(self, n_axes):
+        found = [file for file in self.files if volumes.extension(file) in LISTED[n_axes]]
+        if not found:
+            what = "image" if n_axes == 2 else "volume or video"
+            raise ValueError(f"no {what} in folder {self.name} (looked for {' '.join(LISTED[n_axes])})")
+        return found
+
+
+def _with_names(every, n_axes, n_frames):
     sources: list[Source] = []
     taken: set[str] = set()
     latest: dict[str, int] = {}
     for found in every:
-        if isinstance(found, Path):
-            found = _file(found)
         same = _same_name(found.stem)
         stem, number = found.stem, latest.get(same, 1)
         while _same_name(stem) in taken:
@@ -109,7 +160,7 @@ def find_sources(
             stem = f"{found.stem}-{number}"
         latest[same] = number
         taken.add(_same_name(stem))
-        sources.append(Source(found.label, found.load, stem, found.target))
+        sources.append(Source(found.label, partial(found.load, n_axes, n_frames), stem, found.target))
     return sources
 
 
@@ -118,11 +169,12 @@ def _expanded(text, path_column, target_column):
     if text == "-" or (text.startswith("@") and not os.path.exists(text)):
         return _of_list(text if text == "-" else text[1:])
     if os.path.isdir(text):
-        found = [file for file in sorted(Path(text).iterdir()) if file.suffix.lower() in images.EXTENSIONS]
+        extensions = dict.fromkeys(each for listed in LISTED.values() for each in listed)
+        found = [file for file in sorted(Path(text).iterdir()) if volumes.extension(file) in extensions]
         found = [file for file in found if os.path.isfile(file)]
         if not found:
-            raise ValueError(f"no image in folder {text} (looked for {' '.join(images.EXTENSIONS)})")
-        return found
+            raise ValueError(f"no image in folder {text} (looked for {' '.join(extensions)})")
+        return _Folder(text, found)
     if glob.has_magic(text) and not os.path.exists(text):
         names = [name for name in sorted(glob.glob(text, recursive=True)) if os.path.isfile(name)]
         if not names:
@@ -142,7 +194,7 @@ def _expanded(text, path_column, target_column):
 
 
 def _file(path, target=None):
-    return _Found(str(path), partial(images.read_image, path), path.stem, target)
+    return _Found(str(path), partial(volumes.read, path), volumes.stem(path), target)
 
 
 def _of_list(name):
@@ -229,7 +281,7 @@ class _Member(NamedTuple):
             file.seek(self.offset)
             return file.read(self.size)
 
-    def load(self):
+    def load(self, n_axes, n_frames):
         path = f"{self.archive}/{self.name}"
         content = self.read()
         if len(content) < self.size:

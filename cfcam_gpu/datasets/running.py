@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline
+from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline, volumes
 from cfcam_gpu import probabilities as prob
-from cfcam_gpu.datasets import files, reading, writing
+from cfcam_gpu.datasets import files, reading, scans, writing
 from cfcam_gpu.datasets.journal import Journal, Record
 from cfcam_gpu.datasets.transfer import Transfer
 from cfcam_gpu.methods import METHODS
 from cfcam_gpu.outputs import find_logits
+
+DEFAULT_BATCH = {2: 16, 3: 1}
+"""Images, or scans and videos, per forward pass."""
 
 DEFAULT_TOP = 2
 """Classes that are explained of each image, of a model that has so many."""
@@ -35,9 +38,9 @@ BATCHES_WAITING = 4
 BATCHES_WRITTEN = 2
 """Batches that are being written at the same time as the next one is explained."""
 
-
-MOST_WORKERS = 8
-"""Threads that read, and threads that write: at most so many, and at most one a core, unless more are asked for."""
+MOST_WORKERS = {2: 8, 3: 2}
+"""Threads that read, and threads that write: at most so many, and at most one a core, unless more are asked for. Fewer
+of scans and videos, each of which may take a gigabyte."""
 
 
 class Refused(ValueError):
@@ -49,7 +52,8 @@ class Options:
     """What is done with each picture: the options of ``cfcam explain``, by the same names.
 
     ``versus`` of None: where there are two classes. ``device`` of None: CUDA if there is one. ``workers`` of None: as
-    many threads for reading, and as many for writing, as there are cores, at most 8 each.
+    many threads for reading, and as many for writing, as there are cores, at most 8 each, of scans and videos 2.
+    ``batch_size`` of None: 16, of scans and videos 1. ``frames`` of None: as many as the model says, else 16.
     """
 
     out: Path
@@ -64,7 +68,8 @@ class Options:
     paper: bool = False
     backend: str = "auto"
     device: torch.device | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
+    frames: int | None = None
     colormap: str = "inferno"
     raw: bool = False
     write: Sequence[str] = ("overlay",)
@@ -124,11 +129,12 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image that has been read."""
+    """An image, a scan or a video that has been read."""
 
     index: int
     source: reading.Source
     panel: Any
+    """What is drawn of it: a PIL image, or None; or a `scans.Seen`."""
     pixels: torch.Tensor
 
 
@@ -142,10 +148,17 @@ class Failure:
     error: Exception | None
 
 
-def explain(options: Options, sources: Sequence[reading.Source], report: Report | None = None) -> Summary:
+def explain(
+    options: Options, sources: Sequence[reading.Source] | reading.Inputs, report: Report | None = None
+) -> Summary:
     """Explain all pictures and write what the options say; what an unfinished run has done is not done again.
 
     What fails on the first images, whichever they are, fails because of the model or the arguments, and is raised.
+
+    Args:
+        options: what is done with each picture.
+        sources: the pictures, scans and videos; or where they are to be found once it is known what the model takes.
+        report: is told what happens; default: nobody is.
 
     Raises:
         ValueError: the options cannot be carried out, or another run has the folder.
@@ -153,25 +166,14 @@ def explain(options: Options, sources: Sequence[reading.Source], report: Report 
         ImportError: a package is missing.
     """
     report = report or Report()
-    sources = reading.shorten(sources, options.out)
     options = replace(options, write=writing.check_kinds(options.write))
     if "overlay" in options.write:
-        pictures = (options.out / writing.picture_name(options, source.stem) for source in sources)
-        there = [picture for picture in pictures if os.path.lexists(picture)]
-        inputs = {os.path.realpath(source.label) for source in sources} if there else ()
-        for picture in there:
-            if os.path.realpath(picture) in inputs:
-                raise Refused(f"--out {options.out} would overwrite the input {picture}")
         images.get_colormap(options.colormap)
     if options.out.exists() and not options.out.is_dir():
         raise Refused(f"--out must be a folder, got the file {options.out}")
     if options.paper and options.method != "cfcam":
         raise Refused(f"--paper is a procedure of --method cfcam, got --method {options.method}")
     versus(options, options.top or DEFAULT_TOP)
-    if any(source.target is not None for source in sources):
-        for option, given in (("--classes", options.classes), ("--top", options.top), ("--versus", options.versus)):
-            if given:
-                raise Refused(f"{option} does not go with targets from the input, which are the classes to explain")
     names = None if options.labels is None else class_names.class_names(options.labels)
     pipeline.choose(options.backend, "auto", torch.empty(1, 1, 1, 1, device=options.where))
     loaded = models.load_model(options.model, options.where)
@@ -179,16 +181,25 @@ def explain(options: Options, sources: Sequence[reading.Source], report: Report 
         loaded = replace(loaded, class_names=names)
     if options.layer is not None:
         layers.get_layer(loaded.model, options.layer)
+    n_frames = options.frames or loaded.frames
+    if isinstance(sources, reading.Inputs):
+        sources = sources.sources(loaded.n_axes, n_frames)
+    options = replace(
+        options,
+        batch_size=options.batch_size or DEFAULT_BATCH[loaded.n_axes],
+        frames=n_frames if loaded.n_axes == 3 else None,
+        workers=options.workers or min(MOST_WORKERS[loaded.n_axes], _cores()),
+    )
+    sources = reading.shorten(sources, options.out)
+    inputs = _check_sources(options, sources)
     writing.check_packages(options)
     journal = Journal(options.out, parameters(options, loaded, sources), options.overwrite)
     ended = False
     report.start(len(sources), len(journal.done))
     try:
-        with warnings.catch_warnings():
-            run = _Run(options, loaded, sources, journal, report)
+        with warnings.catch_warnings(), images.any_size():  # for the threads that read
+            run = _Run(options, loaded, sources, journal, report, inputs)
             warnings.showwarning = run.warn
-            # For the threads that read, as `images.load_image` does it.
-            warnings.simplefilter("ignore", images._pillow().Image.DecompressionBombWarning)
             try:
                 run.run()
                 summary = run.summary()
@@ -206,6 +217,22 @@ def explain(options: Options, sources: Sequence[reading.Source], report: Report 
         journal.close(ended or not journal.n_explained)
 
 
+def _check_sources(options, sources):
+    """Refuse what does not go with the sources; returns the real paths of those that may be in the run's folder."""
+    if any(source.target is not None for source in sources):
+        for option, given in (("--classes", options.classes), ("--top", options.top), ("--versus", options.versus)):
+            if given:
+                raise Refused(f"{option} does not go with targets from the input, which are the classes to explain")
+    if not options.out.is_dir() or not any(options.out.iterdir()):
+        return frozenset()
+    inputs = frozenset(os.path.realpath(source.label) for source in sources)
+    for source in sources if "overlay" in options.write else ():
+        picture = options.out / writing.picture_name(options, source.stem)
+        if os.path.lexists(picture) and os.path.realpath(picture) in inputs:
+            raise Refused(f"--out {options.out} would overwrite the input {picture}")
+    return inputs
+
+
 def _kept(journal):
     done = len(journal.done)
     return f"; {done} images are done, and the same command goes on after them" if done else ""
@@ -215,7 +242,7 @@ def parameters(options: Options, loaded: models.LoadedModel, sources: Sequence[r
     """All that decides what a run writes, as plain values."""
     values = {name: value for name, value in asdict(options).items() if name not in UNTOUCHED}
     values["versus"] = bool(options.versus)
-    values["config"] = asdict(CFCAMConfig.paper() if options.paper else CFCAMConfig())
+    values["config"] = asdict(CFCAMConfig.paper() if options.paper else _default_config(loaded.n_axes))
     listed = hashlib.sha256()
     for source in sources:
         listed.update(os.fsencode(f"{source.label}\0{source.stem}\0{source.target}\0"))
@@ -225,6 +252,11 @@ def parameters(options: Options, loaded: models.LoadedModel, sources: Sequence[r
     values["size"] = getattr(loaded.preprocess, "size", None)
     values["version"] = __version__
     return values
+
+
+def _default_config(n_axes):
+    """What `CFCAM` takes on a grid of so many axes where no configuration is given."""
+    return CFCAMConfig.volumes() if n_axes == 3 else CFCAMConfig()
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -252,7 +284,7 @@ def versus(options: Options, top: int) -> bool:
 
 
 class _Batch(NamedTuple):
-    """Images of one shape, and the (B, C, H, W) input on the model's device."""
+    """Images of one shape, and the (B, C, H, W) or (B, C, D, H, W) input on the model's device."""
 
     pictures: Sequence[Picture]
     inputs: torch.Tensor
@@ -275,10 +307,10 @@ class _Run:
     """The images of one run: a pool reads them ahead, the calling thread explains batch after batch, and a second pool
     writes what was found, while a thread keeps the journal, in the order of the batches."""
 
-    def __init__(self, options, loaded, sources, journal, report):
+    def __init__(self, options, loaded, sources, journal, report, inputs):
         self.options, self.loaded, self.sources = options, loaded, sources
         self.journal, self.report = journal, report
-        self.writer, self.transfer = writing.Writer(options, journal), Transfer(options.where)
+        self.writer, self.transfer = writing.Writer(options, journal, inputs), Transfer(options.where)
         self.cam = self.found = None
         self.broken = False
         """Whether a batch could not be journalled."""
@@ -289,11 +321,10 @@ class _Run:
         self.n_computed = 0
         self.unsettled = deque()
         self.started = time.perf_counter()
-        n_workers = options.workers or min(MOST_WORKERS, _cores())
-        self.n_ahead = options.batch_size + n_workers
+        self.n_ahead = options.batch_size + options.workers
         self.pools = self.readers, self.writers, self.keeper = (
-            ThreadPoolExecutor(n_workers, "cfcam-read"),
-            ThreadPoolExecutor(n_workers, "cfcam-write"),
+            ThreadPoolExecutor(options.workers, "cfcam-read"),
+            ThreadPoolExecutor(options.workers, "cfcam-write"),
             ThreadPoolExecutor(1, "cfcam-journal"),
         )
 
@@ -335,7 +366,8 @@ class _Run:
         """In a reader's thread: a `Picture` or a `Failure`."""
         index, source = numbered
         try:
-            photograph = source.load()
+            image = source.load()
+            volumes.check_taken(source.label, image, self.loaded.n_axes)
         except (ImportError, OSError, ValueError, MemoryError) as error:  # they say which file it is
             return Failure(index, source, reason_of(error), None)
         except Exception as error:  # of a source that is the user's
@@ -343,9 +375,14 @@ class _Run:
         if isinstance(source.target, str):
             return Failure(index, source, f"{source.label}: expected a class index, got {source.target!r}", None)
         try:
-            pixels = self.loaded.preprocess(photograph)
-            # The photograph itself, which may be large, is let go of.
-            panel = self.writer.panel(self.loaded.seen(photograph)) if self.writer.draws else None
+            if isinstance(image, volumes.Volume):
+                pixels = self.loaded.preprocess(image.values)
+                seen = self.loaded.seen(image.values) if self.writer.draws else None
+                panel = scans.Seen.of(image, seen, pixels.shape[1], self.loaded.to_volume)
+            else:
+                pixels = self.loaded.preprocess(image)
+                # The photograph itself, which may be large, is let go of.
+                panel = self.writer.panel(self.loaded.seen(image)) if self.writer.draws else None
         except Exception as error:  # of the user's preprocess
             return Failure(index, source, f"{source.label}: {reason_of(error)}", error)
         return Picture(index, source, panel, pixels)
@@ -424,7 +461,7 @@ class _Run:
             self.keeper.submit(self.journal.set_found, self.found).result()
 
     def prepare(self, image):
-        """Look at the model with a first image (1, C, H, W): its layer, and what its outputs are."""
+        """Look at the model with a first image (1, C, H, W) or volume: its layer, and what its outputs are."""
         options, model, note = self.options, self.loaded.model, self.report.note
         layer = options.layer
         if layer is None and self.journal.found is not None:
@@ -456,10 +493,10 @@ class _Run:
             if options.labels is not None:
                 raise Refused(f"--labels {options.labels} has {said}")
             note(f"class names: not used, since there are {said}")
-        config = CFCAMConfig.paper() if options.paper else CFCAMConfig()
+        config = CFCAMConfig.paper() if options.paper else None
         self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
         if self.multilabel and n_classes > 1:
-            config = replace(config, margin_temperature=0.0)
+            config = replace(config or _default_config(len(target.shape) - 1), margin_temperature=0.0)
             note("outputs: several labels an image, each explained by its own logit")
         note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes
@@ -468,7 +505,7 @@ class _Run:
         else:
             self.cam = METHODS[options.method](model, backend=options.backend)
             note(f"method: {self.cam.name}")
-        self.cam._take(target, tuple(image.shape[-2:]))
+        self.cam._take(target, tuple(image.shape[1:]))
 
     # Writing
 
@@ -494,9 +531,9 @@ class _Run:
             return _Outcome(_failed(picture, f"{source.label}: {reason_of(error)}"), "", None, error)
         record = Record(
             *(picture.index, source.label, source.stem, source.target),
-            *(found.classes, found.labels, found.scores, written),
+            *(found.classes, found.labels, found.scores, written.files),
         )
-        return _Outcome(record, said, self.writer.to_keep(found.maps), None)
+        return _Outcome(record, said, written.to_keep, None)
 
     def _named(self, classes, scores, maps):
         """An `Explained`, the captions of its maps, what is said of the picture, and what two maps are compared as."""
@@ -576,7 +613,8 @@ def _cores():
 
 
 def _explain_batch(run, inputs, targets):
-    """Classes (B, K), their scores (B, K) and their maps (B, K, H, W), on the host when the device has come so far.
+    """Classes (B, K), their scores (B, K) and their maps (B, K, H, W), of volumes (B, K, D, H, W), on the host when the
+    device has come so far.
 
     Of a model with one output a class is the side that is explained, True or False, and the score that side's.
     """
@@ -590,7 +628,7 @@ def _explain_batch(run, inputs, targets):
     maps = found.maps.float()
     if one_output:
         positive = torch.ones_like(logits, dtype=torch.bool) if classes else logits >= 0
-        results = positive, torch.where(positive, scores, 1 - scores), maps.view(len(maps), 1, *maps.shape[-2:])
+        results = positive, torch.where(positive, scores, 1 - scores), maps if classes else maps.unsqueeze(1)
     else:
         results = found.targets, scores.gather(1, found.targets), maps
     return tuple(run.transfer.to_host(result) for result in results)

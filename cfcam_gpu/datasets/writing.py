@@ -2,16 +2,17 @@
 
 import csv
 import io
+import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cfcam_gpu import images
+from cfcam_gpu import images, volumes
 from cfcam_gpu.checks import did_you_mean
-from cfcam_gpu.datasets import files
+from cfcam_gpu.datasets import files, scans
 from cfcam_gpu.datasets.journal import Journal, Record
 from cfcam_gpu.datasets.packages import parquet_package, zarr_package
 from cfcam_gpu.methods import METHODS
@@ -105,7 +106,16 @@ class Explained(NamedTuple):
     """The classes in files' names."""
     scores: list[float]
     maps: np.ndarray
-    """float32 (K, H, W)."""
+    """float32 (K, H, W), of a scan or a video (K, D, H, W)."""
+
+
+class Written(NamedTuple):
+    """What was written for one picture."""
+
+    files: list[str]
+    """Their names."""
+    to_keep: np.ndarray | None
+    """Its maps as they go into the one file of all; None without such a file."""
 
 
 class Writer:
@@ -114,10 +124,11 @@ class Writer:
     Args:
         options: a `running.Options`.
         journal: the run's.
+        inputs: real paths of the inputs, as far as they may lie in the run's folder.
     """
 
-    def __init__(self, options: Any, journal: Journal) -> None:
-        self.options, self.journal, self.out = options, journal, options.out
+    def __init__(self, options: Any, journal: Journal, inputs: Collection[str] = ()) -> None:
+        self.options, self.journal, self.out, self.inputs = options, journal, options.out, inputs
         self.versus = False
         self._in_one_file = "maps" in options.write and options.maps_format != "npy"
         self._shape: tuple[int, ...] | None = None
@@ -132,58 +143,67 @@ class Writer:
 
     def panel(self, seen: Any) -> Any:
         """The photograph as the picture shows it."""
-        from PIL.Image import Resampling
+        return scans.at_height(seen, PANEL_PIXELS)
 
-        size = max(1, round(seen.width * PANEL_PIXELS / seen.height)), PANEL_PIXELS
-        return seen.resize(size, Resampling.LANCZOS)
-
-    def write(self, name: str, panel: Any, found: Explained, captions: Sequence[str], said: str) -> list[str]:
-        """Write the files of one picture; returns their names.
+    def write(self, name: str, panel: Any, found: Explained, captions: Sequence[str], said: str) -> Written:
+        """Write the files of one picture, scan or video.
 
         Args:
             name: the stem of their names.
-            panel: the photograph, as `panel` returns it; None where nothing is drawn.
+            panel: the photograph, as `panel` returns it, or None where nothing is drawn; or a `scans.Seen`.
             found: what is to be written.
             captions: of the maps.
             said: caption of the panel that compares the first two, where there is one.
         """
         options, written = self.options, []
-        difference = found.maps[0] - found.maps[1] if self.versus and len(found.maps) > 1 else None
+        scan = panel if isinstance(panel, scans.Seen) else None
+        maps = found.maps if scan is None else scan.in_depth(found.maps)
+        difference = maps[0] - maps[1] if self.versus and len(maps) > 1 else None
         if self.draws:
-            picture = self._picture(name, panel, found, captions, difference, said)
-            written.append(self._write(picture_name(options, name), encoded(picture, options.overlay_format)))
+            written.append(self._draw(name, panel, maps, captions, difference, said))
+        nifti = None if scan is None or options.write == ("scores",) else scan.volume.nifti
+        if scan is not None and (nifti is not None or options.raw or "maps" in options.write):
+            maps = np.stack([scan.placed(heat) for heat in maps])
+            difference = None if difference is None else scan.placed(difference)
+        named = dict(zip(found.keys, maps))
+        if difference is not None:
+            named[f"{found.keys[0]}-{found.keys[1]}"] = difference
+        if nifti is not None:
+            for key, values in named.items():
+                written.append(self._write(f"{name}_{key}.nii.gz", volumes.encoded_nifti(values, nifti)))
         if "maps" in options.write and options.maps_format == "npy":
-            written.append(self._write(f"{name}_maps.npy", _npy(found.maps.astype(np.float16))))
+            written.append(self._write(f"{name}_maps.npy", _npy(maps.astype(np.float16))))
         if options.raw:
-            raw = dict(zip(found.keys, found.maps))
-            if difference is not None:
-                raw[f"{found.keys[0]}-{found.keys[1]}"] = difference
-            for key, values in raw.items():
+            for key, values in named.items():
                 written.append(self._write(f"{name}_{key}.npy", _npy(values)))
-        return written
+        return Written(written, maps.astype("<f2") if self._in_one_file else None)
 
     def _write(self, name, content):
-        files.write_file(self.out / name, content, self.journal.parts)
+        path = self.out / name
+        if self.inputs and os.path.realpath(path) in self.inputs:
+            raise ValueError(f"{path} would overwrite an input: choose another --out")
+        files.write_file(path, content, self.journal.parts)
         return name
 
-    def _picture(self, name, panel, found, captions, difference, said):
+    def _draw(self, name, panel, maps, captions, difference, said):
         options = self.options
-        panels = [panel, *(images.overlay(panel, heat, options.colormap) for heat in found.maps)]
         method = "" if options.method == "cfcam" else f", {METHODS[options.method].name}"
         captions = [name + method, *captions]
         if difference is not None:
             largest = np.abs(difference).max()
             # Maps of classes that are confused differ little: as it is, their difference would hardly show.
-            panels.append(images.overlay_difference(panel, difference / max(largest, FAINT_DIFFERENCE)))
+            difference = difference / max(largest, FAINT_DIFFERENCE)
             captions.append(f"{said} \u00b1{largest:.2f}")
-        return images.side_by_side(panels, captions)
-
-    def to_keep(self, maps: np.ndarray) -> np.ndarray | None:
-        """A picture's maps as they go into the one file of all; None without such a file."""
-        return maps.astype("<f2") if self._in_one_file else None
+        if isinstance(panel, scans.Seen) and panel.volume.is_video:
+            return self._write(f"{name}.webp", panel.animation(maps, difference, captions, options.colormap))
+        if isinstance(panel, scans.Seen):
+            picture = panel.slices(maps, difference, captions, options.colormap)
+        else:
+            picture = images.side_by_side(scans.panels(panel, maps, difference, options.colormap), captions)
+        return self._write(picture_name(options, name), encoded(picture, options.overlay_format))
 
     def keep(self, maps: np.ndarray) -> Any:
-        """Keep what `to_keep` gave for the one file; returns what the record is to hold.
+        """Keep a `Written.to_keep` for the one file; returns what the record is to hold.
 
         Raises:
             ValueError: the maps have another shape than those before, and the file is a Zarr array.
@@ -251,7 +271,7 @@ class Writer:
             shards=(ROWS_AT_ONCE, *chunk),
             dtype="float16",
             fill_value=np.float16("nan"),
-            dimension_names=("picture", "class", "y", "x"),
+            dimension_names=("picture", "class", *"zyx"[-len(shape) + 1 :]),
         )
         for rows in self._maps():
             first = rows[0][0].index // ROWS_AT_ONCE * ROWS_AT_ONCE
@@ -273,7 +293,7 @@ class Writer:
                 "shape": pa.list_(pa.int32()),
                 "maps": pa.binary(),
             },
-            metadata={"maps": "little-endian float16 in C order, of the given shape (class, y, x)"},
+            metadata={"maps": "little-endian float16 in C order, of the given shape (class, y, x) or (class, z, y, x)"},
         )
         with pq.ParquetWriter(path, schema, compression="zstd") as file:
             for rows in self._maps():

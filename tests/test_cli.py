@@ -511,7 +511,7 @@ def test_class_names_that_do_not_fit(explain):
     assert status == 2 and "--labels names.json has an index 3, zoo:build has 3 classes" in err
     status, out, _, _ = explain("Net(3), None, ['ox', 'ass']", "--classes", 1)
     assert status == 0 and "class names: not used, since there are 2 names, zoo:build has 3 classes\n" in out
-    assert ": class 1 0." in out
+    assert ": class 1 " in out  # with whatever probability: of some random networks 1.00
 
 
 # The layers to choose from

@@ -13,8 +13,11 @@ LOWER_IS_BETTER = (
 )
 """Of all measures."""
 
-DECIDES = "insertion_minus_deletion"
-"""Of the candidates that are not worse anywhere, the one with the largest mean of this is the default."""
+DECIDES, CLOSE = "insertion_minus_deletion", 0.005
+"""Of the candidates that are not worse anywhere, those whose mean of this is within so much of the largest."""
+
+THEN = "average_drop"
+"""And of those the one with the lowest mean of this is the default."""
 
 
 def mean(row, measure):
@@ -36,4 +39,5 @@ def pick(rows):
     """The name of the candidate that the rule picks, of {name: row}; None where none is not worse."""
     found = {name: mean(row, DECIDES) for name, row in rows.items() if holds(row)}
     found = {name: value for name, value in found.items() if not isnan(value)}
-    return max(found, key=found.__getitem__, default=None)
+    close = [name for name, value in found.items() if value >= max(found.values()) - CLOSE]
+    return min(close, key=lambda name: mean(rows[name], THEN), default=None)

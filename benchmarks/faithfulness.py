@@ -303,7 +303,7 @@ CONTROLS = {
     "Grad-CAM, averaged": averaged_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig()),
     "CF-CAM, logit": from_config(dataclasses.replace(CFCAMConfig(), margin_temperature=0.0)),
     "CF-CAM, no average": from_config(dataclasses.replace(CFCAMConfig(), affinity_power=0.0)),
-    "CF-CAM, guide's strength apart": from_config(dataclasses.replace(CFCAMConfig(), guide_power=0.0)),
+    "CF-CAM, without the guide's strength": from_config(dataclasses.replace(CFCAMConfig(), guide_power=0.0)),
     "CF-CAM, own cells": from_config(CFCAMConfig(), guided=False),
     "Grad-CAM, margin": from_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig().margin_temperature),
     "Grad-CAM, Finer-CAM's score": from_grid(from_weights(WEIGHTS["Grad-CAM"]), finer_cam),

@@ -324,8 +324,11 @@ def test_the_interval_reaches_zero(choice, measure, worse):
 
 
 def test_of_those_the_best(choice):
-    best, other = {"insertion_minus_deletion": 0.031}, {"insertion_minus_deletion": 0.03, "energy": 0.3}
+    best, other = {"insertion_minus_deletion": 0.036}, {"insertion_minus_deletion": 0.03, "energy": 0.3}
     assert picked(choice, a=other, b=best) == picked(choice, b=best, a=other) == "b"
     assert picked(choice, a=other, b={**best, "energy": -0.1}) == "a"
+    close = {"insertion_minus_deletion": 0.032, "average_drop": -0.02}
+    assert picked(choice, a=close, b=best) == picked(choice, b=best, a=close) == "a"
+    assert picked(choice, a={**close, "insertion_minus_deletion": 0.03}, b=best) == "b"
     assert picked(choice, a={"insertion_minus_deletion": float("nan")}) is None
     assert picked(choice) is None

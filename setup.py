@@ -70,7 +70,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["cfcam_gpu", "cfcam_gpu.*"]), "cfcam_gpu.kernels"],
     package_dir={"cfcam_gpu": "cfcam_gpu", "cfcam_gpu.kernels": "kernels"},
-    package_data={"cfcam_gpu": ["py.typed"]},
+    package_data={"cfcam_gpu": ["py.typed"], "cfcam_gpu.datasets": ["gallery.html"]},
     ext_modules=[HOST],
     install_requires=["torch>=2.6", "numpy"],
     extras_require={

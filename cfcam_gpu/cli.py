@@ -163,6 +163,12 @@ def _add_dataset_options(parser):
         default = next(iter(formats))
         add(f"--{kind}-format", choices=list(formats), default=default, help=f"{files} (default: {default})")
     add(
+        "--html",
+        action="store_true",
+        help="also write OUT/gallery/gallery.html: a page to look through all pictures, to filter and to sort them; it "
+        "opens without a server",
+    )
+    add(
         "--overwrite",
         action="store_true",
         help="start anew where an unfinished run has left its journal (default: go on with it)",

@@ -8,6 +8,7 @@ what is known of a picture in the end.
 200
 """
 
+from cfcam_gpu.datasets.gallery import write_gallery
 from cfcam_gpu.datasets.journal import Record
 from cfcam_gpu.datasets.reading import Inputs, Source, find_sources
 from cfcam_gpu.datasets.running import Options, Refused, Report, Summary, explain
@@ -25,4 +26,5 @@ __all__ = [
     "Summary",
     "explain",
     "find_sources",
+    "write_gallery",
 ]

@@ -1,7 +1,7 @@
 """What a run has done, so that a killed one goes on where it was.
 
-The folder ``.cfcam`` in the run's own holds the journal, the lock, files that are being written, and the maps that are
-to go into one file. A run that ends removes it.
+The folder ``.cfcam`` in the run's own holds the journal, the lock, files that are being written, the maps that are to
+go into one file, and the thumbnails of the gallery. A run that ends removes it.
 
 The journal is a text file, one line of JSON for each of: the run's parameters; what was found of the model with the
 first picture; a batch that is done, all its files written. A line counts when it is whole: what follows the last whole
@@ -34,6 +34,8 @@ class Record:
             output the side that was explained, 1 for the positive and 0 for the negative.
         labels: their names.
         scores: their probabilities.
+        border: of each map the share of its sum in the outer frame, `gallery.border_share`; None for a map of zeros. Of
+            scans and videos nothing.
         files: names of the files written for it alone, in the run's folder.
         error: why it could not be explained or written; None where it was.
         at: (offset, shape) of its maps in the file in which they wait for being written into one with all others; else
@@ -47,6 +49,7 @@ class Record:
     classes: Sequence[int] = ()
     labels: Sequence[str] = ()
     scores: Sequence[float] = ()
+    border: Sequence[float | None] = ()
     files: Sequence[str] = ()
     error: str | None = None
     at: Any = None
@@ -81,6 +84,7 @@ class Journal:
         self.out, self.folder = out, out / FOLDER
         self.path, self.spool = self.folder / "journal.jsonl", self.folder / "maps"
         self.parts, self._old = self.folder / "parts", out / f"{FOLDER}.old"
+        self.thumbnails = self.folder / "thumbnails"
         self.done: dict[int, int] = {}
         self.n_explained = 0
         self.found: dict[str, Any] | None = None
@@ -93,6 +97,8 @@ class Journal:
             length, n_spooled = (0, 0) if overwrite else self._read(parameters)
             for left in (self.parts, self._old):
                 shutil.rmtree(left, ignore_errors=True)
+            if not length:
+                shutil.rmtree(self.thumbnails, ignore_errors=True)
             self.parts.mkdir()
             self._file, self._spool = _cut(self.path, length), _cut(self.spool, n_spooled)
             if not length:
@@ -153,6 +159,8 @@ class Journal:
         """The pictures of a batch are done, and all that was written for them is in place."""
         if any(record.files for record in records):
             files.sync(self.out)
+        if self.thumbnails.exists():
+            files.sync(self.thumbnails)
         if any(record.at for record in records):
             self._spool.flush()
             os.fsync(self._spool.fileno())

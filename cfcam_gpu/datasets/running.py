@@ -17,7 +17,7 @@ import torch
 
 from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline, volumes
 from cfcam_gpu import probabilities as prob
-from cfcam_gpu.datasets import files, reading, scans, writing
+from cfcam_gpu.datasets import files, gallery, reading, scans, writing
 from cfcam_gpu.datasets.journal import Journal, Record
 from cfcam_gpu.datasets.transfer import Transfer
 from cfcam_gpu.methods import METHODS
@@ -76,6 +76,7 @@ class Options:
     overlay_format: str = "png"
     maps_format: str = "npy"
     scores_format: str = "csv"
+    html: bool = False
     overwrite: bool = False
     workers: int | None = None
 
@@ -167,8 +168,10 @@ def explain(
     """
     report = report or Report()
     options = replace(options, write=writing.check_kinds(options.write))
-    if "overlay" in options.write:
+    if "overlay" in options.write or options.html:
         images.get_colormap(options.colormap)
+    if options.html:
+        gallery.check_place(options.out)
     if options.out.exists() and not options.out.is_dir():
         raise Refused(f"--out must be a folder, got the file {options.out}")
     if options.paper and options.method != "cfcam":
@@ -181,6 +184,8 @@ def explain(
         loaded = replace(loaded, class_names=names)
     if options.layer is not None:
         layers.get_layer(loaded.model, options.layer)
+    if options.html and loaded.n_axes == 3:
+        raise Refused(f"--html shows images alone, {options.model} takes scans and videos")
     n_frames = options.frames or loaded.frames
     if isinstance(sources, reading.Inputs):
         sources = sources.sources(loaded.n_axes, n_frames)
@@ -356,6 +361,8 @@ class _Run:
     def summary(self):
         unread = [record for record in self.lost if record.index not in self.journal.done]
         written = self.writer.finish(len(self.sources), unread)
+        if self.options.html:
+            self.report.note(f"gallery: {self.options.out / gallery.FOLDER / gallery.PAGE}")
         seconds = time.perf_counter() - self.started
         lost = sorted(self.lost, key=lambda record: record.index)
         return Summary(len(self.sources), self.explained, self.resumed, lost, written, seconds)
@@ -525,13 +532,15 @@ class _Run:
         try:
             found, captions, said, compared = self._named(classes.tolist(), scores.tolist(), maps.numpy())
             written = self.writer.write(source.stem, picture.panel, found, captions, compared)
+            self.writer.write_thumbnails(picture.index, picture.panel, found.maps)
         except Exception as error:  # what cannot be written
             if getattr(error, "errno", None) in files.FULL:
                 raise
             return _Outcome(_failed(picture, f"{source.label}: {reason_of(error)}"), "", None, error)
+        border = [gallery.border_share(heat) for heat in found.maps] if self.loaded.n_axes == 2 else ()
         record = Record(
             *(picture.index, source.label, source.stem, source.target),
-            *(found.classes, found.labels, found.scores, written.files),
+            *(found.classes, found.labels, found.scores, border, written.files),
         )
         return _Outcome(record, said, written.to_keep, None)
 
@@ -561,7 +570,9 @@ class _Run:
                 try:
                     outcome = outcome._replace(record=replace(record, at=self.writer.keep(outcome.maps)))
                 except ValueError as error:
-                    record = replace(record, classes=(), labels=(), scores=(), error=f"{record.path}: {error}")
+                    record = replace(
+                        record, classes=(), labels=(), scores=(), border=(), error=f"{record.path}: {error}"
+                    )
                     outcome = _Outcome(record, "", None, error)
             kept.append(outcome._replace(maps=None))
         self.journal.add([*(outcome.record for outcome in kept), *failed])

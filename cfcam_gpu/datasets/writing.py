@@ -12,7 +12,7 @@ import numpy as np
 
 from cfcam_gpu import images, volumes
 from cfcam_gpu.checks import did_you_mean
-from cfcam_gpu.datasets import files, scans
+from cfcam_gpu.datasets import files, gallery, scans
 from cfcam_gpu.datasets.journal import Journal, Record
 from cfcam_gpu.datasets.packages import parquet_package, zarr_package
 from cfcam_gpu.methods import METHODS
@@ -130,6 +130,8 @@ class Writer:
     def __init__(self, options: Any, journal: Journal, inputs: Collection[str] = ()) -> None:
         self.options, self.journal, self.out, self.inputs = options, journal, options.out, inputs
         self.versus = False
+        if options.html:
+            journal.thumbnails.mkdir(exist_ok=True)
         self._in_one_file = "maps" in options.write and options.maps_format != "npy"
         self._shape: tuple[int, ...] | None = None
         first = next((record for record in journal.records() if record.at), None)
@@ -139,7 +141,7 @@ class Writer:
     @property
     def draws(self) -> bool:
         """Whether the photographs are needed."""
-        return "overlay" in self.options.write
+        return "overlay" in self.options.write or self.options.html
 
     def panel(self, seen: Any) -> Any:
         """The photograph as the picture shows it."""
@@ -159,7 +161,7 @@ class Writer:
         scan = panel if isinstance(panel, scans.Seen) else None
         maps = found.maps if scan is None else scan.in_depth(found.maps)
         difference = maps[0] - maps[1] if self.versus and len(maps) > 1 else None
-        if self.draws:
+        if "overlay" in options.write:
             written.append(self._draw(name, panel, maps, captions, difference, said))
         nifti = None if scan is None or options.write == ("scores",) else scan.volume.nifti
         if scan is not None and (nifti is not None or options.raw or "maps" in options.write):
@@ -177,6 +179,12 @@ class Writer:
             for key, values in named.items():
                 written.append(self._write(f"{name}_{key}.npy", _npy(values)))
         return Written(written, maps.astype("<f2") if self._in_one_file else None)
+
+    def write_thumbnails(self, index: int, panel: Any, maps: np.ndarray) -> None:
+        """Keep the thumbnails of a picture for the gallery, where there is to be one."""
+        if self.options.html:
+            for name, content in gallery.thumbnails(index, panel, maps, self.options.colormap).items():
+                files.write_file(self.journal.thumbnails / name, content, self.journal.parts)
 
     def _write(self, name, content):
         path = self.out / name
@@ -238,9 +246,21 @@ class Writer:
             for each in (part, *part.rglob("*")):
                 files.sync(each)
             files.replace(part, self.out / name)
+        if options.html:
+            names.append(self._gallery(names, lost))
         if names:
             files.sync(self.out)
         return names
+
+    def _gallery(self, names, lost):
+        options, found = self.options, self.journal.found or {}
+        method = "CF-CAM" if options.method == "cfcam" else METHODS[options.method].name
+        run = {"model": options.model, "method": method, "files": names}
+        run["layer"] = ", ".join(found.get("layer") or ())
+        part = self.journal.parts / gallery.FOLDER
+        gallery.build(part, _merged(self.journal.records(), lost), run, lambda record: self.journal.thumbnails)
+        files.replace(part, self.out / gallery.FOLDER)
+        return f"{gallery.FOLDER}/{gallery.PAGE}"
 
     def _maps(self) -> Iterator[list[tuple[Record, np.ndarray]]]:
         """All maps in the order of the inputs, as many at once as are held in memory."""

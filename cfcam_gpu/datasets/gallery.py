@@ -40,6 +40,9 @@ LEVELS = 64
 """Heats that a map's thumbnail tells apart. All 256 would make the files twice as large."""
 
 RECORDS_A_FILE = 2000
+SAID = ("model", "method", "layer", "files")
+"""What a page says of the run: ``files`` are the names of those that are not one picture's."""
+
 FRAME = 0.1
 """Width of the frame that is the border, as a share of each side."""
 
@@ -145,8 +148,7 @@ def build(made: Path, records: Iterable[Record], run: Mapping[str, Any], thumbna
     Args:
         made: it is to be renamed when it is complete.
         records: of all pictures, failed ones included, in the order in which they are shown.
-        run: what the page says of the run: the names ``model``, ``layer``, ``method`` and ``files``, each of which may
-            be missing.
+        run: what the page says of the run: those of `SAID` that are known.
         thumbnails_of: a function of a record: the folder with its thumbnails, or None where it has none.
     """
     for folder in (made, made / RECORDS, made / THUMBNAILS):
@@ -161,7 +163,8 @@ def build(made: Path, records: Iterable[Record], run: Mapping[str, Any], thumbna
         (made / name).write_text(f"{CALL}[\n{lines}\n]);\n", encoding="ascii")
         scripts.append(name)
         n_records += len(chunk)
-    said = {**run, "records": n_records, "links": [[name, _href(name)] for name in run.get("files", ())]}
+    said = {name: run[name] for name in SAID if name in run}
+    said |= {"records": n_records, "links": [[name, _href(name)] for name in run.get("files", ())]}
     values = {
         "generator": GENERATOR,
         "title": html.escape(" \u00b7 ".join(["CAM gallery", *filter(None, [run.get("model")])])),
@@ -276,5 +279,4 @@ def _run_of(place):
     """What a gallery's page says of the run."""
     page = (place / PAGE).read_text(encoding="utf-8")
     found = re.search(r'<script type="application/json" id="run">(.*?)</script>', page, re.S)
-    run = json.loads(found[1]) if found else {}
-    return {name: run[name] for name in ("model", "layer", "method", "files") if name in run}
+    return json.loads(found[1]) if found else {}

@@ -35,7 +35,7 @@ RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
 LINT = [RUFF, "mypy==2.4.1"]
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
 OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS]
-TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "timm", *OPTIONAL, *BENCH, *DEMO, *LINT]
+TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "playwright", "timm", *OPTIONAL, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
 HOST = Extension(

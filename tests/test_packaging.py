@@ -60,6 +60,7 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" in inside
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/", "docs/", "examples/")) for name in inside)
+    assert (wheel / "cfcam_gpu" / "datasets" / "gallery.html").is_file()
     assert (wheel / "cfcam_gpu" / "py.typed").is_file()  # type checkers read the annotations only with this file
 
 

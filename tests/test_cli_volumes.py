@@ -458,6 +458,17 @@ def test_every_format(explain):
     assert array.metadata.dimension_names == ("picture", "class", "z", "y", "x")
 
 
+def test_a_gallery_is_of_images_alone(explain):
+    nifti("brain.nii.gz")
+    status, out, err = explain("brain.nii.gz", "--html")
+    assert (status, out, err) == (
+        2,
+        "",
+        "cfcam: error: --html shows images alone, net3d:build takes scans and videos\n",
+    )
+    assert not Path("out").exists()
+
+
 def test_scores_alone_draw_and_write_nothing_else(explain, monkeypatch):
     nifti("brain.nii.gz")
     monkeypatch.setattr(images, "side_by_side", None)

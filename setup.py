@@ -29,6 +29,7 @@ HEIF = ["pillow-heif"]
 MEDICAL = ["nibabel>=5"]
 VIDEO = ["av>=12"]
 DATASETS = ["pyarrow>=15", "zarr>=3.0.8"]  # float16 in Parquet; shards, and no half-written chunks
+RAY = ["ray[data]>=2.50", "pyarrow>=15"]
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
@@ -80,6 +81,7 @@ setup(
         "medical": MEDICAL,
         "video": VIDEO,
         "datasets": DATASETS,
+        "ray": RAY,
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,

@@ -16,7 +16,7 @@ import torch
 
 from cfcam_gpu import __version__, datasets, doctor, layers, models, pipeline, volume_preprocess
 from cfcam_gpu.checks import needs
-from cfcam_gpu.datasets import reading, writing
+from cfcam_gpu.datasets import ray_data, reading, writing
 from cfcam_gpu.methods import METHODS
 
 N_NOISE = 64
@@ -70,6 +70,7 @@ def _parser():
     add("--frames", type=_positive, metavar="N", help=frames)
     _add_options(explain, out="cfcam-out", versus=False)
     _add_dataset_options(explain)
+    _add_ray_options(explain)
     explain.set_defaults(run=lambda args: explain_images(args, _inputs(args)))
 
     demo = commands.add_parser(
@@ -184,6 +185,24 @@ def _add_dataset_options(parser):
         action="store_true",
         help="a line of JSON for every picture as it is done, and one for the run at the end; all else on stderr",
     )
+
+
+def _add_ray_options(parser):
+    add = parser.add_argument_group("on a cluster (docs/scale.md)").add_argument
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: Ray Data, into Parquet files in OUT with the scores and what --write names; a run goes on with what "
+        "is there (default: local)",
+    )
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="of a Ray cluster, or auto (default: RAY_ADDRESS, else Ray is started on this machine)",
+    )
+    add("--actors", type=_positive, metavar="N", help="models at work (default: one a GPU, or by the cores)")
+    add("--actor-gpus", type=float, metavar="X", help="GPUs of each, also a fraction (default: 1 where there are any)")
 
 
 def _add_layers(commands):
@@ -389,6 +408,8 @@ def _inputs(args):
 def explain_images(args, sources):
     """Write what is asked for of all sources; returns 0, or 1 when some could not be explained, which are listed at the
     end."""
+    if getattr(args, "engine", "local") == "ray":
+        return _explain_with_ray(args, sources)
     names = [field.name for field in fields(datasets.Options) if hasattr(args, field.name)]
     options = datasets.Options(**{name: getattr(args, name) for name in names})
     report = _Said(options.out, as_json=getattr(args, "json", False))
@@ -397,6 +418,28 @@ def explain_images(args, sources):
     finally:
         report.close()
     report.summary(summary)
+    return 1 if summary.lost else 0
+
+
+def _explain_with_ray(args, sources):
+    """Write Parquet files by Ray Data; returns as `explain_images`."""
+    for option, given in (
+        ("--json", args.json),
+        ("--workers", args.workers),
+        ("--html", args.html),
+        ("--maps-format", args.maps_format not in ("npy", "parquet")),
+    ):
+        if given:
+            raise _Refused(f"{option} does not go with --engine ray, which writes Parquet by tasks of its own")
+    left_out = ("out", "model", "overwrite", "workers", "maps_format", "scores_format")
+    names = [field.name for field in fields(datasets.Options) if field.name not in left_out]
+    ray_data.show_progress(sys.stderr.isatty())
+    how = {name: getattr(args, name) for name in names}
+    how.update(address=args.address, actors=args.actors, num_gpus=args.actor_gpus)
+    summary = ray_data.write(sources, args.out, args.model, overwrite=args.overwrite, **how)
+    for record in summary.lost:
+        print(f"cfcam: {record.error}", file=sys.stderr)
+    _Said(args.out, as_json=False).summary(summary)
     return 1 if summary.lost else 0
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -395,13 +396,17 @@ def _user_model(module_name, attribute):
     build = getattr(module, attribute)
     if not callable(build):
         raise TypeError(f"{module_name}:{attribute} must be callable, got {type(build).__name__}")
-    made = build()
+    return loaded_from(build(), f"{module_name}:{attribute}() must return")
+
+
+def loaded_from(made: Any, must: str) -> LoadedModel:
+    """A module, ``(module, preprocess)`` or ``(module, preprocess, class_names)``, as a `LoadedModel`; TypeError, with
+    the beginning ``must``, for anything else."""
     parts = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise TypeError(
-            f"{module_name}:{attribute}() must return a torch.nn.Module, "
-            f"alone or as (module, preprocess, class_names), got {kinds or 'nothing'}"
+            f"{must} a torch.nn.Module, alone or as (module, preprocess, class_names), got {kinds or 'nothing'}"
         )
     model, preprocess, class_names = (*parts, None, None)[:3]
     model = capture._unwrap(model)

@@ -132,7 +132,7 @@ class Journal:
         if not self.done:
             self.found = None
             return 0, 0
-        _compare(self.out, earlier, parameters)
+        compare(self.out, earlier, parameters)
         return length, n_spooled
 
     def _append(self, entry):
@@ -147,7 +147,7 @@ class Journal:
             self.found = plain
             self._append({"found": plain})
         else:
-            _compare(self.out, self.found, plain)
+            compare(self.out, self.found, plain)
 
     def spooled(self, content: bytes) -> int:
         """Keep maps until all are written; returns where they are."""
@@ -222,7 +222,8 @@ SAID = {
 """Parameters of which a hash is kept."""
 
 
-def _compare(out, earlier, now):
+def compare(out: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], run: str = "an unfinished run") -> None:
+    """ValueError where the parameters of the run that is called so, in the folder ``out``, differ from those of now."""
     for name in {**earlier, **now}:
         old, new = earlier.get(name), now.get(name)
         if old != new:
@@ -230,8 +231,7 @@ def _compare(out, earlier, now):
                 f"had {SAID[name]}" if name in SAID else f"had {name} {_shown(old)}, this one has {_shown(new)}"
             )
             raise ValueError(
-                f"an unfinished run in {out} {difference}: repeat it as it was to finish it, or start anew with"
-                " --overwrite"
+                f"{run} in {out} {difference}: repeat it as it was to finish it, or start anew with --overwrite"
             )
 
 

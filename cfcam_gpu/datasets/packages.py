@@ -1,4 +1,4 @@
-"""The packages of the extra "datasets", imported where they are used."""
+"""The packages of the extras "datasets" and "ray", imported where they are used."""
 
 from typing import Any
 
@@ -21,3 +21,22 @@ def zarr_package() -> Any:
     except ImportError as error:
         raise ImportError(f"Zarr: {needs('zarr', 'datasets')}") from error
     return zarr
+
+
+def arrow_package() -> Any:
+    """The module ``pyarrow``, for Ray; ImportError with the extra that brings it."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ImportError(f"Ray: {needs('pyarrow', 'ray')}") from error
+    return pyarrow
+
+
+def ray_package() -> Any:
+    """The module ``ray`` with ``ray.data``; ImportError with the extra that brings both."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(f"Ray: {needs('ray', 'ray')}") from error
+    return ray

@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -167,36 +167,16 @@ def explain(
         ImportError: a package is missing.
     """
     report = report or Report()
-    options = replace(options, write=writing.check_kinds(options.write))
-    if "overlay" in options.write or options.html:
-        images.get_colormap(options.colormap)
-    if options.html:
-        gallery.check_place(options.out)
-    if options.out.exists() and not options.out.is_dir():
-        raise Refused(f"--out must be a folder, got the file {options.out}")
-    if options.paper and options.method != "cfcam":
-        raise Refused(f"--paper is a procedure of --method cfcam, got --method {options.method}")
-    versus(options, options.top or DEFAULT_TOP)
-    names = None if options.labels is None else class_names.class_names(options.labels)
-    pipeline.choose(options.backend, "auto", torch.empty(1, 1, 1, 1, device=options.where))
-    loaded = models.load_model(options.model, options.where)
-    if options.labels is not None:
-        loaded = replace(loaded, class_names=names)
-    if options.layer is not None:
-        layers.get_layer(loaded.model, options.layer)
+    options = check(options)
+    loaded = load(options)
     if options.html and loaded.n_axes == 3:
         raise Refused(f"--html shows images alone, {options.model} takes scans and videos")
-    n_frames = options.frames or loaded.frames
+    options = with_defaults(options, loaded)
     if isinstance(sources, reading.Inputs):
-        sources = sources.sources(loaded.n_axes, n_frames)
-    options = replace(
-        options,
-        batch_size=options.batch_size or DEFAULT_BATCH[loaded.n_axes],
-        frames=n_frames if loaded.n_axes == 3 else None,
-        workers=options.workers or min(MOST_WORKERS[loaded.n_axes], _cores()),
-    )
+        sources = sources.sources(loaded.n_axes, options.frames or loaded.frames)
     sources = reading.shorten(sources, options.out)
-    inputs = _check_sources(options, sources)
+    check_targets(options, sources)
+    inputs = _inputs_there(options, sources)
     writing.check_packages(options)
     journal = Journal(options.out, parameters(options, loaded, sources), options.overwrite)
     ended = False
@@ -214,7 +194,7 @@ def explain(
                 raise
             finally:
                 for record in sorted(run.lost, key=lambda record: record.index):
-                    if run.explained or run.errors.get(record.index) is None:
+                    if run.n_explained or run.errors.get(record.index) is None:
                         report.left_out(record)
         ended = True
         return summary
@@ -222,12 +202,53 @@ def explain(
         journal.close(ended or not journal.n_explained)
 
 
-def _check_sources(options, sources):
-    """Refuse what does not go with the sources; returns the real paths of those that may be in the run's folder."""
+def check(options: Options) -> Options:
+    """The options, with what is to be written in order; ValueError where they cannot be carried out."""
+    options = replace(options, write=writing.check_kinds(options.write))
+    if "overlay" in options.write or options.html:
+        images.get_colormap(options.colormap)
+    if options.html:
+        gallery.check_place(options.out)
+    if options.out.exists() and not options.out.is_dir():
+        raise Refused(f"--out must be a folder, got the file {options.out}")
+    if options.paper and options.method != "cfcam":
+        raise Refused(f"--paper is a procedure of --method cfcam, got --method {options.method}")
+    versus(options, options.top or DEFAULT_TOP)
+    return options
+
+
+def check_targets(options: Options, sources: Sequence[reading.Source]) -> None:
+    """ValueError where both the options and the input say which classes to explain."""
     if any(source.target is not None for source in sources):
         for option, given in (("--classes", options.classes), ("--top", options.top), ("--versus", options.versus)):
             if given:
                 raise Refused(f"{option} does not go with targets from the input, which are the classes to explain")
+
+
+def load(options: Options, load_model: Callable[[], models.LoadedModel] | None = None) -> models.LoadedModel:
+    """The options' model, or what ``load_model`` gives, with the options' class names."""
+    names = None if options.labels is None else class_names.class_names(options.labels)
+    pipeline.choose(options.backend, "auto", torch.empty(1, 1, 1, 1, device=options.where))
+    loaded = models.load_model(options.model, options.where) if load_model is None else load_model()
+    if options.labels is not None:
+        loaded = replace(loaded, class_names=names)
+    if options.layer is not None:
+        layers.get_layer(loaded.model, options.layer)
+    return loaded
+
+
+def with_defaults(options: Options, loaded: models.LoadedModel) -> Options:
+    """The options with what depends on the model, where it was None."""
+    return replace(
+        options,
+        batch_size=options.batch_size or DEFAULT_BATCH[loaded.n_axes],
+        frames=(options.frames or loaded.frames) if loaded.n_axes == 3 else None,
+        workers=options.workers or min(MOST_WORKERS[loaded.n_axes], _cores()),
+    )
+
+
+def _inputs_there(options, sources):
+    """The real paths of those sources that may be in the run's folder; Refused where a picture would replace one."""
     if not options.out.is_dir() or not any(options.out.iterdir()):
         return frozenset()
     inputs = frozenset(os.path.realpath(source.label) for source in sources)
@@ -288,14 +309,14 @@ def versus(options: Options, top: int) -> bool:
     return options.versus is not False and n_classes > 1
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Images of one shape, and the (B, C, H, W) or (B, C, D, H, W) input on the model's device."""
 
     pictures: Sequence[Picture]
     inputs: torch.Tensor
 
     def part(self, images):
-        return _Batch(*(each[images] for each in self))
+        return Batch(*(each[images] for each in self))
 
 
 class _Outcome(NamedTuple):
@@ -308,21 +329,171 @@ class _Outcome(NamedTuple):
     error: Exception | None
 
 
-class _Run:
+def read(index: int, source: reading.Source, loaded: models.LoadedModel, artist: writing.Artist) -> Picture | Failure:
+    """Read one image, scan or video and make the network's input of it, and what is drawn of it if anything is."""
+    try:
+        image = source.load()
+        volumes.check_taken(source.label, image, loaded.n_axes)
+    except (ImportError, OSError, ValueError, MemoryError) as error:  # they say which file it is
+        return Failure(index, source, reason_of(error), None)
+    except Exception as error:  # of a source that is the user's
+        return Failure(index, source, f"{source.label}: {reason_of(error)}", None)
+    if isinstance(source.target, str):
+        return Failure(index, source, f"{source.label}: expected a class index, got {source.target!r}", None)
+    try:
+        if isinstance(image, volumes.Volume):
+            pixels = loaded.preprocess(image.values)
+            seen = loaded.seen(image.values) if artist.draws else None
+            panel = scans.Seen.of(image, seen, pixels.shape[1], loaded.to_volume)
+        else:
+            pixels = loaded.preprocess(image)
+            # The photograph itself, which may be large, is let go of.
+            panel = artist.panel(loaded.seen(image)) if artist.draws else None
+    except Exception as error:  # of the user's preprocess
+        return Failure(index, source, f"{source.label}: {reason_of(error)}", error)
+    return Picture(index, source, panel, pixels)
+
+
+class Explaining:
+    """Explains batches by a model of which the first one says what its outputs are and where to look.
+
+    Args:
+        options, loaded: how, and the model.
+        earlier: what `found_layers` gave elsewhere, which is to be found here too; None: nothing is known.
+        fill: the rows of every forward pass, the last picture repeated where a batch has fewer, so that which
+            algorithms a network's operations take, and with them its last bits, do not depend on the batch. 0: as
+            many as the batch has.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        loaded: models.LoadedModel,
+        earlier: Mapping[str, Any] | None = None,
+        fill: int = 0,
+    ) -> None:
+        self.options, self.loaded, self.earlier, self.fill = options, loaded, earlier, fill
+        self.transfer = Transfer(options.where)
+        self.cam: Any = None
+        self.versus = False
+
+    def note(self, text: str) -> None:
+        """Something about the model, for the user."""
+
+    def found_layers(self) -> dict[str, Any]:
+        """The layers that are explained, once a batch has been."""
+        return {"layer": self.cam.target_names, "guide": getattr(self.cam, "guide_names", None)}
+
+    def explained(self, batch: Batch, fail: Callable[[Picture, Exception], None]) -> Iterator[tuple[Any, Any, Any]]:
+        """Parts of a batch: the pictures, their (classes, scores, maps), and the mark after which these may be read.
+
+        Where the network fails on a picture, ``fail`` is called, and the others are explained.
+        """
+        while self.cam is None and batch.pictures:
+            try:
+                self.prepare(batch.inputs[:1])
+            except Refused:
+                raise
+            except Exception as error:  # of the user's network
+                fail(batch.pictures[0], error)
+                batch = batch.part(slice(1, None))
+        parts = [batch] if batch.pictures else []
+        while parts:
+            part = parts.pop(0)
+            n, rows = len(part.pictures), max(len(part.pictures), self.fill)
+            to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
+            try:
+                which = torch.arange(rows).clamp(max=n - 1)
+                inputs = part.inputs if rows == n else part.inputs[which.to(part.inputs.device)]
+                targets = [part.pictures[image].source.target for image in which.tolist()]
+                found = tuple(each[:n] for each in _explain_batch(self, inputs, targets))
+            except Exception as error:
+                if n == 1:
+                    fail(part.pictures[0], error)
+                else:
+                    parts = [part.part(slice(image, image + 1)) for image in range(n)]
+                continue
+            if to_find and self.cam.guide_names != self.cam.target_names:
+                self.note(f"guide layer: {self.cam.guide_names[0]}")
+            yield part.pictures, found, self.transfer.mark()
+
+    def prepare(self, image):
+        """Look at the model with a first image (1, C, H, W) or volume: its layer, and what its outputs are."""
+        options, model, note = self.options, self.loaded.model, self.note
+        layer = options.layer
+        if layer is None and self.earlier is not None:
+            layer = self.earlier["layer"][0]
+        with prob.looking(model) as ending:
+            try:
+                target = layers.inspect_target_layer(model, image, layer)
+            except ValueError:
+                if ending.name is None:
+                    raise
+        if ending.name is not None:
+            # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
+            handle = prob.give_logits(model, ending.name)
+            try:
+                target = layers.inspect_target_layer(model, image, layer)
+            except Exception:
+                handle.remove()
+                raise
+            note(f"outputs: probabilities, by a {ending.name} of the model's own")
+        n_classes = target.n_classes
+        _check_classes(options, n_classes)
+        self.top = options.top or min(DEFAULT_TOP, n_classes)
+        self.versus = n_classes > 1 and versus(options, self.top)
+        if options.versus and n_classes == 1:
+            raise Refused(f"--versus needs two classes or more, {options.model} has one output")
+        names = self.loaded.class_names
+        if names and not class_names.fit(names, n_classes):
+            said = f"{_counted(names)}, {options.model} has {n_classes} classes"
+            if options.labels is not None:
+                raise Refused(f"--labels {options.labels} has {said}")
+            note(f"class names: not used, since there are {said}")
+        config = CFCAMConfig.paper() if options.paper else None
+        self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
+        if self.multilabel and n_classes > 1:
+            config = replace(config or _default_config(len(target.shape) - 1), margin_temperature=0.0)
+            note("outputs: several labels an image, each explained by its own logit")
+        note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
+        self.n_classes = n_classes
+        if options.method == "cfcam":
+            self.cam = CFCAM(model, config=config, backend=options.backend)
+        else:
+            self.cam = METHODS[options.method](model, backend=options.backend)
+            note(f"method: {self.cam.name}")
+        self.cam._take(target, tuple(image.shape[1:]))
+
+    def named(self, classes, scores, maps):
+        """An `Explained`, the captions of its maps, what is said of the picture, and what two maps are compared as."""
+        if self.n_classes == 1:
+            (positive,), (score,) = classes, scores
+            names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
+            captions, keys = [f"{names[0]} {score:.2f}"], ["positive" if positive else "negative"]
+            said = f"{captions[0]} ({names[1]} {1 - score:.2f})"
+            return writing.Explained([int(positive)], names[:1], keys, scores, maps), captions, said, ""
+        names = [self.loaded.class_name(index, self.n_classes) for index in classes]
+        captions = [f"{name} {score:.2f}" for name, score in zip(names, scores)]
+        compared = f"{names[0]}, not {names[1]}" if len(names) > 1 else ""
+        found = writing.Explained(classes, names, list(map(str, classes)), scores, maps)
+        return found, captions, ", ".join(captions), compared
+
+
+class _Run(Explaining):
     """The images of one run: a pool reads them ahead, the calling thread explains batch after batch, and a second pool
     writes what was found, while a thread keeps the journal, in the order of the batches."""
 
     def __init__(self, options, loaded, sources, journal, report, inputs):
-        self.options, self.loaded, self.sources = options, loaded, sources
-        self.journal, self.report = journal, report
-        self.writer, self.transfer = writing.Writer(options, journal, inputs), Transfer(options.where)
-        self.cam = self.found = None
+        super().__init__(options, loaded, journal.found)
+        self.sources, self.journal, self.report = sources, journal, report
+        self.writer = writing.Writer(options, journal, inputs)
+        self.note, self.found = report.note, None
         self.broken = False
         """Whether a batch could not be journalled."""
         self.lost = [record for record in journal.records() if record.error is not None]
         self.errors = {}
         """{index: the model's or the writer's error} of those of ``lost`` whose files are not what is wrong."""
-        self.resumed = self.explained = len(journal.done) - len(self.lost)
+        self.resumed = self.n_explained = len(journal.done) - len(self.lost)
         self.n_computed = 0
         self.unsettled = deque()
         self.started = time.perf_counter()
@@ -350,7 +521,7 @@ class _Run:
             key = lambda picture: (picture.pixels.shape, picture.pixels.dtype, picture.source.target is None)
             for pictures in reading.grouped(self._that_were_read(read), key, size, BATCHES_WAITING * size):
                 inputs = torch.stack([picture.pixels for picture in pictures])
-                self.explain(_Batch(pictures, self.transfer.to_device(inputs)))
+                self.explain(Batch(pictures, self.transfer.to_device(inputs)))
                 self._settle(BATCHES_WRITTEN)
             self._settle(0)
             self.check()
@@ -365,34 +536,13 @@ class _Run:
             self.report.note(f"gallery: {self.options.out / gallery.FOLDER / gallery.PAGE}")
         seconds = time.perf_counter() - self.started
         lost = sorted(self.lost, key=lambda record: record.index)
-        return Summary(len(self.sources), self.explained, self.resumed, lost, written, seconds)
+        return Summary(len(self.sources), self.n_explained, self.resumed, lost, written, seconds)
 
     # Reading
 
     def _read(self, numbered):
-        """In a reader's thread: a `Picture` or a `Failure`."""
-        index, source = numbered
-        try:
-            image = source.load()
-            volumes.check_taken(source.label, image, self.loaded.n_axes)
-        except (ImportError, OSError, ValueError, MemoryError) as error:  # they say which file it is
-            return Failure(index, source, reason_of(error), None)
-        except Exception as error:  # of a source that is the user's
-            return Failure(index, source, f"{source.label}: {reason_of(error)}", None)
-        if isinstance(source.target, str):
-            return Failure(index, source, f"{source.label}: expected a class index, got {source.target!r}", None)
-        try:
-            if isinstance(image, volumes.Volume):
-                pixels = self.loaded.preprocess(image.values)
-                seen = self.loaded.seen(image.values) if self.writer.draws else None
-                panel = scans.Seen.of(image, seen, pixels.shape[1], self.loaded.to_volume)
-            else:
-                pixels = self.loaded.preprocess(image)
-                # The photograph itself, which may be large, is let go of.
-                panel = self.writer.panel(self.loaded.seen(image)) if self.writer.draws else None
-        except Exception as error:  # of the user's preprocess
-            return Failure(index, source, f"{source.label}: {reason_of(error)}", error)
-        return Picture(index, source, panel, pixels)
+        """In a reader's thread."""
+        return read(*numbered, self.loaded, self.writer)
 
     def _that_were_read(self, read):
         for each in read:
@@ -419,11 +569,15 @@ class _Run:
 
     def check(self):
         """Raise the first error if the model has explained nothing."""
-        if self.errors and not self.explained:
+        if self.errors and not self.n_explained:
             error = next(iter(self.errors.values()))
             raise Refused(reason_of(error)) from error
 
     # Explaining
+
+    def prepare(self, image):
+        super().prepare(image)
+        self.writer.versus = self.versus
 
     def explain(self, batch):
         """Explain a batch and have it written; where one image fails, the others."""
@@ -432,30 +586,9 @@ class _Run:
         def fail(picture, error):
             failed.append(self._lose(_failed(picture, f"{picture.source.label}: {reason_of(error)}"), error))
 
-        while self.cam is None and batch.pictures:
-            try:
-                self.prepare(batch.inputs[:1])
-            except Refused:
-                raise
-            except Exception as error:  # of the user's network
-                fail(batch.pictures[0], error)
-                batch = batch.part(slice(1, None))
-        parts = [batch] if batch.pictures else []
-        while parts:
-            part = parts.pop(0)
-            to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
-            try:
-                found = _explain_batch(self, part.inputs, [picture.source.target for picture in part.pictures])
-            except Exception as error:
-                if len(part.pictures) == 1:
-                    fail(part.pictures[0], error)
-                else:
-                    parts = [part.part(slice(image, image + 1)) for image in range(len(part.pictures))]
-                continue
-            if to_find and self.cam.guide_names != self.cam.target_names:
-                self.report.note(f"guide layer: {self.cam.guide_names[0]}")
-            explained.append((part.pictures, found, self.transfer.mark()))
-            self.n_computed += len(part.pictures)
+        for part in self.explained(batch, fail):
+            explained.append(part)
+            self.n_computed += len(part[0])
         if explained:
             self.journal_found()
         self._hand_over(explained, failed)
@@ -463,56 +596,9 @@ class _Run:
     def journal_found(self):
         """The layers that the batches to come, of this run or of one that goes on with it, are explained at."""
         if self.found is None:
-            self.found = {"layer": self.cam.target_names, "guide": getattr(self.cam, "guide_names", None)}
+            self.found = self.found_layers()
             # Not in this thread: the journal is the other's.
             self.keeper.submit(self.journal.set_found, self.found).result()
-
-    def prepare(self, image):
-        """Look at the model with a first image (1, C, H, W) or volume: its layer, and what its outputs are."""
-        options, model, note = self.options, self.loaded.model, self.report.note
-        layer = options.layer
-        if layer is None and self.journal.found is not None:
-            layer = self.journal.found["layer"][0]
-        with prob.looking(model) as ending:
-            try:
-                target = layers.inspect_target_layer(model, image, layer)
-            except ValueError:
-                if ending.name is None:
-                    raise
-        if ending.name is not None:
-            # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
-            handle = prob.give_logits(model, ending.name)
-            try:
-                target = layers.inspect_target_layer(model, image, layer)
-            except Exception:
-                handle.remove()
-                raise
-            note(f"outputs: probabilities, by a {ending.name} of the model's own")
-        n_classes = target.n_classes
-        _check_classes(options, n_classes)
-        self.top = options.top or min(DEFAULT_TOP, n_classes)
-        self.writer.versus = n_classes > 1 and versus(options, self.top)
-        if options.versus and n_classes == 1:
-            raise Refused(f"--versus needs two classes or more, {options.model} has one output")
-        names = self.loaded.class_names
-        if names and not class_names.fit(names, n_classes):
-            said = f"{_counted(names)}, {options.model} has {n_classes} classes"
-            if options.labels is not None:
-                raise Refused(f"--labels {options.labels} has {said}")
-            note(f"class names: not used, since there are {said}")
-        config = CFCAMConfig.paper() if options.paper else None
-        self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
-        if self.multilabel and n_classes > 1:
-            config = replace(config or _default_config(len(target.shape) - 1), margin_temperature=0.0)
-            note("outputs: several labels an image, each explained by its own logit")
-        note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
-        self.n_classes = n_classes
-        if options.method == "cfcam":
-            self.cam = CFCAM(model, config=config, backend=options.backend)
-        else:
-            self.cam = METHODS[options.method](model, backend=options.backend)
-            note(f"method: {self.cam.name}")
-        self.cam._take(target, tuple(image.shape[1:]))
 
     # Writing
 
@@ -530,7 +616,7 @@ class _Run:
         mark.wait()
         source = picture.source
         try:
-            found, captions, said, compared = self._named(classes.tolist(), scores.tolist(), maps.numpy())
+            found, captions, said, compared = self.named(classes.tolist(), scores.tolist(), maps.numpy())
             written = self.writer.write(source.stem, picture.panel, found, captions, compared)
             self.writer.write_thumbnails(picture.index, picture.panel, found.maps)
         except Exception as error:  # what cannot be written
@@ -543,20 +629,6 @@ class _Run:
             *(found.classes, found.labels, found.scores, border, written.files),
         )
         return _Outcome(record, said, written.to_keep, None)
-
-    def _named(self, classes, scores, maps):
-        """An `Explained`, the captions of its maps, what is said of the picture, and what two maps are compared as."""
-        if self.n_classes == 1:
-            (positive,), (score,) = classes, scores
-            names = [self.loaded.side_name(positive), self.loaded.side_name(not positive)]
-            captions, keys = [f"{names[0]} {score:.2f}"], ["positive" if positive else "negative"]
-            said = f"{captions[0]} ({names[1]} {1 - score:.2f})"
-            return writing.Explained([int(positive)], names[:1], keys, scores, maps), captions, said, ""
-        names = [self.loaded.class_name(index, self.n_classes) for index in classes]
-        captions = [f"{name} {score:.2f}" for name, score in zip(names, scores)]
-        compared = f"{names[0]}, not {names[1]}" if len(names) > 1 else ""
-        found = writing.Explained(classes, names, list(map(str, classes)), scores, maps)
-        return found, captions, ", ".join(captions), compared
 
     def _journal(self, outcomes, failed):
         """In the thread of the journal: a batch is done when all of it is in place, and when those before it are."""
@@ -583,7 +655,7 @@ class _Run:
         """Wait until at most ``n`` batches are being written, and report the others."""
         while len(self.unsettled) > n:
             outcomes = self.unsettled.popleft().result()
-            self.explained += sum(outcome.error is None for outcome in outcomes)
+            self.n_explained += sum(outcome.error is None for outcome in outcomes)
             for record, said, _, error in outcomes:
                 if error is None:
                     self.report.record(record, said)

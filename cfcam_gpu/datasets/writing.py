@@ -118,25 +118,16 @@ class Written(NamedTuple):
     """Its maps as they go into the one file of all; None without such a file."""
 
 
-class Writer:
-    """Writes what a run is asked for. `write` may be called in several threads at once; the rest by one at a time.
+class Artist:
+    """Draws the pictures.
 
     Args:
         options: a `running.Options`.
-        journal: the run's.
-        inputs: real paths of the inputs, as far as they may lie in the run's folder.
+        versus: whether the first two classes are compared.
     """
 
-    def __init__(self, options: Any, journal: Journal, inputs: Collection[str] = ()) -> None:
-        self.options, self.journal, self.out, self.inputs = options, journal, options.out, inputs
-        self.versus = False
-        if options.html:
-            journal.thumbnails.mkdir(exist_ok=True)
-        self._in_one_file = "maps" in options.write and options.maps_format != "npy"
-        self._shape: tuple[int, ...] | None = None
-        first = next((record for record in journal.records() if record.at), None)
-        if first is not None:
-            self._shape = tuple(first.at[1])
+    def __init__(self, options: Any, versus: bool = False) -> None:
+        self.options, self.versus = options, versus
 
     @property
     def draws(self) -> bool:
@@ -146,6 +137,54 @@ class Writer:
     def panel(self, seen: Any) -> Any:
         """The photograph as the picture shows it."""
         return scans.at_height(seen, PANEL_PIXELS)
+
+    def difference(self, maps: np.ndarray) -> np.ndarray | None:
+        """The first map minus the second, where they are compared."""
+        return maps[0] - maps[1] if self.versus and len(maps) > 1 else None
+
+    def picture(self, name: str, panel: Any, maps: np.ndarray, captions: Sequence[str], said: str) -> tuple[str, bytes]:
+        """What is drawn beside its maps, as a file: its name and content.
+
+        Args:
+            maps: (K, h, w), of a scan or a video (K, d, h, w).
+            name, panel, captions, said: as of `Writer.write`.
+        """
+        options, difference = self.options, self.difference(maps)
+        method = "" if options.method == "cfcam" else f", {METHODS[options.method].name}"
+        captions = [name + method, *captions]
+        if difference is not None:
+            largest = np.abs(difference).max()
+            # Maps of classes that are confused differ little: as it is, their difference would hardly show.
+            difference = difference / max(largest, FAINT_DIFFERENCE)
+            captions.append(f"{said} \u00b1{largest:.2f}")
+        if isinstance(panel, scans.Seen) and panel.volume.is_video:
+            return f"{name}.webp", panel.animation(maps, difference, captions, options.colormap)
+        if isinstance(panel, scans.Seen):
+            picture = panel.slices(maps, difference, captions, options.colormap)
+        else:
+            picture = images.side_by_side(scans.panels(panel, maps, difference, options.colormap), captions)
+        return picture_name(options, name), encoded(picture, options.overlay_format)
+
+
+class Writer(Artist):
+    """Writes what a run is asked for. `write` may be called in several threads at once; the rest by one at a time.
+
+    Args:
+        options: a `running.Options`.
+        journal: the run's.
+        inputs: real paths of the inputs, as far as they may lie in the run's folder.
+    """
+
+    def __init__(self, options: Any, journal: Journal, inputs: Collection[str] = ()) -> None:
+        super().__init__(options)
+        self.journal, self.out, self.inputs = journal, options.out, inputs
+        if options.html:
+            journal.thumbnails.mkdir(exist_ok=True)
+        self._in_one_file = "maps" in options.write and options.maps_format != "npy"
+        self._shape: tuple[int, ...] | None = None
+        first = next((record for record in journal.records() if record.at), None)
+        if first is not None:
+            self._shape = tuple(first.at[1])
 
     def write(self, name: str, panel: Any, found: Explained, captions: Sequence[str], said: str) -> Written:
         """Write the files of one picture, scan or video.
@@ -160,9 +199,9 @@ class Writer:
         options, written = self.options, []
         scan = panel if isinstance(panel, scans.Seen) else None
         maps = found.maps if scan is None else scan.in_depth(found.maps)
-        difference = maps[0] - maps[1] if self.versus and len(maps) > 1 else None
+        difference = self.difference(maps)
         if "overlay" in options.write:
-            written.append(self._draw(name, panel, maps, captions, difference, said))
+            written.append(self._write(*self.picture(name, panel, maps, captions, said)))
         nifti = None if scan is None or options.write == ("scores",) else scan.volume.nifti
         if scan is not None and (nifti is not None or options.raw or "maps" in options.write):
             maps = np.stack([scan.placed(heat) for heat in maps])
@@ -192,23 +231,6 @@ class Writer:
             raise ValueError(f"{path} would overwrite an input: choose another --out")
         files.write_file(path, content, self.journal.parts)
         return name
-
-    def _draw(self, name, panel, maps, captions, difference, said):
-        options = self.options
-        method = "" if options.method == "cfcam" else f", {METHODS[options.method].name}"
-        captions = [name + method, *captions]
-        if difference is not None:
-            largest = np.abs(difference).max()
-            # Maps of classes that are confused differ little: as it is, their difference would hardly show.
-            difference = difference / max(largest, FAINT_DIFFERENCE)
-            captions.append(f"{said} \u00b1{largest:.2f}")
-        if isinstance(panel, scans.Seen) and panel.volume.is_video:
-            return self._write(f"{name}.webp", panel.animation(maps, difference, captions, options.colormap))
-        if isinstance(panel, scans.Seen):
-            picture = panel.slices(maps, difference, captions, options.colormap)
-        else:
-            picture = images.side_by_side(scans.panels(panel, maps, difference, options.colormap), captions)
-        return self._write(picture_name(options, name), encoded(picture, options.overlay_format))
 
     def keep(self, maps: np.ndarray) -> Any:
         """Keep a `Written.to_keep` for the one file; returns what the record is to hold.
@@ -317,7 +339,7 @@ class Writer:
         )
         with pq.ParquetWriter(path, schema, compression="zstd") as file:
             for rows in self._maps():
-                columns = zip(*((r.index, _text(r.path), r.classes, r.scores, m.shape, m.tobytes()) for r, m in rows))
+                columns = zip(*((r.index, as_text(r.path), r.classes, r.scores, m.shape, m.tobytes()) for r, m in rows))
                 arrays = [pa.array(column, field.type) for column, field in zip(map(list, columns), schema)]
                 file.write_batch(pa.record_batch(arrays, schema=schema))
 
@@ -389,12 +411,12 @@ COLUMNS = ("index", "path", "rank", "class", "label", "score", "error")
 def _rows(records):
     for record in records:
         if record.error is not None:
-            yield record.index, _text(record.path), None, None, None, None, record.error
+            yield record.index, as_text(record.path), None, None, None, None, record.error
         for rank, found in enumerate(zip(record.classes, record.labels, record.scores), 1):
-            yield record.index, _text(record.path), rank, *found, None
+            yield record.index, as_text(record.path), rank, *found, None
 
 
-def _text(path):
+def as_text(path: str) -> str:
     """A path as text; bytes that are no characters are escaped."""
     return path.encode("utf-8", "backslashreplace").decode()
 

@@ -113,7 +113,7 @@ def show_progress(shown: bool) -> None:
     """Whether Ray Data shows its bars, and says what it does."""
     ray = ray_package()
     ray.data.DataContext.get_current().enable_progress_bars = shown
-    logging.getLogger("ray.data").setLevel(logging.INFO if shown else logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.INFO if shown else logging.ERROR)
 
 
 def explain(pictures: Any, model: Any = "demo", **how: Any) -> Any:
@@ -136,7 +136,7 @@ def explain(pictures: Any, model: Any = "demo", **how: Any) -> Any:
             their names, ``write=["maps"]`` by default; and
 
             - actors: how many explain, each with its own model; an integer, or (least, most) for a pool that grows.
-              Default: one a GPU; without a GPU three quarters of the cluster's cores;
+              Default: one a GPU, or without a GPU one a core;
             - num_gpus: of each actor; may be a fraction. Default: 1 if the cluster has any, else 0;
             - num_cpus: of each actor. Default: Ray's own beside a GPU, else 1, or less to leave a core for the tasks;
             - address: of the cluster, as for `connect`.
@@ -196,30 +196,27 @@ def write(
     try:
         done = _Done(folder.finished())
         given, n_todo = done.left(given, job)
-        before = folder.errors() if n_todo == 0 else None
         n_before = len(done)
+        n_resumed = n_before - len(folder.errors())
         if n_todo != 0:
-            part = folder.begin()
-            rows = job.explained(given)
-            rows.write_parquet(
-                str(part),
+            job.explained(given).write_parquet(
+                str(folder.begin()),
                 compression="zstd",
                 min_rows_per_file=rows_per_file,
                 try_create_dir=False,  # or what is left of a dead run would make its folder anew
             )
             folder.collect()
-            after = _Done(folder.finished())
-            if not after.distinct or (n_todo is not None and len(after) != n_before + n_todo):
+            done = _Done(folder.finished())
+            if not done.distinct or (n_todo is not None and len(done) != n_before + n_todo):
                 expected = "each path once" if n_todo is None else f"{n_before} + {n_todo} paths"
                 raise RuntimeError(
-                    f"{path}: expected {expected}, found {len(after)}{'' if after.distinct else ', some twice'}: were"
+                    f"{path}: expected {expected}, found {len(done)}{'' if done.distinct else ', some twice'}: were"
                     " the inputs' paths distinct?"
                 )
-            done = after
-        lost = before if before is not None else folder.errors()
+        lost = folder.errors()
         names = [file.name for file in folder.finished()]
         seconds = time.perf_counter() - begun
-        return running.Summary(len(done), len(done) - len(lost), n_before, lost, names, seconds)
+        return running.Summary(len(done), len(done) - len(lost), n_resumed, lost, names, seconds)
     finally:
         folder.close()
 
@@ -270,7 +267,7 @@ class _Job:
         n_gpus, n_cpus = there.get("GPU", 0), there.get("CPU", 1)
         self.num_gpus = (1 if n_gpus else 0) if num_gpus is None else num_gpus
         if self.actors is None:
-            self.actors = max(1, int(n_gpus / self.num_gpus) if self.num_gpus else int(n_cpus * 3 / 4))
+            self.actors = max(1, int(n_gpus / self.num_gpus if self.num_gpus else n_cpus))
         most = self.actors if isinstance(self.actors, int) else self.actors[1]
         if not self.num_gpus and num_cpus is None:
             num_cpus = min(1, (n_cpus - 1) / most) if n_cpus > 1 else 0.5 / most

@@ -3,6 +3,7 @@
     python benchmarks/datasets.py PHOTOS                  # every way, in turns, each run in a process of its own
     python benchmarks/datasets.py PHOTOS --many 5000      # and the memory over so many, from a list that repeats PHOTOS
     python benchmarks/datasets.py PHOTOS --kills 20       # and that runs which are killed end as if they were not
+    python benchmarks/datasets.py PHOTOS --ray --kills 20 # Ray Data instead: the same maps, what it costs, and kills
 
 The clock begins when the model is there and ends when the command does: it contains finding the layer, reading,
 computing and writing. Of the network alone it contains the forward passes of pictures that were read before. Each
@@ -220,6 +221,7 @@ def main(argv=None):
     add("--batch-size", type=int, default=16)
     add("--many", type=int, help="pictures over which the memory is measured too")
     add("--kills", type=int, help="kills of a run that is to end as if there were none")
+    add("--ray", action="store_true", help="measure Ray Data against a run on one machine, not the ways")
     add("--seed", type=int, default=0, help="of the moments of the kills")
     add("--way", help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)
@@ -230,7 +232,16 @@ def main(argv=None):
     import rows
 
     photos = Path(args.inputs[0]).resolve()
-    about = rows.about("numpy", "pillow", "pyarrow", "zarr", device="cpu")
+    about = rows.about("numpy", "pillow", "pyarrow", "zarr", *(["ray"] if args.ray else []), device="cpu")
+    if args.ray:
+        import datasets_ray
+
+        if args.rounds:
+            rows.write("datasets", [datasets_ray.row_of_terms(photos, args.batch_size) | about])
+            rows.write("datasets", [datasets_ray.row_of_overhead(photos, args.rounds, args.batch_size) | about])
+        if args.kills:
+            rows.write("datasets", [datasets_ray.row_of_kills(photos, args.kills, args.seed, args.batch_size) | about])
+        return 0
     rows.write("datasets", (row | about for row in rows_of_ways(photos, args.ways, args.rounds, args.batch_size)))
     if args.many:
         rows.write("datasets", (row | about for row in rows_of_memory(photos, args.many, args.batch_size)))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import growth
 import report_faithfulness
+import report_scale
 import rows
 from tables import NOT_MEASURED, fill, markdown, names, number
 
@@ -405,6 +406,7 @@ TABLES = {
     "memory": memory_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
+    **report_scale.TABLES,
 }
 """{name: function of the results}."""
 
@@ -425,6 +427,7 @@ PAGES = {
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
     "docs/datasets.md": ("datasets",),
+    "docs/scale.md": ("ray", "ray terms", "assumptions", "cost"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (
         *(

@@ -320,6 +320,22 @@ def test_the_command_refuses_in_a_line(photos, capfd, monkeypatch):
     assert 'ray is not installed; it comes with the "ray" extra' in refused("photos")
 
 
+def test_what_fails_as_a_whole_is_a_line_and_what_is_done_is_kept(cluster, photos, monkeypatch, capfd):
+    def full(table, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ray_data, "_drawn", full)
+    out = "a folder, 100% #1"
+    command = ["explain", "photos", "--engine", "ray", "--model", "small_net:build", "--out", out, "--batch-size", "4"]
+    assert cli.main(command) == 2
+    err = capfd.readouterr().err
+    (line,) = (line for line in err.splitlines() if line.startswith("cfcam: error: "))
+    assert "No space left on device" in line and "Traceback" not in line
+    monkeypatch.undo()
+    os.chdir(photos.parent)
+    assert cli.main(command) == 0 and len(rows_of(out)) == N_PHOTOS
+
+
 def test_which_pictures_are_done(rng, tmp_path):
     names = [f"{rng.integers(2**62)}" for _ in range(1000)]
     for part in range(2):

@@ -110,6 +110,26 @@ def test_the_report_is_the_rows_and_twice_is_once(report, faithful, benchmarks, 
     assert "| Grad-CAM++ | 0.500 ± 0.04 |" in once["benchmarks/faithfulness.md"]
 
 
+def test_the_cost_of_a_billion_pictures(benchmarks, report, tmp_path):
+    scale = benchmarks("report_scale")
+    names = ("ray", "ray terms", "cost")
+    assert {report.TABLES[name](report.Results(tmp_path)) for name in names} == {"not measured"}
+    row = {"op": "ray terms", "photos": 200, "file_bytes": 100_000, "written_bytes": 50_000, **rows.about(device="cpu")}
+    row |= {f"{name}_ms": 6.0 for name in ("read", "decode", "forward", "map", "write")}
+    # 12 cores, 12 ms a picture: a thousand a second, which is less than the network and the GPU would have.
+    per_s, seconds, dollars, limit = scale.cost(row, 10**6, 1, 1)
+    assert (round(per_s), limit) == (1000, "decode, and compress what is written")
+    assert round(seconds) == 1060 and abs(dollars - 4 * 1060 / 3600) < 1e-3
+    per_s, _, _, limit = scale.cost(row, 10**6, 1000, 1)
+    assert (per_s, limit) == (scale.driver_per_s(), "the driver")
+    assert scale.cost(row, 10**6, 1000, 125)[3] != "the driver"
+    assert scale.cost(row | {"file_bytes": 10**7}, 10**6, 8, 1)[3] == "read"
+    assert scale.cost(row | {"decode_ms": 0, "write_ms": 0}, 10**6, 8, 1)[3] == "forward and maps"
+    list(rows.append(tmp_path / "datasets.jsonl", [row]))
+    table = report.TABLES["cost"](report.Results(tmp_path))
+    assert "| 1 | 1 | 1,000 | 18 min | $1.18 | 11.6 days | $1111 | decode" in table
+
+
 SPEED_TABLES = ("resnet50", "providers", "models", "throughput", "growth")
 
 

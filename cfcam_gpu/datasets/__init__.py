@@ -1,7 +1,7 @@
 """Data sets: many pictures from anywhere, explained and written at the speed of the network, and resumed when killed.
 
 `cfcam explain` is `explain` on what `find_sources` finds; what it is told to write is in `FORMATS`, and a `Record` is
-what is known of a picture in the end.
+what is known of a picture in the end. On a cluster, `cfcam_gpu.datasets.ray_data` does the same.
 
 >>> sources = find_sources(["photos/"])
 >>> explain(Options(out=Path("out"), write=["maps", "scores"]), sources).explained

@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import socket
 import time
@@ -199,12 +200,7 @@ def write(
         n_before = len(done)
         n_resumed = n_before - len(folder.errors())
         if n_todo != 0:
-            job.explained(given).write_parquet(
-                str(folder.begin()),
-                compression="zstd",
-                min_rows_per_file=rows_per_file,
-                try_create_dir=False,  # or what is left of a dead run would make its folder anew
-            )
+            job.run(given, folder.begin(), rows_per_file)
             folder.collect()
             done = _Done(folder.finished())
             if not done.distinct or (n_todo is not None and len(done) != n_before + n_todo):
@@ -270,7 +266,7 @@ class _Job:
             self.actors = max(1, int(n_gpus / self.num_gpus if self.num_gpus else n_cpus))
         most = self.actors if isinstance(self.actors, int) else self.actors[1]
         if not self.num_gpus and num_cpus is None:
-            num_cpus = min(1, (n_cpus - 1) / most) if n_cpus > 1 else 0.5 / most
+            num_cpus = min(1, (n_cpus - 1) / most)  # a task needs a whole core, or nothing would ever be read
         self.num_cpus = num_cpus
 
     def parameters(self):
@@ -333,6 +329,20 @@ class _Job:
         if "overlay" in options.write:
             rows = rows.map_batches(_drawn, fn_kwargs={"options": options, "versus": self.versus}, **common)
         return rows
+
+    def run(self, given, part, rows_per_file):
+        """Write what `explained` gives into a folder; RuntimeError, in a line, where Ray gives up."""
+        try:
+            self.explained(given).write_parquet(
+                str(part),
+                compression="zstd",
+                min_rows_per_file=rows_per_file,
+                try_create_dir=False,  # or what is left of a dead run would make its folder anew
+            )
+        except self.ray.exceptions.RayError as error:
+            # A worker's exception comes as text, with its own as the first that is no part of a stack.
+            first = re.search(r"^[\w.]+: .+$", str(error), re.M)
+            raise RuntimeError(f"{self.options.out}: {first[0] if first else running.reason_of(error)}") from error
 
 
 def _looked_at(options, loaded):

@@ -160,7 +160,7 @@ def row_of_overhead(photos, rounds, batch_size):
 
 
 def row_of_terms(photos, batch_size):
-    """Milliseconds a picture of each part of the pipeline, one after the other in this process."""
+    """Milliseconds of the processor a picture of each part of the pipeline, one after the other in this process."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
@@ -180,27 +180,27 @@ def row_of_terms(photos, batch_size):
             if start <= 0:  # the first batch, which loads the last parts of torch, does not count
                 spent, n_read, results = dict.fromkeys(spent, 0.0), 0, []
             batch = paths[max(start, 0) : max(start, 0) + batch_size]
-            moments = [time.perf_counter()]
+            moments = [time.process_time()]
             content = [path.read_bytes() for path in batch]
-            moments.append(time.perf_counter())
+            moments.append(time.process_time())
             table = ray_data._decoded(pa.table({"path": list(map(str, batch)), "bytes": content}), loaded, options)
-            moments.append(time.perf_counter())
+            moments.append(time.process_time())
             shape = table["shape"][0].as_py()
             pixels = [torch.frombuffer(bytearray(each), dtype=torch.float32).view(shape) for each in
                       table["pixels"].to_pylist()]  # fmt: skip
             with torch.inference_mode():
                 inputs = torch.stack(pixels)
-                moments.append(time.perf_counter())
+                moments.append(time.process_time())
                 loaded.model(inputs)
-            moments.append(time.perf_counter())
+            moments.append(time.process_time())
             results.append(explainer(table))
-            moments.append(time.perf_counter())
+            moments.append(time.process_time())
             for name, first in (("read", 0), ("decode", 1), ("forward", 3), ("explain", 4)):
                 spent[name] += moments[first + 1] - moments[first]
             n_read += sum(map(len, content))
-        begun = time.perf_counter()
+        begun = time.process_time()
         pq.write_table(pa.concat_tables(results), f"{folder}/maps.parquet", compression="zstd")
-        spent["write"] = time.perf_counter() - begun
+        spent["write"] = time.process_time() - begun
         n_written = os.path.getsize(f"{folder}/maps.parquet")
     spent["map"] = spent.pop("explain") - spent["forward"]
     row = {"op": "ray terms", "photos": len(paths), "batch": batch_size}
@@ -211,7 +211,8 @@ def row_of_terms(photos, batch_size):
 
 
 def workers_of(raylet):
-    """The processes of Ray's workers that do something for a driver, of this one's Ray alone."""
+    """The processes, of this one's Ray alone, that run tasks and actors of a data set. Not Ray's own, such as the agents
+    without which a node counts as dead."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -219,7 +220,7 @@ def workers_of(raylet):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if parent == raylet and name.startswith(b"ray::") and not name.startswith(b"ray::IDLE"):
+        if parent == raylet and name.startswith((b"ray::Map", b"ray::Write")):
             found.append(int(folder.name))
     return found
 

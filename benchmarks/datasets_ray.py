@@ -211,8 +211,8 @@ def row_of_terms(photos, batch_size):
 
 
 def workers_of(raylet):
-    """The processes, of this one's Ray alone, that run tasks and actors of a data set. Not Ray's own, such as the agents
-    without which a node counts as dead."""
+    """The processes, of this one's Ray alone, that run tasks and actors of a data set. Not Ray's own, such as the
+    agents without which a node counts as dead."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

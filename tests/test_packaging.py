@@ -156,7 +156,7 @@ def commands_of(target):
     """What ``make target`` would run when everything is installed."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    stamps = [".venv/bin/python", *(f".venv/{extra}.stamp" for extra in ("demo", "docs", "lint", "test"))]
+    stamps = [".venv/bin/python", *(f".venv/{extra}.stamp" for extra in ("demo", "docs", "lint", "ray", "test"))]
     old = [option for stamp in stamps for option in ("-o", stamp)]
     # Under `make test` the inner make would say which directory it enters.
     return run("make", "--no-print-directory", "-n", *old, target, cwd=ROOT).splitlines()
@@ -168,7 +168,9 @@ def test_ci_runs_lint_and_the_tests_and_nothing_else():
     assert script.read_text().splitlines()[-1] == "exec make test"
     lint = commands_of("lint")
     assert lint == [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/mypy"]
-    assert commands_of("test") == [*lint, ".venv/bin/python -m pytest tests -n auto"]
+    assert commands_of("test") == [*lint, '.venv/bin/python -m pytest tests -n auto -m "not ray"']
+    # What it leaves out, all in one file, has a command of its own.
+    assert commands_of("test-ray") == [".venv/bin/python -m pytest tests/test_ray.py"]
 
 
 def test_one_version_of_each_tool_checks_the_style():

@@ -286,6 +286,10 @@ def test_what_cannot_be_carried_out(cluster, photos, tmp_path, monkeypatch):
         explain(photos, "small_net:build", top=5)
     with pytest.raises(ValueError, match="--raw does not go with Ray"):
         explain(photos, "small_net:build", raw=True)
+    with pytest.raises(ValueError, match="--html does not go with Ray"):
+        explain(photos, "small_net:build", html=True)
+    with pytest.raises(ValueError, match="Ray explains images alone, Conv3d takes scans and videos"):
+        explain(photos, torch.nn.Conv3d(1, 4, 3))
     with pytest.raises(ValueError, match="--device does not go with Ray"):
         explain(photos, "small_net:build", device=torch.device("cpu"))
     if os.geteuid():
@@ -308,7 +312,7 @@ def test_the_command_refuses_in_a_line(photos, capfd, monkeypatch):
     pq.write_table(pa.table({"file": ["a.jpg"]}), "table.parquet")
     assert "no column 'path' (it has file)" in refused("table.parquet")
     assert "no image in folder" in refused(".")
-    for args in (["--json"], ["--workers", "2"], ["--maps-format", "zarr"]):
+    for args in (["--json"], ["--html"], ["--workers", "2"], ["--maps-format", "zarr"]):
         assert f"{args[0]} does not go with --engine ray" in refused("photos", *args)
     monkeypatch.setattr(ray_data.ray_package(), "is_initialized", lambda: False)
     begun = time.monotonic()

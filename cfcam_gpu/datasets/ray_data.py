@@ -467,7 +467,8 @@ class _Explainer:
     def __init__(self, model: Any, class_names: Any, options: running.Options, found: Mapping[str, Any]) -> None:
         self.options, self.found = options, found
         loaded = replace(running.load(options, partial(_load, model, options.where)), class_names=class_names)
-        self.explaining = running.Explaining(options, loaded, found, fill=options.batch_size)
+        self.size = options.batch_size or running.DEFAULT_BATCH[2]
+        self.explaining = running.Explaining(options, loaded, found, fill=self.size)
 
     def __call__(self, table: Any) -> Any:
         pa, options, explaining = arrow_package(), self.options, self.explaining
@@ -486,7 +487,7 @@ class _Explainer:
             done[picture.index]["error"] = writing.as_text(f"{label}: {running.reason_of(error)}")
 
         key = lambda picture: (picture.pixels.shape, picture.pixels.dtype, picture.source.target is None)
-        for group in reading.grouped(pictures, key, options.batch_size, options.batch_size):
+        for group in reading.grouped(pictures, key, self.size, self.size):
             inputs = torch.stack([picture.pixels for picture in group])
             batch = running.Batch(group, explaining.transfer.to_device(inputs))
             for parts, found, mark in explaining.explained(batch, fail):

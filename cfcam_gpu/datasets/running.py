@@ -344,7 +344,7 @@ def read(index: int, source: reading.Source, loaded: models.LoadedModel, artist:
         if isinstance(image, volumes.Volume):
             pixels = loaded.preprocess(image.values)
             seen = loaded.seen(image.values) if artist.draws else None
-            panel = scans.Seen.of(image, seen, pixels.shape[1], loaded.to_volume)
+            panel: Any = scans.Seen.of(image, seen, pixels.shape[1], loaded.to_volume)
         else:
             pixels = loaded.preprocess(image)
             # The photograph itself, which may be large, is let go of.

@@ -54,7 +54,7 @@ class Seen:
         return self.to_volume(torch.from_numpy(heat), self.volume.shape).numpy()
 
     def slices(
-        self, maps: Sequence[np.ndarray], difference: np.ndarray | None, captions: Sequence[str], colormap: str
+        self, maps: np.ndarray, difference: np.ndarray | None, captions: Sequence[str], colormap: str
     ) -> "Image":
         """A scan's slices beside those with each map (d, h, w) over them, and with the difference of two in [-1, 1]."""
         draw = partial(volumes.draw_slices, self.volume, self.values, height=MONTAGE_PIXELS)
@@ -64,7 +64,7 @@ class Seen:
         return images.side_by_side(panels, captions)
 
     def animation(
-        self, maps: Sequence[np.ndarray], difference: np.ndarray | None, captions: Sequence[str], colormap: str
+        self, maps: np.ndarray, difference: np.ndarray | None, captions: Sequence[str], colormap: str
     ) -> bytes:
         """The same of every frame of a video, as an animated WebP."""
         pictures = []
@@ -73,7 +73,7 @@ class Seen:
             index = index * len(maps[0]) // self.values.shape[1]
             of_frame = None if difference is None else difference[index]
             frame = at_height(frame, FRAME_PIXELS)
-            over = panels(frame, [heat[index] for heat in maps], of_frame, colormap)
+            over = panels(frame, maps[:, index], of_frame, colormap)
             pictures.append(images.side_by_side(over, captions))
         return volumes.encoded_animation(pictures, self.volume.seconds or 0.0)
 
@@ -86,9 +86,7 @@ def at_height(photograph: "Image", height: int) -> "Image":
     return photograph.resize((width, height), Resampling.LANCZOS)
 
 
-def panels(
-    photograph: "Image", maps: Sequence[np.ndarray], difference: np.ndarray | None, colormap: str
-) -> list["Image"]:
+def panels(photograph: "Image", maps: np.ndarray, difference: np.ndarray | None, colormap: str) -> list["Image"]:
     """The photograph, each map (h, w) over it, and the difference of two over it."""
     found = [photograph, *(images.overlay(photograph, heat, colormap) for heat in maps)]
     if difference is not None:

@@ -162,7 +162,9 @@ def test_the_rows_are_those_of_a_run_on_one_machine(cluster, photos, capfd):
         np.asarray(Image.open(file), int)
         for file in (io.BytesIO(rows[str(photos / "p04.jpg")]["overlay"]), "pictures/p04.png")
     )
-    assert there.shape == here.shape and np.abs(there - here).max() <= 1
+    assert there.shape == here.shape
+    # Where maps differ in their last bits, a pixel may take the next of a colour map's 256 colours.
+    assert np.abs(there - here).max() <= 4 and np.abs(there - here).mean() < 0.05
 
 
 def test_a_killed_actor_loses_and_doubles_nothing(cluster, photos, rng):

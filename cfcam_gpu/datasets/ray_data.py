@@ -428,8 +428,7 @@ def _opened(path: str) -> Any:
 def _decoded(table: Any, loaded: models.LoadedModel, options: running.Options) -> Any:
     """The pictures of a batch, read and made the network's input; or why they could not be."""
     pa, artist = arrow_package(), writing.Artist(options)
-    with warnings.catch_warnings(), ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        warnings.simplefilter("ignore", images._pillow().Image.DecompressionBombWarning)
+    with images.any_size(), ThreadPoolExecutor(READS_AT_ONCE) as pool:
         sources = [_source(row) for row in table.to_pylist()]
         read = list(pool.map(lambda index: running.read(index, sources[index], loaded, artist), range(len(sources))))
     rows = []

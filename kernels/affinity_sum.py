@@ -267,9 +267,10 @@ def affinity_sum_kernel(
     x = cell % width
     f_ptr += image * f_stride_b
     products_ptr += image * SHARES * n_cells * n_cells
-    own_square = tl.zeros([BLOCK_P], tl.float32)
     if SHARES > 0:
-        own_square += squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
+        own_square = squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
+    else:
+        own_square = tl.zeros([BLOCK_P], tl.float32)
     grid_ptr += image * n_classes * grid_height * grid_width
     averaged_ptr += image * n_classes * n_cells
     share = 1.0
@@ -367,6 +368,8 @@ def affinity_sum_kernel(
         out = k[None, :] * n_cells + cell[:, None]
     averaged = tl.where(mass > 0, total / tl.where(mass > 0, mass, 1.0), own)
     if STRENGTH:
+        if SHARES > 0:  # read anew: kept since then, it would cost registers that some targets do not have
+            own_square = squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
         square = tl.where(own_square < float("inf"), own_square, 0.0)  # nor NaN
         strength = tl.exp2(half_guide_power * tl.log2(tl.maximum(square, least_square)))
         averaged = averaged * (strength if BLOCK_K == 1 else strength[:, None])

@@ -547,6 +547,10 @@ def test_the_keyboard(visit, rng):
     press("m")
     assert page.locator("#fade").input_value() == "70"
     press("Escape")
+    for _ in range(50):  # the browser says so after the key
+        if focused(page) == at(1):
+            break
+        page.wait_for_timeout(100)
     assert detail.is_hidden() and focused(page) == at(1)
 
 

@@ -538,14 +538,24 @@ def save_image(image: "Image", path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file beside ``path`` that takes its place when the block ends, and vanishes when it raises."""
+def atomic_write(path: str | os.PathLike, part: Path | None = None, sync: bool = False) -> Iterator[BinaryIO]:
+    """A binary file that takes the place ``path`` when the block ends, and vanishes when it raises.
+
+    Args:
+        path: the file.
+        part: where it is until then, in the same file system; default: beside ``path``.
+        sync: it is on the disk when it gets its name.
+    """
     path = Path(path)
-    # Not the whole name: with more before and behind it, it may be too long for the file system.
-    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
+    if part is None:
+        # Not the whole name: with more before and behind it, it may be too long for the file system.
+        part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

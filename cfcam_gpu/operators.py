@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cfcam_gpu.checks import GRID_AXES, check_config
 from cfcam_gpu.config import CFCAMConfig
 
 CONFIG = (
@@ -19,7 +20,8 @@ CONFIG = (
 
 N_CONFIG = CONFIG.count(",") + 1
 
-DEFAULT, VOLUMES = CFCAMConfig(), CFCAMConfig.volumes()
+DEFAULTS = {n_axes: check_config(None).of(n_axes) for n_axes in GRID_AXES}
+"""By the axes of a grid; made before, because code that is being compiled makes none."""
 
 CHOICES = "str backend, str clustering, bool? check_finite"
 
@@ -50,7 +52,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
 def result_of_compiled(activations, gradients, output_size, config, backend, clustering, check_finite, guide):
     """`cf_cam` in code that is being compiled: its four tensors. What is wrong with them is found when it runs."""
     size = list(activations.shape[2:] if output_size is None else output_size)
-    values = plain_values((VOLUMES if activations.ndim == 5 else DEFAULT) if config is None else config)
+    values = plain_values(_chosen(config, activations))
     return torch.ops.cfcam_gpu.cf_cam(
         activations.detach(), gradients.detach(), guide, size, *values, backend, clustering, check_finite
     )
@@ -58,8 +60,12 @@ def result_of_compiled(activations, gradients, output_size, config, backend, clu
 
 def labels_of_compiled(activations, config, backend, clustering, check_finite):
     """`cluster_channels` in code that is being compiled: labels and eps."""
-    values = plain_values(DEFAULT if config is None else config)
+    values = plain_values(_chosen(config, activations))
     return torch.ops.cfcam_gpu.cluster_channels(activations.detach(), *values, backend, clustering, check_finite)
+
+
+def _chosen(config, activations):
+    return DEFAULTS.get(activations.ndim - 2, DEFAULTS[2]) if config is None else config
 
 
 def _config(values):

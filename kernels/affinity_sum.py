@@ -164,8 +164,8 @@ def cell_products_kernel(
     f_stride_x,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
     product_of_cells(
         tl.program_id(0),
@@ -180,8 +180,8 @@ def cell_products_kernel(
         f_stride_x,
         SHARES,
         N_STEPS,
-        BLOCK,
-        BLOCK_C,
+        BLOCK_N,
+        BLOCK_F,
     )
 
 
@@ -445,8 +445,8 @@ def product_launch(guide, products):
     options = {
         "SHARES": n_shares,
         "N_STEPS": cdiv(n_channels, n_shares * block_c),
-        "BLOCK": block,
-        "BLOCK_C": block_c,
+        "BLOCK_N": block,
+        "BLOCK_F": block_c,
         "num_warps": 2,
         "num_stages": 1,
     }

@@ -286,7 +286,6 @@ def channel_statistics(activations, gradients=None, pooling=None, guide=None, pr
         options = {"SHARES": 0, "N_STEPS": 0, "BLOCK_N": 0, "BLOCK_F": 0, "num_warps": 4}
     else:
         n_of_products, of_products, options = product_launch(guide, products)
-        options["BLOCK_N"], options["BLOCK_F"] = options.pop("BLOCK"), options.pop("BLOCK_C")
     channel_statistics_kernel[(n_of_products + batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,

@@ -121,3 +121,16 @@ def benchmarks(monkeypatch):
         pytest.skip("not a checkout")
     monkeypatch.syspath_prepend(folder)
     return importlib.import_module
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs ``cfcam`` in this process; returns status, stdout and stderr."""
+
+    from cfcam_gpu import cli
+
+    def run(*args):
+        status = cli.main([str(arg) for arg in args])
+        return status, *capfd.readouterr()
+
+    return run

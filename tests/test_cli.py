@@ -30,17 +30,6 @@ EGYPTIAN_CAT, TIGER_CAT, BULL_MASTIFF, ESPRESSO = 285, 282, 243, 967
 
 
 @pytest.fixture
-def run(capfd):
-    """Runs ``cfcam`` in this process; returns status, stdout and stderr."""
-
-    def run(*args):
-        status = cli.main([str(arg) for arg in args])
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def folder(tmp_path):
     """Two photographs, a text file, a broken image and a subfolder, which is not entered."""
     folder = tmp_path / "photos"

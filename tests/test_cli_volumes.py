@@ -20,7 +20,7 @@ for package in ("matplotlib", "tqdm", "tifffile"):
 
 import tifffile
 
-from cfcam_gpu import CFCAM, CFCAMConfig, cli, datasets, images, models, volume_preprocess, volumes
+from cfcam_gpu import CFCAM, CFCAMConfig, datasets, images, models, volume_preprocess, volumes
 from cfcam_gpu.datasets import journal, scans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,17 +46,6 @@ class Net(nn.Module):
     def forward(self, x):
         return self.act(self.conv(x)).flatten(2).mean(2) @ self.weight.T
 """
-
-
-@pytest.fixture
-def run(capfd):
-    """Runs ``cfcam`` in this process; returns status, stdout and stderr."""
-
-    def run(*args):
-        status = cli.main([str(arg) for arg in args])
-        return status, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import IO
 
+from cfcam_gpu.images import atomic_write
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What fails for every further file too: a full disk, a used-up quota, a limit on sizes, a file system that closed."""
 
@@ -13,18 +15,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def write_file(path: Path, content: bytes, beside: Path) -> None:
     """Write a file under a name of its own in the folder ``beside``, of the same file system, and then rename it.
 
-    The file is on the disk when it gets its name; that the name is too, `sync_folder` makes sure of.
+    The file is on the disk when it gets its name; that the name is too, `sync` makes sure of.
     """
     part = beside / f"{os.urandom(8).hex()}.part"  # of many threads
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_write(path, part, sync=True) as file:
+        file.write(content)
 
 
 def replace(made: Path, path: Path) -> None:

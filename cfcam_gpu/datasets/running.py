@@ -17,6 +17,7 @@ import torch
 
 from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline, volumes
 from cfcam_gpu import probabilities as prob
+from cfcam_gpu.checks import check_config
 from cfcam_gpu.datasets import files, gallery, reading, scans, writing
 from cfcam_gpu.datasets.journal import Journal, Record
 from cfcam_gpu.datasets.transfer import Transfer
@@ -268,7 +269,7 @@ def parameters(options: Options, loaded: models.LoadedModel, sources: Sequence[r
     """All that decides what a run writes, as plain values."""
     values = {name: value for name, value in asdict(options).items() if name not in UNTOUCHED}
     values["versus"] = bool(options.versus)
-    values["config"] = asdict(CFCAMConfig.paper() if options.paper else _default_config(loaded.n_axes))
+    values["config"] = asdict(CFCAMConfig.paper() if options.paper else check_config(None).of(loaded.n_axes))
     listed = hashlib.sha256()
     for source in sources:
         listed.update(os.fsencode(f"{source.label}\0{source.stem}\0{source.target}\0"))
@@ -278,11 +279,6 @@ def parameters(options: Options, loaded: models.LoadedModel, sources: Sequence[r
     values["size"] = getattr(loaded.preprocess, "size", None)
     values["version"] = __version__
     return values
-
-
-def _default_config(n_axes):
-    """What `CFCAM` takes on a grid of so many axes where no configuration is given."""
-    return CFCAMConfig.volumes() if n_axes == 3 else CFCAMConfig()
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -453,7 +449,7 @@ class Explaining:
         config = CFCAMConfig.paper() if options.paper else None
         self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
         if self.multilabel and n_classes > 1:
-            config = replace(config or _default_config(len(target.shape) - 1), margin_temperature=0.0)
+            config = replace(config or check_config(None).of(len(target.shape) - 1), margin_temperature=0.0)
             note("outputs: several labels an image, each explained by its own logit")
         note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes

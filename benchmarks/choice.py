@@ -1,7 +1,5 @@
 """The rule of faithfulness.md that chooses the default configuration, on rows of faithfulness.jsonl."""
 
-from math import isnan
-
 STABILITY = "gradient_noise_10"
 
 NOT_WORSE = ("insertion_minus_deletion", "average_drop", STABILITY, "class_sensitivity", "energy")
@@ -13,8 +11,12 @@ LOWER_IS_BETTER = (
 )
 """Of all measures."""
 
-DECIDES, CLOSE = "insertion_minus_deletion", 0.005
-"""Of the candidates that are not worse anywhere, those whose mean of this is within so much of the largest."""
+ASKED = {"insertion_minus_deletion": 0.025, STABILITY: 0.02, "class_sensitivity": 0.15, "energy": 0.05}
+"""The gain over Grad-CAM that is asked of the default."""
+
+CLOSE = 0.9
+"""Of the candidates that are not worse anywhere, those whose smallest gain, in units of what is asked, is at least this
+share of the best."""
 
 THEN = "average_drop"
 """And of those the one with the lowest mean of this is the default."""
@@ -35,9 +37,14 @@ def holds(row):
     return all(reaches_zero(row, measure) for measure in NOT_WORSE)
 
 
+def smallest_gain(row):
+    """The smallest of a candidate's mean gains over Grad-CAM, each in units of what is asked."""
+    return min(row["minus_grad_cam"][measure][0] / asked for measure, asked in ASKED.items())
+
+
 def pick(rows):
-    """The name of the candidate that the rule picks, of {name: row}; None where none is not worse."""
-    found = {name: mean(row, DECIDES) for name, row in rows.items() if holds(row)}
-    found = {name: value for name, value in found.items() if not isnan(value)}
-    close = [name for name, value in found.items() if value >= max(found.values()) - CLOSE]
+    """The name of the candidate that the rule picks, of {name: row}; None where none gains in all that is asked."""
+    found = {name: smallest_gain(row) for name, row in rows.items() if holds(row)}
+    found = {name: gain for name, gain in found.items() if gain > 0}  # not NaN either
+    close = [name for name, gain in found.items() if gain >= CLOSE * max(found.values())]
     return min(close, key=lambda name: mean(rows[name], THEN), default=None)

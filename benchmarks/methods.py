@@ -38,6 +38,10 @@ SECONDS = 12.0
 """For the calls of the slower of the two; at least one, at most `ROUNDS`."""
 
 ROUNDS = 15
+
+SLOW = 20.0
+"""Seconds of a call beside which the recording of a head is nothing."""
+
 TARGET = 7
 
 
@@ -232,8 +236,11 @@ def measure(case, one):
         row["same_peak"] = bool(results[0].argmax() == results[1].argmax())
         n_rounds = max(1, min(ROUNDS, int(SECONDS / (first[0] / 1e3))))
         runs = {name: (lambda cam=cam: case.call(cam, one)) for name, cam in objects.items()}
-        if n_rounds == 1:
-            times = {"as it is": [first[0] / 1e3], "accelerated": [timing.seconds(runs["accelerated"], "cpu")]}
+        if (
+            n_rounds == 1
+        ):  # the call that was compared; ours once more, since it recorded the head, unless that is lost in it
+            again = [first[1] / 1e3] if first[1] > 1e3 * SLOW else [timing.seconds(runs["accelerated"], "cpu")]
+            times = {"as it is": [first[0] / 1e3], "accelerated": again}
         else:
             times = timing.interleaved(runs, "cpu", dict.fromkeys(runs, n_rounds))
         medians = {name: 1e3 * float(np.median(of_method)) for name, of_method in times.items()}

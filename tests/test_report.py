@@ -302,11 +302,11 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
 
 
-def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, tmp_path):
+def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, choice, tmp_path):
     first, second, third, *_ = faithful.CANDIDATES
     special = {
         first: {"insertion_minus_deletion": 0.05, "class_sensitivity": -0.08},
-        second: {"insertion_minus_deletion": 0.03},
+        second: choice.ASKED,
         third: {"insertion_minus_deletion": 0.06, "energy": -0.02, "average_drop": 0.1},
     }
     write_every_method(tmp_path, faithful, **special)
@@ -323,32 +323,28 @@ def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, tmp_pa
 
 
 def picked(choice, **differences):
-    """The default among candidates that differ from Grad-CAM by so much, each a dictionary."""
-    return choice.pick({name: faithfulness_row(name, **of_one) for name, of_one in differences.items()})
+    """The default among candidates that differ from Grad-CAM by so much, each a dictionary; the rest is as asked."""
+    return choice.pick({name: faithfulness_row(name, **choice.ASKED | of_one) for name, of_one in differences.items()})
 
 
-@pytest.mark.parametrize(
-    "measure, worse",
-    [
-        ("insertion_minus_deletion", -1),
-        ("average_drop", 1),
-        ("gradient_noise_10", -1),
-        ("class_sensitivity", -1),
-        ("energy", -1),
-    ],
-)
-def test_the_interval_reaches_zero(choice, measure, worse):
-    assert picked(choice, a={measure: 0.0100 * worse}) == "a"  # from 0 to twice the loss
-    assert picked(choice, a={measure: 0.0101 * worse}) is None
-    assert picked(choice, a={measure: -0.5 * worse}) == "a"  # better than Grad-CAM is not worse
+def test_not_worse_anywhere(choice):
+    assert picked(choice, a={"average_drop": 0.0100}) == "a"  # the interval is from 0 to twice the loss
+    assert picked(choice, a={"average_drop": 0.0101}) is None
+    assert picked(choice, a={"average_drop": -0.5}) == "a"  # better than Grad-CAM is not worse
+    for measure in choice.ASKED:
+        assert choice.holds(faithfulness_row("a", **{measure: -0.0100}))
+        assert not choice.holds(faithfulness_row("a", **{measure: -0.0101}))
+        assert choice.holds(faithfulness_row("a", **{measure: 0.5}))
 
 
-def test_of_those_the_best(choice):
-    best, other = {"insertion_minus_deletion": 0.036}, {"insertion_minus_deletion": 0.03, "energy": 0.3}
+@pytest.mark.parametrize("measure", ["insertion_minus_deletion", "gradient_noise_10", "class_sensitivity", "energy"])
+def test_of_those_the_largest_smallest_gain(choice, measure):
+    best = {name: 1.2 * asked for name, asked in choice.ASKED.items()}
+    other = {**{name: 9 * asked for name, asked in choice.ASKED.items()}, measure: choice.ASKED[measure]}
     assert picked(choice, a=other, b=best) == picked(choice, b=best, a=other) == "b"
-    assert picked(choice, a=other, b={**best, "energy": -0.1}) == "a"
-    close = {"insertion_minus_deletion": 0.032, "average_drop": -0.02}
+    assert picked(choice, a=other, b={**best, "average_drop": 0.1}) == "a"
+    close = {measure: 1.1 * choice.ASKED[measure], "average_drop": -0.02}
+    close = {**best, **close}
     assert picked(choice, a=close, b=best) == picked(choice, b=best, a=close) == "a"
-    assert picked(choice, a={**close, "insertion_minus_deletion": 0.03}, b=best) == "b"
-    assert picked(choice, a={"insertion_minus_deletion": float("nan")}) is None
-    assert picked(choice) is None
+    assert picked(choice, a={**close, measure: choice.ASKED[measure]}, b=best) == "b"
+    assert picked(choice, a={measure: float("nan")}) is picked(choice, a={measure: -0.001}) is picked(choice) is None

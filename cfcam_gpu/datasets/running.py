@@ -480,7 +480,8 @@ class _Run(Explaining):
     writes what was found, while a thread keeps the journal, in the order of the batches."""
 
     def __init__(self, options, loaded, sources, journal, report, inputs):
-        super().__init__(options, loaded, journal.found)
+        # The last batch of several is filled up: its pictures get the maps that they would have in any other batch.
+        super().__init__(options, loaded, journal.found, options.batch_size if len(sources) > options.batch_size else 0)
         self.sources, self.journal, self.report = sources, journal, report
         self.writer = writing.Writer(options, journal, inputs)
         self.note, self.found = report.note, None

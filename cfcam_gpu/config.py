@@ -106,7 +106,7 @@ class CFCAMConfig:
     affinity_power: float = 2.0
     affinity_sigma: float = 2.0
     affinity_steps: int = 2
-    margin_temperature: float = 1.2
+    margin_temperature: float = 1.3
     guide_power: float = 0.5
 
     def __post_init__(self) -> None:

@@ -35,6 +35,9 @@ SMALLEST_SAMPLE, LARGEST_SAMPLE = 340, 341
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 """Bytes 8 to 12 of a HEIF file, whatever its extension."""
 
+LEVELS = 256
+"""Of the heat in an overlay: as many as a palette has."""
+
 MARGIN = 0.03
 """White space around the panels of ``side_by_side``, as a share of their height."""
 
@@ -414,22 +417,19 @@ def _overlay(image, name, values, low, colormap, alpha):
     values = _checked_values(name, values, low)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    colors = _colors(get_colormap(colormap))
+    palette = _palette(get_colormap(colormap))
     values = np.asarray(PIL.Image.fromarray(values).resize(image.size, PIL.Image.Resampling.BILINEAR)).clip(low, 1.0)
-    opacity = alpha * np.abs(values)[..., None]
-    photo = np.asarray(image.convert("RGB"), dtype=np.float32)
-    # Looked up here: matplotlib's own call takes several times as long, most of it for what is not a number.
-    nearest = ((values - low) * (len(colors) / (1 - low))).astype(np.intp)
-    mixed = colors.take(nearest, axis=0, mode="clip")
-    mixed -= photo
-    mixed *= opacity
-    mixed += photo
-    return PIL.Image.fromarray(np.rint(mixed, out=mixed).astype(np.uint8))
+    # In eight bits and by Pillow: in floating point this takes five times as long, and half a run's overlays.
+    nearest = ((values - low) * (LEVELS / (1 - low))).clip(max=LEVELS - 1).astype(np.uint8)
+    opacity = np.rint((255 * alpha) * np.abs(values)).astype(np.uint8)
+    colors = PIL.Image.fromarray(nearest)
+    colors.putpalette(palette)
+    return PIL.Image.composite(colors.convert("RGB"), image.convert("RGB"), PIL.Image.fromarray(opacity))
 
 
-def _colors(colormap):
-    """(N, 3) float32: a colour map's colours in 0 to 255."""
-    return (255.0 * colormap(np.arange(colormap.N))[:, :3]).astype(np.float32)
+def _palette(colormap):
+    """The colours at the middles of `LEVELS` equal parts of a colour map, as Pillow takes them."""
+    return np.rint(255 * colormap((np.arange(LEVELS) + 0.5) / LEVELS)[:, :3]).astype(np.uint8).tobytes()
 
 
 def _checked_values(name, values, low):

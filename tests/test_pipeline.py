@@ -116,7 +116,7 @@ def test_bad_configurations(arguments, error, message):
 def test_configuration():
     published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
     assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, affinity_power=0.0, margin_temperature=0.0)
-    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.2)
+    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.3)
     assert CFCAMConfig.stable() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 3, 1.5)
     assert CFCAMConfig().averages
     for off in ({"affinity_power": 0}, {"affinity_steps": 0}):

@@ -18,6 +18,7 @@ from cfcam_gpu import __version__, datasets, doctor, layers, models, pipeline, v
 from cfcam_gpu.checks import needs
 from cfcam_gpu.datasets import ray_data, reading, writing
 from cfcam_gpu.methods import METHODS
+from cfcam_gpu.serving import command as serving_command
 
 N_NOISE = 64
 """Voxels along each axis of the noise that a network of volumes is looked at with, where its size is not known."""
@@ -84,6 +85,7 @@ def _parser():
 
     _add_layers(commands)
     _add_bench(commands)
+    _add_serve(commands)
 
     about = "show which backends, clustering engines and packages can be used here, and why the others cannot"
     doctor_ = commands.add_parser("doctor", help=about, description=about)
@@ -108,6 +110,21 @@ def _add_options(parser, out, versus):
         help="add a panel with the first class's map minus the second's, red where the first is hotter and blue where "
         "the second is; its colours reach as far as the largest difference, which the caption gives",
     )
+    parser.set_defaults(versus=versus)  # not above: the help of Python below 3.13 would add "(default: False)"
+    _add_model_options(parser)
+    add("--batch-size", type=_positive, metavar="N", help="images per forward pass (default: 16, of volumes 1)")
+    add("--colormap", default="inferno", metavar="NAME", help="any of matplotlib's, such as jet (default: inferno)")
+    add(
+        "--raw",
+        action="store_true",
+        help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1], of a scan (D, H, W); and with "
+        "--versus OUT/NAME_I-J.npy: the map of class I minus that of class J, in [-1, 1]",
+    )
+
+
+def _add_model_options(parser):
+    """What the classes are, and how they are explained."""
+    add = parser.add_argument
     add(
         "--labels",
         type=Path,
@@ -121,7 +138,6 @@ def _add_options(parser, out, versus):
         help="labels that do not exclude each other: probabilities by sigmoid, each label explained by its own logit "
         "(default: where the model says so, by its config or by ending in a sigmoid)",
     )
-    parser.set_defaults(versus=versus)  # not above: the help of Python below 3.13 would add "(default: False)"
     add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
     add("--method", choices=list(METHODS), default="cfcam", help="default: cfcam")
     add(
@@ -131,14 +147,6 @@ def _add_options(parser, out, versus):
     )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--batch-size", type=_positive, metavar="N", help="images per forward pass (default: 16, of volumes 1)")
-    add("--colormap", default="inferno", metavar="NAME", help="any of matplotlib's, such as jet (default: inferno)")
-    add(
-        "--raw",
-        action="store_true",
-        help="also write OUT/NAME_CLASS.npy: each map as float32 (H, W) in [0, 1], of a scan (D, H, W); and with "
-        "--versus OUT/NAME_I-J.npy: the map of class I minus that of class J, in [-1, 1]",
-    )
 
 
 def _add_dataset_options(parser):
@@ -251,6 +259,21 @@ def _add_bench(commands):
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--out", type=Path, metavar="FILE", help="also append the rows to this file, one line of JSON each")
     bench.set_defaults(run=run_bench)
+
+
+def _add_serve(commands):
+    parser = commands.add_parser(
+        "serve",
+        help="answer pictures that are posted with their classes and heat maps, over HTTP",
+        description="POST a picture's file to /explain, and get its classes and the heat map or the overlay, in JSON, "
+        "PNG or float16; /classify gives the classes alone. /healthz, /readyz and /metrics tell of the server. SIGTERM "
+        "ends it when what has begun is answered.",
+    )
+    specs = "a SPEC as explain's --model takes it (default: demo)"
+    parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=specs)
+    serving_command.add_arguments(parser, _seconds)
+    _add_model_options(parser)
+    parser.set_defaults(run=serving_command.run)
 
 
 def _positive(text):

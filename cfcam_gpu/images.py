@@ -102,12 +102,20 @@ def any_size() -> Iterator[None]:
         yield
 
 
-def read_image(path: str | os.PathLike, content: bytes | None = None) -> "Image":
+def read_image(
+    path: str | os.PathLike,
+    content: bytes | None = None,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> "Image":
     """`load_image` for several threads at once, which leaves Pillow's DecompressionBombWarning to the caller.
 
     Args:
         path: the file.
         content: its bytes, where it is part of another file; ``path`` is then what errors call it.
+        max_pixels: an image of more is refused by what the file says of its size, before it is decoded; None (default):
+            Pillow's own limit.
+        formats: the names, as Pillow has them, of the formats to try, beside HEIF; None (default): all.
 
     Raises:
         As `load_image`.
@@ -120,7 +128,7 @@ def read_image(path: str | os.PathLike, content: bytes | None = None) -> "Image"
     try:
         # Not by its name: of a file that it maps into memory, Pillow turns a TIFF's rows and columns wrongly.
         with open(path, "rb") if content is None else BytesIO(content) as file:
-            return _decode(path, file, lambda: path if content is None else BytesIO(content))
+            return _decode(path, file, lambda: path if content is None else BytesIO(content), max_pixels, formats)
     except ImportError:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -168,11 +176,11 @@ def image_of(values: np.ndarray) -> "Image":
     return _rgb(_pillow().Image.fromarray(values if values.dtype == np.uint8 else _eight_bit(values, {})))
 
 
-def _decode(path, file, whole):
+def _decode(path, file, whole, max_pixels, formats):
     """The image in ``file``; ``whole()`` is it again from its beginning, for the other packages that read images."""
     PIL = _pillow()
     try:
-        image = PIL.Image.open(file)
+        image = PIL.Image.open(file, formats=formats)
     except PIL.UnidentifiedImageError:
         file.seek(0)
         head = file.read(12)
@@ -189,10 +197,11 @@ def _decode(path, file, whole):
                 import tifffile  # noqa: F401
             except ImportError as error:
                 raise ImportError(f"{path}: a TIFF file that Pillow cannot read: {needs('tifffile')}") from error
-            return _rgb(_read_tiff(whole()))
+            return _rgb(_read_tiff(whole(), max_pixels))
         else:
             raise
     with image:
+        _check_pixels(*image.size, max_pixels)
         tags = getattr(image, "tag_v2", {})
         if image.mode in ("RGB", "RGBA") and set(tags.get(BITS_PER_SAMPLE, ())) == {16}:
             return _rgb(_read_deep_colours(whole(), image))
@@ -202,6 +211,11 @@ def _decode(path, file, whole):
         if upright.mode == "F" or upright.mode.startswith("I"):
             upright = PIL.Image.fromarray(_eight_bit(np.asarray(upright), tags))
         return _rgb(upright)
+
+
+def _check_pixels(width, height, max_pixels):
+    if max_pixels is not None and width * height > max_pixels:
+        raise ValueError(f"too many pixels: {width} x {height}, at most {max_pixels} are taken")
 
 
 def _open_heif(path, file):
@@ -217,7 +231,7 @@ def _read_deep_colours(file, image):
     PIL = _pillow()
     planar = image.tag_v2.get(PLANAR, 1)
     try:
-        return _read_tiff(file)
+        return _read_tiff(file, None)
     except Exception as error:  # tifffile is missing, or what it needs for this compression
         image.load()
         if planar != 1 or max(high for _, high in image.convert("RGB").getextrema()) < 64:
@@ -225,12 +239,13 @@ def _read_deep_colours(file, image):
     return PIL.ImageOps.exif_transpose(image)
 
 
-def _read_tiff(file):
+def _read_tiff(file, max_pixels):
     PIL = _pillow()
     import tifffile
 
     with tifffile.TiffFile(file) as tiff:
         page = tiff.pages[0]
+        _check_pixels(page.imagewidth, page.imagelength, max_pixels)
         values, tags = page.asarray(), {tag.code: tag.value for tag in page.tags}
         values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
     if values.ndim == 2:

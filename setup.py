@@ -11,9 +11,12 @@ VERSION = re.search(r'^__version__ = "([^"]+)"$', INIT, re.M)[1]
 README = ROOT / "README.md"
 
 REFERENCE = ["scipy", "scikit-learn"]
-DEMO = [
+PICTURES = [
     "pillow>=10.1",  # ImageFont.load_default(size) and Image.has_transparency_data
     "matplotlib>=3.6",  # matplotlib.colormaps
+]
+DEMO = [
+    *PICTURES,
     "tqdm",
     "scikit-image",
     "efficientnet-lite-pytorch",
@@ -30,12 +33,13 @@ MEDICAL = ["nibabel>=5"]
 VIDEO = ["av>=12"]
 DATASETS = ["pyarrow>=15", "zarr>=3.0.8"]  # float16 in Parquet; shards, and no half-written chunks
 RAY = ["ray[data]>=2.50", "pyarrow>=15"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "httptools", "prometheus_client>=0.20", *PICTURES]
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
 LINT = [RUFF, "mypy==2.4.1"]
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
-OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS]
+OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS, *SERVE]
 TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "playwright", "timm", *OPTIONAL, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
@@ -82,6 +86,7 @@ setup(
         "video": VIDEO,
         "datasets": DATASETS,
         "ray": RAY,
+        "serve": SERVE,
         "cuml": ["cuml-cu13"],
         "metrics": METRICS,
         **PEERS,

@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 
 CLIENTS, SECONDS, WARM_S = 32, 60.0, 3.0
 BROKEN_SHARE = 10
+LEAVING, LEAVES_AFTER_S = 64, 0.3
 MEMORY_MARKS = 10
 """How often memory is looked at."""
 
@@ -334,6 +335,7 @@ def row_of_library(photos, library, seconds):
             if not leaving:
                 row |= asyncio.run(under_load(load, process, seconds))
             else:
+                row["leaving"] = LEAVING
                 row["computed_for_nobody"] = asyncio.run(_computed_for_nobody(load, count))
                 process.send_signal(signal.SIGTERM)
                 process.wait(60)
@@ -344,14 +346,14 @@ def row_of_library(photos, library, seconds):
     return row
 
 
-async def _computed_for_nobody(load, count, n=64):
-    """Of ``n`` clients that leave after half a second, those whose pictures the network computes all the same."""
+async def _computed_for_nobody(load, count, n=LEAVING):
+    """Of ``n`` clients that leave after `LEAVES_AFTER_S`, those whose pictures the network computes all the same."""
     before = count.stat().st_size
 
     async def leave(photo):
         connection = Connection(load.port)
         with contextlib.suppress(asyncio.TimeoutError, ConnectionError):
-            await asyncio.wait_for(connection.post(load.path, **load.encode(photo)), 0.3)
+            await asyncio.wait_for(connection.post(load.path, **load.encode(photo)), LEAVES_AFTER_S)
         connection.close()
 
     await asyncio.gather(*(leave(photo) for photo in (load.photos * n)[:n]))

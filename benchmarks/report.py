@@ -15,6 +15,7 @@ from pathlib import Path
 import growth
 import report_faithfulness
 import report_scale
+import report_serving
 import rows
 from tables import NOT_MEASURED, fill, markdown, names, number
 
@@ -77,6 +78,7 @@ class Results:
             for name in ("shapes", "volumes")
         )
         self.datasets = rows.latest(rows.read(folder / "datasets.jsonl"), "op", "way", "photos")
+        self.serving = rows.latest(rows.read(folder / "serving.jsonl"), "op", "server", "makes")
 
     def row(self, kind, model, batch, provider, size=224):
         """The row of a point, empty where there is none."""
@@ -407,6 +409,7 @@ TABLES = {
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
     **report_scale.TABLES,
+    **report_serving.TABLES,
 }
 """{name: function of the results}."""
 
@@ -427,6 +430,7 @@ PAGES = {
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
     "docs/datasets.md": ("datasets",),
+    "docs/servers.md": tuple(report_serving.TABLES),
     "docs/scale.md": ("ray", "ray terms", "assumptions", "cost"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (

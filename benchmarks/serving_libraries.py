@@ -8,10 +8,15 @@ Needs the "serve" and "demo" extras, and litserve and ray[serve].
 """
 
 import argparse
+import asyncio
 import base64
+import contextlib
 import os
+import signal
+import time
 
 import torch
+from starlette.responses import Response
 from torch import nn
 
 from cfcam_gpu import serving
@@ -44,18 +49,17 @@ def answered(engine, result):
     return answers.answer(answers.Wanted(), engine, result, None)[0]
 
 
-def ours(port):
+def of_this_package(port):
     engine = serving.Engine("demo")
     run = engine.run
     engine.run = lambda works: counted(run, works)
     return serving.serve(engine, serving.Limits(batch_size=SIZE, batch_wait_ms=1e3 * WAIT_S), port=port)
 
 
-def litserve(port):
+with contextlib.suppress(ImportError):
     import litserve
-    from starlette.responses import Response
 
-    class Api(litserve.LitAPI):
+    class LitServeApi(litserve.LitAPI):  # here, because the process that has the network finds it by its name
         def setup(self, device):
             self.engine = serving.Engine("demo")
 
@@ -74,17 +78,15 @@ def litserve(port):
         def encode_response(self, output):
             return Response(answered(self.engine, output), media_type="application/json")
 
-    api = Api(max_batch_size=SIZE, batch_timeout=WAIT_S, api_path="/explain")
+
+def of_litserve(port):
+    api = LitServeApi(max_batch_size=SIZE, batch_timeout=WAIT_S, api_path="/explain")
     server = litserve.LitServer(api, accelerator="cpu", timeout=False, healthcheck_path="/readyz")
     server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning", num_api_servers=1)
 
 
-def ray_serve(port):
-    import signal
-    import time
-
+def of_ray_serve(port):
     from ray import serve
-    from starlette.responses import Response
 
     @serve.deployment(max_ongoing_requests=64, max_queued_requests=128, ray_actor_options={"num_cpus": 1})
     class Explaining:
@@ -94,8 +96,6 @@ def ray_serve(port):
 
         @serve.batch(max_batch_size=SIZE, batch_wait_timeout_s=WAIT_S)
         async def explain(self, contents):
-            import asyncio
-
             return await asyncio.to_thread(self.all_of, contents)
 
         def all_of(self, contents):
@@ -116,7 +116,7 @@ def ray_serve(port):
     serve.shutdown()
 
 
-SERVERS = {"cfcam serve": ours, "litserve": litserve, "ray serve": ray_serve}
+SERVERS = {"cfcam serve": of_this_package, "litserve": of_litserve, "ray serve": of_ray_serve}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

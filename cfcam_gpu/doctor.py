@@ -48,6 +48,7 @@ PACKAGES = (
     _extra("pyarrow", ("pyarrow",), "datasets"),
     _extra("zarr", ("zarr",), "datasets"),
     _extra("ray", ("ray",), "ray"),
+    *(_extra(name, (name,), "serve") for name in ("starlette", "uvicorn", "prometheus_client")),
     _extra("torchmetrics", ("torchmetrics",), "metrics"),
     Package("torchvision", ("torchvision",), "pip install torchvision"),
     Package("timm", ("timm",), "pip install timm"),

@@ -43,6 +43,8 @@ class Service:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits, self.stopping = engine, limits, False
         self.n_in_work = 0
+        self.n_cut_off = 0
+        """Requests that were given up at the end of the process."""
         self.metrics = Metrics(lambda: self.n_in_work, lambda: len(self.batcher))
         self.batcher = Batcher(self._pass, limits.batch_size, limits.batch_wait_ms / 1e3, self.metrics.left_out.inc)
         self.started = False
@@ -91,13 +93,13 @@ class Service:
     # What is asked of the network
 
     async def explain(self, request: Request) -> Response:
-        return await self._counted(request, maps=True)
+        return await self._counted(request, "/explain", maps=True)
 
     async def classify(self, request: Request) -> Response:
-        return await self._counted(request, maps=False)
+        return await self._counted(request, "/classify", maps=False)
 
-    async def _counted(self, request, maps):
-        begun, path = time.perf_counter(), request.scope["route"].path
+    async def _counted(self, request, path, maps):
+        begun = time.perf_counter()
         response = await self._answered(request, maps)
         self.metrics.requests.labels(path, response.status_code).inc()
         if response.status_code == CLIENT_LEFT:
@@ -119,6 +121,9 @@ class Service:
                 return await self._unless_left(upload, self._explained(await upload.read(), wanted, maps))
             finally:
                 self.n_in_work -= 1
+        except asyncio.CancelledError:
+            self.n_cut_off += 1
+            raise
         except Left:
             return Response(status_code=CLIENT_LEFT)
         except Refusal as refusal:

@@ -48,6 +48,7 @@ async def _serve(server, service, listener):
     loop = asyncio.get_running_loop()
 
     def stop():
+        server.force_exit = service.stopping  # asked for twice
         service.stopping = server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,8 +56,7 @@ async def _serve(server, service, listener):
     host, port = listener.getsockname()[:2]
     print(f"serving {service.engine.options.model} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     await server.serve([listener])
-    # What uvicorn has cancelled, it has not waited for.
-    return int(service.n_in_work > 0)
+    return int(service.n_cut_off + service.n_in_work > 0)
 
 
 def _listening(host, port):

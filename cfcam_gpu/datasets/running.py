@@ -244,7 +244,7 @@ def with_defaults(options: Options, loaded: models.LoadedModel) -> Options:
         options,
         batch_size=options.batch_size or DEFAULT_BATCH[loaded.n_axes],
         frames=(options.frames or loaded.frames) if loaded.n_axes == 3 else None,
-        workers=options.workers or min(MOST_WORKERS[loaded.n_axes], _cores()),
+        workers=options.workers or min(MOST_WORKERS[loaded.n_axes], cores()),
     )
 
 
@@ -687,7 +687,7 @@ def _check_classes(options, n_classes):
         raise Refused(f"--top must be at most {n_classes} for {options.model}, got {options.top}")
 
 
-def _cores():
+def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

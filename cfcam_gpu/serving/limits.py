@@ -1,8 +1,9 @@
 """What a server takes at most, and how it fills its batches."""
 
 import math
-import os
 from dataclasses import dataclass, field, fields
+
+from cfcam_gpu.datasets.running import cores
 
 MOST_WORKERS = 4
 """Threads that decode and encode, unless more are asked for; each may hold a picture of the most pixels."""
@@ -36,9 +37,7 @@ class Limits:
     batch_size: int = _limit(32, "N", "most pictures in a pass of the network")
     batch_wait_ms: float = _limit(10.0, "MS", "how long the first picture of a batch waits for others", least=0)
     body_timeout_s: float = _limit(30.0, "S", "how long a body may take to arrive; longer: 408", least=0.001)
-    workers: int = _limit(
-        min(MOST_WORKERS, os.cpu_count() or 1), "N", "threads that decode pictures and encode answers"
-    )
+    workers: int = _limit(min(MOST_WORKERS, cores()), "N", "threads that decode pictures and encode answers")
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -222,13 +222,26 @@ def metrics_of(port):
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
+def cpu_seconds(*pids):
+    """Of these processes, or of all where none is named."""
+    if not pids:
+        user, nice, system, _idle, _wait, *interrupts = Path("/proc/stat").read_text().splitlines()[0].split()[1:8]
+        ticks = sum(map(int, (user, nice, system, *interrupts)))
+    else:
+        stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+        ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 async def under_load(load, process, seconds, clients=CLIENTS, warm_s=WARM_S):
     """What a row has of a load, and of SIGTERM in the end of it."""
     tasks = [asyncio.create_task(load.client(seed)) for seed in range(clients)]
     await asyncio.sleep(warm_s)
     load.reset()
-    begun = time.perf_counter()
+    pids = process.pid, os.getpid()
+    begun, spent = time.perf_counter(), cpu_seconds() - cpu_seconds(*pids)
     await asyncio.sleep(seconds)
+    spent = cpu_seconds() - cpu_seconds(*pids) - spent
     took, found, counts = time.perf_counter() - begun, list(load.seconds), load.counts.copy()
     wrong = load.wrong.copy()
     load.stopping = True  # from now on a connection that is refused is no error; the requests in work go on
@@ -243,6 +256,7 @@ async def under_load(load, process, seconds, clients=CLIENTS, warm_s=WARM_S):
     return {
         **{"clients": clients, "seconds": round(took, 1), "answered": n_sound, "per_s": round(n_sound / took, 2)},
         **{"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "broken": dict(counts)},
+        "cores_of_others": round(spent / took, 2),
         "wrong": {f"{kind or 'sound'}: {status}": count for (status, kind), count in wrong.items()},
         **{"half_sent": sum(count for (said, _), count in load.wrong.items() if said == "HalfSent")},
         **{"wrong_in_the_end": sum(load.wrong.values()), "exit": status, "ended_s": round(ended_s, 2)},

@@ -348,6 +348,7 @@ def row_of_library(photos, library, seconds):
             load = Load(port, "/explain", photos, broken=False, encode=encode)
             if not leaving:
                 row |= asyncio.run(under_load(load, process, seconds))
+                row.pop("cores_of_others")  # a server of several processes
             else:
                 row["leaving"] = LEAVING
                 row["computed_for_nobody"] = asyncio.run(_computed_for_nobody(load, count))

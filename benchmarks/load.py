@@ -289,13 +289,24 @@ def row_of_load(photos, path, model, seconds):
     return row
 
 
+def smaller(photo, side=128):
+    """A photograph's file, of so many pixels."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.open(io.BytesIO(photo)).convert("RGB").resize((side, side)).save(file, "JPEG")
+    return file.getvalue()
+
+
 def row_of_memory(photos, n_requests):
-    """A small network, sound and broken requests; what the process holds after each tenth of them."""
+    """A small network, small photographs, sound and broken requests; what the process holds after each tenth of them."""
     port = free_port()
     process = started([sys.executable, "-m", "cfcam_gpu", "serve", TINY], port)
     marks = []
     try:
-        load = Load(port, "/explain", photos)
+        load = Load(port, "/explain", [smaller(photo) for photo in photos])
 
         async def run():
             tasks = [asyncio.create_task(load.client(seed)) for seed in range(CLIENTS)]

@@ -301,7 +301,7 @@ def smaller(photo, side=128):
 
 
 def row_of_memory(photos, n_requests):
-    """A small network, small photographs, sound and broken requests; what the process holds after each tenth of them."""
+    """What the process holds after each tenth of many requests, sound and broken, of a small network."""
     port = free_port()
     process = started([sys.executable, "-m", "cfcam_gpu", "serve", TINY], port)
     marks = []

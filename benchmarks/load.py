@@ -35,7 +35,9 @@ HERE = Path(__file__).resolve().parent
 
 CLIENTS, SECONDS, WARM_S = 32, 60.0, 3.0
 BROKEN_SHARE = 10
-LEAVING, LEAVES_AFTER_S = 64, 0.3
+LEAVING, LEAVES_AFTER_S, FOR_ALL_S = 64, 0.3, 8.0
+"""Clients that leave, after how long, and how long the network would take for all of them, at most."""
+
 MEMORY_MARKS = 10
 """How often memory is looked at."""
 
@@ -350,24 +352,18 @@ def row_of_library(photos, library, seconds):
 
     row = {"op": "library", "server": library, "makes": "maps", "model": "demo", "photos": len(photos)}
     encode = (lambda photo: {"body": photo}) if library != "litserve" else in_json
-    for leaving in (False, True):
-        port, count = free_port(), Path(f"/tmp/serving_count_{os.getpid()}")
-        count.write_bytes(b"")
-        os.environ[serving_libraries.COUNT] = str(count)
-        process = started([sys.executable, str(HERE / "serving_libraries.py"), library], port)
-        try:
-            load = Load(port, "/explain", photos, broken=False, encode=encode)
-            if not leaving:
-                row |= asyncio.run(under_load(load, process, seconds))
-                row.pop("cores_of_others")  # a server of several processes
-            else:
-                row["leaving"] = LEAVING
-                row["computed_for_nobody"] = asyncio.run(_computed_for_nobody(load, count))
-                process.send_signal(signal.SIGTERM)
-                process.wait(60)
-        finally:
-            process.kill()
-            count.unlink()
+    port, count = free_port(), Path(f"/tmp/serving_count_{os.getpid()}")
+    count.write_bytes(b"")
+    os.environ[serving_libraries.COUNT] = str(count)
+    process = started([sys.executable, str(HERE / "serving_libraries.py"), library], port)
+    try:
+        load = Load(port, "/explain", photos, broken=False, encode=encode)
+        row |= {"leaving": LEAVING, "computed_for_nobody": asyncio.run(_computed_for_nobody(load, count))}
+        row |= asyncio.run(under_load(load, process, seconds))
+        row.pop("cores_of_others")  # a server of several processes
+    finally:
+        process.kill()
+        count.unlink()
     print(json.dumps(row), flush=True)
     return row
 
@@ -383,7 +379,7 @@ async def _computed_for_nobody(load, count, n=LEAVING):
         connection.close()
 
     await asyncio.gather(*(leave(photo) for photo in (load.photos * n)[:n]))
-    await asyncio.sleep(15)
+    await asyncio.sleep(FOR_ALL_S)
     return count.stat().st_size - before
 
 

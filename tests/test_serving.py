@@ -134,7 +134,7 @@ class Client:
     """Calls an ASGI application as a server of such does."""
 
     def __init__(self, app):
-        self.app, self.service = app, app.state.service
+        self.app, self.service = app, getattr(app.state, "service", None)
 
     async def get(self, path):
         return await self.send("GET", path, [b""])
@@ -290,6 +290,34 @@ def test_engines_that_are_refused(folder):
         serving.Engine("served_networks:volumes")
     with pytest.raises(ValueError, match="no layer|nothing"):
         serving.Engine("served_networks:build", layer="nothing")
+
+
+def test_a_module_of_ones_own(folder, engine):
+    made = __import__("served_networks").build()
+    with pytest.raises(ValueError, match="model must be in evaluation mode, got Sequential in training mode"):
+        serving.Engine(made)
+    own = serving.Engine((made[0].eval(), *made[1:]))
+    assert own.options.model == "Sequential"
+    assert ask(own, "/explain").body == ask(engine, "/explain").body
+    with pytest.raises(TypeError, match="a module runs where it is"):
+        serving.Engine(made, device=torch.device("cpu"))
+    with pytest.raises(TypeError, match="model must be a spec, or a torch.nn.Module"):
+        serving.Engine(7)
+
+
+def test_the_example_of_an_application(monkeypatch):
+    pytest.importorskip("torchvision")
+    found = runpy.run_path(str(ROOT / "examples" / "serve" / "server.py"))
+    app = found["app"]
+    client = Client(app)
+
+    async def scenario():
+        async with app.router.lifespan_context(app):
+            return await client.get("/"), await client.post("/cam/explain?top=1", file_of(photograph()))
+
+    hello, explained = asyncio.run(scenario())
+    assert hello.body == b"POST a photograph to /cam/explain\n"
+    assert explained.status == 200 and explained.said["map"]["shape"] == [224, 224]
 
 
 # Batches

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from cfcam_gpu import models
 from cfcam_gpu import probabilities as prob
 from cfcam_gpu.datasets import running
 from cfcam_gpu.outputs import find_logits
@@ -74,12 +76,14 @@ class Engine:
     """A network, ready to explain: its layer is found, and a first picture of noise has been explained.
 
     Args:
-        model: as for `load_model`.
+        model: as for `load_model`; or a module in evaluation mode, alone or as (module, preprocess, class_names), which
+            runs where it is.
         options: those of `datasets.Options` that say how a picture is explained: ``labels``, ``multilabel``, ``layer``,
-            ``method``, ``paper``, ``backend``, ``device``.
+            ``method``, ``paper``, ``backend``, and of a model by name ``device``.
 
     Raises:
-        ValueError: the options cannot be carried out, or the network takes volumes.
+        ValueError: the options cannot be carried out, the network takes volumes, or a module is in training mode.
+        TypeError: an option is unknown, or the model is of another kind.
         As `load_model`.
 
     >>> engine = Engine("demo")
@@ -87,9 +91,18 @@ class Engine:
     1000
     """
 
-    def __init__(self, model: str = "demo", **options: Any) -> None:
+    def __init__(self, model: str | nn.Module | tuple = "demo", **options: Any) -> None:
+        given = None
+        if not isinstance(model, str):
+            given = models.loaded_from(model, "model must be a spec, or")
+            model = type(given.model).__name__
+            if given.model.training:
+                raise ValueError(f"model must be in evaluation mode, got {model} in training mode: call model.eval()")
+            if "device" in options:
+                raise TypeError("device is of a model by name; a module runs where it is")
+            options["device"] = next((each.device for each in given.model.parameters()), torch.device("cpu"))
         self.options = running.check(running.Options(Path(), model, top=1, **options))
-        self.loaded = running.load(self.options)
+        self.loaded = running.load(self.options, None if given is None else lambda: given)
         if self.loaded.n_axes != 2:
             raise running.Refused(f"pictures are served, {model} takes scans and videos")
         self._explaining = _Explaining(self.options, self.loaded)

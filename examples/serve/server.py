@@ -2,7 +2,7 @@
 
     cd examples/serve && uvicorn server:app --timeout-graceful-shutdown 30
 
-Needs the "serve" extra, and torchvision. ``cfcam serve server:network`` is the same without the rest.
+Needs the "serve" extra, and torchvision.
 """
 
 import torchvision
@@ -12,13 +12,8 @@ from starlette.routing import Mount, Route
 
 from cfcam_gpu import serving
 
-
-def network():
-    """The module; its preprocess and class names may follow: ``return model, preprocess, names``."""
-    return torchvision.models.resnet18(weights=None)
-
-
-explaining = serving.application(serving.Engine("server:network"), serving.Limits(max_queue=64, batch_size=16))
+network = torchvision.models.resnet18(weights=None).eval()  # or (network, preprocess, class_names)
+explaining = serving.application(serving.Engine(network), serving.Limits(max_queue=64, batch_size=16))
 
 
 async def hello(request):

@@ -192,15 +192,23 @@ class Load:
 def started(command, port):
     """A server's process, once it is ready."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
-    process = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "PYTHONPATH": path})
+    command = [*command, "--port", str(port)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
     for _ in range(600):
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
             return process
         if process.poll() is not None:
             break
         time.sleep(0.1)
-    process.kill()
+    end(process)
     raise RuntimeError(f"the server has not started: {' '.join(command)}")
+
+
+def end(process):
+    """With what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def free_port():
@@ -283,7 +291,7 @@ def row_of_load(photos, path, model, seconds):
 
         found = asyncio.run(run())
     finally:
-        process.kill()
+        end(process)
     makes = {"/explain": "maps", "/classify": "classes"}[path]
     row = {"op": "load", "server": "cfcam serve", "makes": makes, "model": model, "photos": len(photos)}
     row |= {**found, "mean_batch": round(mean_batch[0], 1)}
@@ -327,7 +335,7 @@ def row_of_memory(photos, n_requests):
         process.send_signal(signal.SIGTERM)
         status = process.wait(30)
     finally:
-        process.kill()
+        end(process)
     row = {
         **{
             "op": "memory",
@@ -362,7 +370,7 @@ def row_of_library(photos, library, seconds):
         row |= asyncio.run(under_load(load, process, seconds))
         row.pop("cores_of_others")  # a server of several processes
     finally:
-        process.kill()
+        end(process)
         count.unlink()
     print(json.dumps(row), flush=True)
     return row
@@ -399,6 +407,7 @@ def main():
     parser.add_argument("--libraries", nargs="*", help="other servers, instead")
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     photos = [path.read_bytes() for path in sorted(args.photos.iterdir())]
     packages = ["starlette", "uvicorn", "httptools", "pillow", "prometheus_client"]
     if args.requests:

@@ -73,7 +73,7 @@ with contextlib.suppress(ImportError):
             return counted(self.engine.run, works)
 
         def unbatch(self, output):
-            return iter(output)
+            return list(output)
 
         def encode_response(self, output):
             return Response(answered(self.engine, output), media_type="application/json")

@@ -86,6 +86,13 @@ def export(
     """
     path = _checked_path(path)
     _check(model, example)
+    with torch.inference_mode(False):
+        return _export(
+            model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess
+        )
+
+
+def _export(model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess):
     options = {"guide_layer": guide_layer, "config": config}
     cam = CFCAM(model, target_layers, reshape_transform, **options)
     images = _some_images(example).to(next(model.parameters(), example).device)
@@ -137,7 +144,7 @@ def _check(model, example):
 
 def _some_images(example):
     """As many images as are traced with: the example's, and where these are fewer, mirrored and darker ones."""
-    found = example.detach()
+    found = example.detach().clone()  # none of inference mode, which autograd refuses
     while len(found) < N_TRACED:
         found = torch.cat([found, found.flip(-1) * 0.5])
     return found[:N_TRACED]
@@ -177,7 +184,7 @@ def _metadata(cam, images, logits, class_names, preprocess):
 def about_here(device: torch.device) -> dict[str, str]:
     """What a file that was compiled here needs where it is loaded, by the names of the metadata."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_name(device)
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         capability = torch.backends.cpu.get_cpu_capability()
     return {
@@ -218,15 +225,16 @@ def _trace(cam, images, n_classes):
 
 
 def _explain(cam, images, classes, n_classes):
-    wrong = ((classes < TOP) | (classes >= n_classes)).sum().item()
-    _require_zero(wrong, f"classes must be in [0, {n_classes}), or {TOP} for the top class")
+    wrong = (classes < TOP) | (classes >= n_classes)
+    _require_none(wrong.sum(), f"classes must be in [0, {n_classes}), or {TOP} for the top class")
     seen = {}
 
     def rule(outputs):
         logits = find_logits(outputs, images.shape[0])
         top = classes < 0
         seen["logits"] = logits.detach()
-        seen["classes"] = torch.where(top, seen["logits"].argmax(1), classes)
+        # Clamped, because the compiler may order this before the check.
+        seen["classes"] = torch.where(top, seen["logits"].argmax(1), classes.clamp(0, n_classes - 1))
         found = scores_of_classes(logits, seen["classes"], cam.config.margin_temperature)
         if n_classes == 1:  # the side that was chosen, as `CFCAM` has it
             found = torch.where(top & (seen["logits"][:, 0] < 0), -found, found)
@@ -235,15 +243,14 @@ def _explain(cam, images, classes, n_classes):
     passed = cam._run(check_inputs(images), OwnRule(rule), None, stacklevel=0)
     if images.device.type == "cpu":  # elsewhere the host would wait in the middle, as in `CFCAM`
         captured = (*passed.capture.activations, *passed.capture.gradients)
-        _require_zero(
-            sum((~each.isfinite()).sum() for each in captured).item(), "activations and gradients must be finite"
-        )
+        n_others = sum((~each.isfinite()).sum() for each in captured)
+        _require_none(n_others, "activations and gradients must be finite")
     return seen["logits"], cam._result(passed)[0], seen["classes"]
 
 
-def _require_zero(count, message):
-    """An error of the compiled file, which its caller sees as an exception, where a number is not 0 at run time."""
-    torch.ops.aten._assert_scalar.default(count == 0, message)
+def _require_none(count, message):
+    """An error of the compiled file, which its caller sees as an exception, where a count is not 0 at run time."""
+    torch.ops.aten._assert_scalar.default(count.item() == 0, message)
 
 
 def _top(images):
@@ -281,7 +288,8 @@ def _compile(graph, images, part, metadata):
         program = export_graph(graph, (images, _top(images)), dynamic_shapes=({0: batch}, {0: batch}))
     except Exception as error:
         raise ValueError(f"the graph takes no other number of images: {_first_line(error)}") from error
-    options = {"aot_inductor.metadata": metadata}
+    # As many threads as the process has that loads the file, not as this one has.
+    options = {"aot_inductor.metadata": metadata, "cpp.dynamic_threads": True}
     torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=options)
 
 

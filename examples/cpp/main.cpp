@@ -41,7 +41,7 @@ static at::Tensor preprocess(at::Tensor image, const std::unordered_map<std::str
 
 int main(int argc, char** argv) try {
   if (argc < 4) throw std::runtime_error("usage: explain MODEL.pt2 IMAGE.png MAP.png [CLASS]");
-  at::NoGradGuard no_grad;
+  c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
   auto about = model.get_metadata();
   auto classes = at::full({1}, argc > 4 ? std::stol(argv[4]) : -1L, at::kLong);  // -1: the top class

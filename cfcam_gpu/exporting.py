@@ -40,6 +40,9 @@ TOP = -1
 TOLERANCE = 1e-4
 """By how much of 1, a map's maximum, the compiled file's maps may differ from those of `CFCAM` at the most."""
 
+TRACEABLE: dict[str, Any] = {"backend": "torch", "clustering": "batched", "check_finite": False}
+"""What `CFCAM` is to run: operators of torch alone, and none that asks for values."""
+
 N_TRACED = 3
 """Images that are traced with. Not 1, which torch takes for a size of its own, and not a number of channels."""
 
@@ -101,8 +104,7 @@ def _export(model, example, target_layers, path, reshape_transform, guide_layer,
     metadata = _metadata(cam, images, logits, class_names, preprocess)
     if target_layers is None:
         target_layers, reshape_transform = cam._found.target_layers, cam._found.reshape_transform
-    plain = {"backend": "torch", "clustering": "batched", "check_finite": False}
-    traced = CFCAM(model, target_layers, reshape_transform, **options, **plain)
+    traced = CFCAM(model, target_layers, reshape_transform, **options, **TRACEABLE)
     traced.maps(images)  # finds the guides, and what else is found out about a model in the first pass
     graph = _trace(traced, images, logits.shape[1])
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

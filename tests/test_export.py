@@ -51,8 +51,7 @@ def network(n_classes=N_CLASSES):
 
 def traced(model, layers, n_classes=N_CLASSES, **options):
     """What is compiled: images, classes -> logits, maps, classes."""
-    plain = {"backend": "torch", "clustering": "batched", "check_finite": False}
-    cam = CFCAM(model, layers, **options, **plain)
+    cam = CFCAM(model, layers, **options, **exporting.TRACEABLE)
     images = torch.randn(exporting.N_TRACED, *SIZE)
     cam.maps(images)
     return exporting._trace(cam, images, n_classes)
@@ -104,7 +103,7 @@ def test_the_graph_gives_the_maps_of_cfcam_for_any_batch(graph, model, seed, bat
 def test_a_graph_of_real_sizes_is_found_to_fix_the_batch(model, seed, monkeypatch):
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    cam = CFCAM(model, [model[2]], backend="torch", clustering="batched")
+    cam = CFCAM(model, [model[2]], **exporting.TRACEABLE)
     images = torch.randn(3, *SIZE)
     cam.maps(images)
     monkeypatch.setattr(exporting, "_require_none", lambda count, message: None)  # asks for values, which no size has
@@ -253,6 +252,7 @@ def test_a_loaded_file_says_what_it_is(loaded):
     assert exported._preprocess({}) is None
 
 
+@pytest.mark.filterwarnings("ignore:maps are zero")
 def test_a_loaded_file_explains_as_cfcam_does(loaded, model, seed):
     images = torch.randn(4, *SIZE)
     explained = loaded.explain(images.to(memory_format=torch.channels_last), [1, 2, 3, 4])

@@ -22,7 +22,9 @@ static at::Tensor read_rgb(const char* path) {  // (3, H, W) in [0, 1]
 
 static void write_grey(const char* path, const at::Tensor& map) {  // (H, W) in [0, 1]
   auto pixels = (map * 255).round().to(at::kCPU, at::kByte).contiguous();
-  png_image image = {.version = PNG_IMAGE_VERSION, .width = (png_uint_32)map.size(1), .height = (png_uint_32)map.size(0),
+  png_image image = {.version = PNG_IMAGE_VERSION,
+                     .width = (png_uint_32)map.size(1),
+                     .height = (png_uint_32)map.size(0),
                      .format = PNG_FORMAT_GRAY};
   if (!png_image_write_to_file(&image, path, 0, pixels.data_ptr(), 0, nullptr))
     throw std::runtime_error(std::string(path) + ": " + image.message);
@@ -30,7 +32,8 @@ static void write_grey(const char* path, const at::Tensor& map) {  // (H, W) in 
 
 // What the network was trained with: resize so that the image covers `resize`, crop `size` at the centre, normalise.
 static at::Tensor preprocess(at::Tensor image, const std::unordered_map<std::string, std::string>& about) {
-  auto size = numbers(about.at("size")), resize = numbers(about.at("resize").empty() ? about.at("size") : about.at("resize"));
+  if (!about.count("mean")) throw std::runtime_error("the file was exported without its preprocessing");
+  auto size = numbers(about.at("size")), resize = about.at("resize").empty() ? size : numbers(about.at("resize"));
   auto scale = std::max(resize[0] / image.size(1), resize[1] / image.size(2));
   int64_t height = std::max(resize[0], image.size(1) * scale), width = std::max(resize[1], image.size(2) * scale);
   image = at::_upsample_bilinear2d_aa(image.unsqueeze(0), {height, width}, false);
@@ -48,7 +51,8 @@ int main(int argc, char** argv) try {
   at::Device device(about.at("device"));
   auto found = model.run({preprocess(read_rgb(argv[2]), about).to(device), classes.to(device)});
   write_grey(argv[3], found[1][0]);
-  std::cout << "class " << found[2].item<int64_t>() << ", logit " << found[0][0][found[2].item<int64_t>()].item<float>() << "\n";
+  auto explained = found[2].item<int64_t>();
+  std::cout << "class " << explained << ", logit " << found[0][0][explained].item<float>() << "\n";
 } catch (const std::exception& error) {
   std::cerr << "explain: " << error.what() << "\n";
   return 1;

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import export
 import growth
 import report_faithfulness
 import report_scale
@@ -66,6 +67,7 @@ class Results:
             kind: rows.latest(_of_last_device(growth_rows, kind), "along", "provider", "x") for kind in KINDS
         }
         self.memory = rows.latest(rows.read(folder / "memory.jsonl"), "model")
+        self.export = rows.latest(rows.read(folder / "export.jsonl"), "model")
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
         point = ("network", "layer", "half", "method")
         self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
@@ -330,10 +332,29 @@ def memory_table(results):
         above = f"{row['map_mib'] - row['forward_mib']:+.0f}"
         body.append([f"`{model}`, {' x '.join(map(str, row['clip']))}", *peaks[:2], above, peaks[2]])
     header = ["a clip, MiB", "plain forward", "`cam.maps`", "above the forward's", "finding the layer, once"]
-    row = list(results.memory.values())[-1]
+    return f"{markdown(header, body)}\n\n{_measured_on(list(results.memory.values())[-1])}"
+
+
+def export_table(results):
+    """Exported files: what they take, how equal their maps are, and their speed beside that of `cam.maps`."""
+    if not results.export:
+        return NOT_MEASURED
+    made, timed = [], []
+    for (model,), row in results.export.items():
+        differences = ", ".join(f"{value:.1g}" for value in row["differences"].values())
+        sizes = [f"{row['size_mb']:.0f}", f"{row['export_cpu_s']:.0f}", number(row["load_s"])]
+        made.append([export.NETWORKS[model], *sizes, differences])
+        for batch, of_batch in row["times"].items():
+            timed.append([export.NETWORKS[model], batch, *(times(of_batch[provider]) for provider in export.PROVIDERS)])
+    batches = ", ".join(row["differences"])
+    header = ["", "file, MB", "export, s of a core", "load, s", f"differences at batches {batches}"]
+    parts = [markdown(header, made), markdown(["ms", "batch", *export.PROVIDERS.values()], timed)]
+    return "\n\n".join([*parts, _measured_on(row)])
+
+
+def _measured_on(row):
     versions = ", ".join(f"{package} {row[package]}" for package in ("torch", "torchvision") if package in row)
-    about = f"{row['device']}; {versions}; {row['date']}, commit {row['commit'] or 'unknown'}."
-    return f"{markdown(header, body)}\n\n{about}"
+    return f"{row['device']}; {versions}; {row['date']}, commit {row['commit'] or 'unknown'}."
 
 
 def numbers_table(results):
@@ -406,6 +427,7 @@ TABLES = {
     "growth": growth_table,
     "gates": gates_table,
     "memory": memory_table,
+    "export": export_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
     **report_scale.TABLES,
@@ -431,6 +453,7 @@ PAGES = {
     "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
     "docs/datasets.md": ("datasets",),
     "docs/servers.md": tuple(report_serving.TABLES),
+    "docs/exporting.md": ("export",),
     "docs/scale.md": ("ray", "ray terms", "assumptions", "cost"),
     "benchmarks/README.md": ("providers", "throughput", "throughput.svg", "growth", "growth.svg"),
     "benchmarks/faithfulness.md": (

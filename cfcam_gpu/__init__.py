@@ -23,6 +23,18 @@ from cfcam_gpu.adapters import accelerate
 from cfcam_gpu.cam import CFCAM
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.explainer import Explanation
+from cfcam_gpu.exported import load
+from cfcam_gpu.exporting import export
 from cfcam_gpu.pipeline import CFCAMResult, cf_cam, cluster_channels
 
-__all__ = ["CFCAM", "CFCAMConfig", "CFCAMResult", "Explanation", "accelerate", "cf_cam", "cluster_channels"]
+__all__ = [
+    "CFCAM",
+    "CFCAMConfig",
+    "CFCAMResult",
+    "Explanation",
+    "accelerate",
+    "cf_cam",
+    "cluster_channels",
+    "export",
+    "load",
+]

@@ -222,7 +222,7 @@ class HeadCapture:
         if torch.compiler.is_compiling():
             return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
         inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
-        batch = len(inputs.images)
+        batch = inputs.images.shape[0]  # len() would be an int also where the size is a symbol
         with torch.inference_mode(False), torch.no_grad():
             targets, top = check_targets(targets, batch, several), check_top(top, targets)
         while True:
@@ -265,7 +265,7 @@ class HeadCapture:
 
     def _to_grid(self, layer, activations, inputs):
         """``activations`` as (B, C, h, w), of a volume (B, C, d, h, w), or an error that names the layer."""
-        batch, n_axes = len(inputs.images), inputs.images.ndim - 2
+        batch, n_axes = inputs.images.shape[0], inputs.images.ndim - 2
         name, hint = f"target layer {self._names[layer]!r}", "; pass a reshape_transform that makes it so"
         if self.reshape_transform is not None:
             activations = self.reshape_transform(activations)

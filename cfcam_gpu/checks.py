@@ -66,8 +66,8 @@ def check_guide(guide: torch.Tensor | None, activations: torch.Tensor) -> None:
     expected, got = tuple(activations.shape[2:]), tuple(guide.shape[2:])
     if len(got) != len(expected):
         raise ValueError(f"guide must have a grid of as many axes as the activations' {expected}, got {got}")
-    if len(guide) != len(activations):
-        raise ValueError(f"guide must have the activations' batch size {len(activations)}, got {len(guide)}")
+    if guide.shape[0] != activations.shape[0]:
+        raise ValueError(f"guide must have the activations' batch size {activations.shape[0]}, got {guide.shape[0]}")
     if guide.device != activations.device:
         raise ValueError(f"guide must be on the activations' device {activations.device}, got {guide.device}")
     if any(side < least for side, least in zip(got, expected)):

@@ -8,13 +8,13 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cfcam_gpu import __version__, datasets, doctor, layers, models, pipeline, volume_preprocess
+from cfcam_gpu import __version__, datasets, doctor, exporting, layers, models, pipeline, volume_preprocess
 from cfcam_gpu.checks import needs
 from cfcam_gpu.datasets import ray_data, reading, writing
 from cfcam_gpu.methods import METHODS
@@ -84,6 +84,7 @@ def _parser():
     demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
 
     _add_layers(commands)
+    _add_export(commands)
     _add_bench(commands)
     _add_serve(commands)
 
@@ -231,6 +232,24 @@ def _add_layers(commands):
     parser.set_defaults(run=list_layers)
 
 
+def _add_export(commands):
+    parser = commands.add_parser(
+        "export",
+        help="compile a model and its maps into one file, which explains without Python",
+        description="Write one compiled file (an AOTInductor package): of images and class indices, -1 for the top "
+        "class, it makes logits, maps and classes, in C++ or by cfcam_gpu.load. It runs on this kind of machine. Takes "
+        "a minute or two, and a C++ compiler.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a SPEC as explain's --model takes it")
+    add("--out", type=Path, default=Path("model.pt2"), metavar="FILE", help="a file *.pt2 (default: %(default)s)")
+    add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
+    add("--labels", type=Path, metavar="FILE", help="class names, as for explain (default: the model's own)")
+    add("--size", type=_positive, metavar="N", help="images of N x N pixels (default: the model's own)")
+    add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.set_defaults(run=export_model)
+
+
 def _add_bench(commands):
     bench = commands.add_parser(
         "bench",
@@ -360,6 +379,35 @@ def list_layers(args):
     widths = [max(map(len, column)) for column in list(zip(*rows))[:-1]]
     for *cells, reason in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths)), reason]).rstrip())
+    return 0
+
+
+def export_model(args):
+    """Write the file of a model, and print what is in it; returns 0."""
+    device = _default_device(args)
+    loaded = models.load_model(args.model, device=device)
+    if loaded.n_axes != 2:
+        raise _Refused("export takes networks of images")
+    image = _noise(args, loaded).to(device)
+    size = tuple(image.shape[2:])
+    kept = loaded.preprocess if isinstance(loaded.preprocess, models.Preprocess) else None
+    if kept is not None and tuple(kept.size) != size:
+        kept = replace(kept, size=size, resize=None)
+    layer = layers.inspect_target_layer(loaded.model, image, args.layer)
+    names = args.labels or loaded.class_names or (models.imagenet_class_names() if layer.n_classes == 1000 else None)
+    exporting.export(
+        loaded.model,
+        image,
+        [layer.module],
+        args.out,
+        reshape_transform=layer.reshape_transform,
+        class_names=names,
+        preprocess=kept,
+    )
+    megabytes = args.out.stat().st_size / 1e6
+    print(f"{args.out}: {megabytes:.0f} MB, layer {layer.name}, images {size[0]} x {size[1]}, {device}")
+    if kept is None:
+        print("the preprocessing is the model's own code and not in the file")
     return 0
 
 

@@ -210,7 +210,7 @@ class GuidesOfPass:
         else:
             reading = self._readings[index]
             guide = kept.tensor if reading is None else reading(kept.tensor)
-            if guide.ndim != activations.ndim or len(guide) != len(activations):
+            if guide.ndim != activations.ndim or guide.shape[0] != activations.shape[0]:
                 axes = {1: "t", 2: "h, w", 3: "d, h, w"}[len(sides)]
                 problem = (
                     f"{name} must return ({len(activations)}, C, {axes}), a map per image, got {tuple(guide.shape)}"

@@ -101,7 +101,7 @@ def check_inputs(
         images = input_tensor
     else:
         images = _find_images(args, kwargs)
-    if images.ndim == 0 or len(images) == 0:
+    if images.ndim == 0 or images.shape[0] == 0:
         raise ValueError(f"input_tensor must have shape (B, ...) with B >= 1, got {tuple(images.shape)}")
     if 0 in images.shape:
         raise ValueError(f"input_tensor must not be empty, got {tuple(images.shape)}")

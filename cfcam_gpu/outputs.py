@@ -123,7 +123,7 @@ def find_logits(outputs: Any, batch: int) -> torch.Tensor:
         else:
             found = {id(each): each for each in fields.values() if _is_logits(each, batch)}
             logits = next(iter(found.values())) if len(found) == 1 else None
-    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == batch:
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[0] == batch:
         return logits
     needs = f"class indices and None need ({batch}, n_classes)"
     if isinstance(outputs, torch.Tensor):
@@ -137,7 +137,7 @@ def find_logits(outputs: Any, batch: int) -> torch.Tensor:
 
 
 def _is_logits(value, batch):
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2 and len(value) == batch
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2 and value.shape[0] == batch
 
 
 def _fields(outputs):

@@ -189,11 +189,9 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
     classes = chosen_classes(logits, targets, top)
     margin = margin_temperature > 0 and outputs.shape[1] > 1
     if classes.ndim == 1:
-        if margin:
-            return Scores([(outputs * margin_cotangent(logits, classes, margin_temperature)).sum()], classes, None)
-        found = outputs.gather(1, classes[:, None])
+        found = scores_of_classes(outputs, classes, margin_temperature)
         if chosen_side and targets is None and outputs.shape[1] == 1:
-            found = torch.where(logits < 0, -found, found)
+            found = torch.where(logits[:, 0] < 0, -found, found)
         return Scores([found.sum()], classes, None)
 
     def cotangents(chosen):
@@ -206,6 +204,13 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
         return found.view(len(chosen), *logits.shape)
 
     return Scores([outputs], classes, classes.shape[1], cotangents)
+
+
+def scores_of_classes(outputs, classes, margin_temperature):
+    """The score (B,) of one class (B,) of each row of logits (B, n): its margin, or at 0 or of one class its logit."""
+    if margin_temperature > 0 and outputs.shape[1] > 1:
+        return (outputs * margin_cotangent(outputs.detach(), classes, margin_temperature)).sum(1)
+    return outputs.gather(1, classes[:, None])[:, 0]
 
 
 def scores_of_rows(outputs, chosen, n_rows, row=None):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
-from cfcam_gpu.constants import constant
+from cfcam_gpu.constants import constant, has_symbolic_batch
 from cfcam_gpu.gaussian import (
     as_rows_and_columns,
     coverage,
@@ -109,7 +109,7 @@ def dominant_channels(norms, config):
     if config.dominant_percentile == 100:
         return torch.zeros_like(norms, dtype=torch.bool)
     rank = dominant_rank(norms.shape[1], config.dominant_percentile)
-    if norms.device.type == "cpu":  # 20 times faster there than a sort; on CUDA not deterministic in its indices
+    if of_images_on_cpu(norms):  # 20 times faster there than a sort; on CUDA not deterministic in its indices
         threshold = norms.kthvalue(rank + 1, dim=1, keepdim=True).values
     else:
         threshold = norms.sort(dim=1).values[:, rank, None]
@@ -193,9 +193,9 @@ def _cluster_mean(values, labels):
     # Clusters take the slots from 0; noise and dominant channels share the last one.
     n_channels = labels.shape[1]
     slot = torch.where(labels >= 0, labels, n_channels).long()
-    count = values.new_zeros(len(values), n_channels + 1).scatter_add_(1, slot, torch.ones_like(values[:, :, 0]))
+    count = values.new_zeros(values.shape[0], n_channels + 1).scatter_add_(1, slot, torch.ones_like(values[:, :, 0]))
     slots = slot[:, :, None].expand_as(values)
-    total = values.new_zeros(len(values), n_channels + 1, values.shape[2]).scatter_add_(1, slots, values)
+    total = values.new_zeros(values.shape[0], n_channels + 1, values.shape[2]).scatter_add_(1, slots, values)
     return total.gather(1, slots) / count.gather(1, slot)[:, :, None]
 
 
@@ -242,7 +242,7 @@ def average_alike_cells(grids, guide, config):
     """
     if not config.averages:
         return grids
-    batch, shape = len(grids), tuple(guide.shape[2:])
+    batch, shape = grids.shape[0], tuple(guide.shape[2:])
     target_shape = tuple(grids.shape[-len(shape) :])
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
     values = resize(grids.to(dtype).reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
@@ -250,10 +250,10 @@ def average_alike_cells(grids, guide, config):
     # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
     n_bytes = values.shape[2] * n_others * values.element_size()
-    images = 1 if values.device.type == "cpu" else max(1, AFFINITY_BYTES // n_bytes)
+    images = 1 if of_images_on_cpu(values) else max(1, AFFINITY_BYTES // n_bytes)
     keep = config.affinity_steps > 1 and images * n_bytes <= AFFINITY_BYTES
-    for image in range(0, batch, images):
-        chunk = slice(image, image + images)
+    for image in (0,) if has_symbolic_batch(values) else range(0, batch, images):
+        chunk = slice(None) if has_symbolic_batch(values) else slice(image, image + images)
         arguments = guide[chunk], target_shape, config, values.dtype, rows, columns
         kept = list(affinities(*arguments)) if keep else None
         for _ in range(config.affinity_steps):
@@ -343,14 +343,14 @@ def class_map(activations, weights, output_size, config, guide=None):
     grid = class_grid(activations, weights, relu=not config.averages, config=config, guide=guide)
     n_axes = len(output_size)
     grids, n_bytes = grid.reshape(-1, *grid.shape[-n_axes:]), math.prod(output_size) * grid.element_size()
-    at_once = max(1, MAP_BYTES_ON_CPU // n_bytes) if grid.device.type == "cpu" else len(grids)
-    parts = (normalize(resize(part, output_size).relu_(), config) for part in grids.split(at_once))
-    if len(grids) <= at_once:
-        maps = next(parts)
+    at_once = max(1, MAP_BYTES_ON_CPU // n_bytes) if of_images_on_cpu(grid) else grids.shape[0]
+    made = lambda part: normalize(resize(part, output_size).relu_(), config)
+    if grids.shape[0] <= at_once:
+        maps = made(grids)
     else:
         maps = grids.new_empty(len(grids), *output_size)
-        for of_maps, part in zip(maps.split(at_once), parts):
-            of_maps.copy_(part)
+        for of_maps, part in zip(maps.split(at_once), grids.split(at_once)):
+            of_maps.copy_(made(part))
     return maps.view(*grid.shape[:-n_axes], *output_size)
 
 
@@ -373,7 +373,7 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
     else:
         weights, cells = weights.to(activations.dtype), activations.flatten(2)
         rows = weights if weights.ndim == 3 else weights[:, None]
-        if cells.device.type == "cpu":  # as in `row_products`, the rounding depends on how many images go in at once
+        if of_images_on_cpu(cells):  # as in `row_products`, the rounding depends on how many images go in at once
             grid = torch.stack([row_products(of_image, image_cells) for of_image, image_cells in zip(rows, cells)])
         else:
             grid = torch.bmm(rows, cells)
@@ -385,12 +385,17 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
     return grid.relu_() if relu else grid
 
 
+def of_images_on_cpu(tensor):
+    """Whether images are taken one by one: on a CPU, where that is faster; not in a graph for any number of them."""
+    return tensor.device.type == "cpu" and not has_symbolic_batch(tensor)
+
+
 def row_products(rows, matrix):
     """``rows @ matrix``, each row rounded on a CPU as if it were alone; (..., K, N) and (..., N, M).
 
     The rounding of a product of matrices depends on how many rows go in at once; so here it is always as many.
     """
-    if rows.device.type != "cpu":
+    if not of_images_on_cpu(rows):
         return rows @ matrix
     n_rows = rows.shape[-2]
     missing = -n_rows % ROWS_AT_ONCE

@@ -271,5 +271,7 @@ def test_the_public_names():
         "accelerate",
         "cf_cam",
         "cluster_channels",
+        "export",
+        "load",
     ]
     assert all(hasattr(cfcam_gpu, name) for name in cfcam_gpu.__all__)

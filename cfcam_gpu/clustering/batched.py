@@ -11,6 +11,7 @@ import torch
 
 from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR
+from cfcam_gpu.constants import has_symbolic_batch, with_values
 from cfcam_gpu.labels import NOISE
 
 CHUNK_BYTES = 512 * 2**20
@@ -26,11 +27,12 @@ def cluster(rows, members, labels, config):
     largest = rows.shape[1]
     if config.dominant_percentile < 100:
         largest = max(dominant_rank(largest, config.dominant_percentile), 1)
-    chunk = max(1, CHUNK_BYTES // bytes_per_image(largest, rows.element_size()))
-    results = [
-        _cluster_chunk(rows[start : start + chunk], members[start : start + chunk], largest, config)
-        for start in range(0, len(rows), chunk)
-    ]
+    if has_symbolic_batch(rows):
+        parts = [(rows, members)]
+    else:
+        chunk = max(1, CHUNK_BYTES // bytes_per_image(largest, rows.element_size()))
+        parts = list(zip(rows.split(chunk), members.split(chunk)))
+    results = [_cluster_chunk(*part, largest, config) for part in parts]
     found, eps = (torch.cat(column) for column in zip(*results))
     return torch.where(members, found, labels), eps
 
@@ -86,7 +88,7 @@ def neighbourhood_radius(distances, low, high, fraction):
     row, column = _upper_triangle(n, distances.device)
     ordered = distances[:, row, column].sort(dim=1).values
     if not ordered.shape[1]:
-        ordered = distances.new_full((len(distances), 1), torch.inf)
+        ordered = distances.new_full((distances.shape[0], 1), torch.inf)
     below, above = (ordered.gather(1, rank[:, None])[:, 0] for rank in (low, high))
     # Fewer than two rows leave only infinite distances: eps is then the floor.
     below, above = (torch.where(value.isinf(), 0, value) for value in (below, above))
@@ -104,7 +106,7 @@ def dbscan(distances, is_row, radius, min_samples):
 
     # The component of a core is its smallest member. Each round hooks every tree under the smallest tree that
     # it touches; two rounds at least halve the trees, which bounds the rounds without looking at the data.
-    root = torch.arange(n, device=distances.device).expand(len(distances), n)
+    root = torch.arange(n, device=distances.device).expand(distances.shape[0], n)
     for _ in range(2 * max(n - 1, 1).bit_length() + 1):
         smallest = _smallest_reached(reaches, root)
         smallest = torch.where(is_core, smallest, root).minimum(root)
@@ -133,12 +135,14 @@ def _jump(parent):
 
 @lru_cache(maxsize=8)
 def _upper_triangle(n, device):
-    return torch.triu_indices(n, n, 1, device=device)
+    with with_values():
+        return torch.triu_indices(n, n, 1, device=device)
 
 
 @lru_cache(maxsize=32)
 def _rank_table(n_max, config, device, dtype):
     """`rank_table` as tensors; cached, because copying them from the host on every call would make the host wait."""
     *ranks, fraction, min_samples = rank_table(n_max, config)
-    low, high, min_samples = (torch.tensor(column, device=device) for column in (*ranks, min_samples))
-    return low, high, torch.tensor(fraction, device=device, dtype=dtype), min_samples
+    with with_values():
+        low, high, min_samples = (torch.tensor(column, device=device) for column in (*ranks, min_samples))
+        return low, high, torch.tensor(fraction, device=device, dtype=dtype), min_samples

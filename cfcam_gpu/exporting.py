@@ -1,0 +1,310 @@
+"""`export`: a model and its maps as one compiled file, which explains without Python and without the model's code.
+
+The whole of a call (trunk without autograd, head, its backward, the stages for a whole batch) is traced into one graph
+of torch's own operators for any number of images, and compiled by AOTInductor. Before the file gets its name, its maps
+are compared with those of `CFCAM`. `cfcam_gpu.exported` loads it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfcam_gpu.cam import CFCAM
+from cfcam_gpu.capture import GuideLayer
+from cfcam_gpu.checks import check_floating
+from cfcam_gpu.class_names import class_names as read_class_names
+from cfcam_gpu.class_names import fit
+from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.inputs import check_inputs
+from cfcam_gpu.outputs import find_logits
+from cfcam_gpu.targets import OwnRule, scores_of_classes
+
+if TYPE_CHECKING:
+    from cfcam_gpu.models import Preprocess
+
+FORMAT = "1"
+"""Of the inputs, the outputs and the metadata; `exported` takes no other."""
+
+TOP = -1
+"""In the place of a class index: the image's top class."""
+
+TOLERANCE = 1e-4
+"""By how much of 1, a map's maximum, the compiled file's maps may differ from those of `CFCAM` at the most."""
+
+TRACEABLE: dict[str, Any] = {"backend": "torch", "clustering": "batched", "check_finite": False}
+"""What `CFCAM` is to run: operators of torch alone, and none that asks for values."""
+
+N_TRACED = 3
+"""Images that are traced with. Not 1, which torch takes for a size of its own, and not a number of channels."""
+
+
+def export(
+    model: nn.Module,
+    example: torch.Tensor,
+    target_layers: Sequence[nn.Module] | None,
+    path: str | os.PathLike,
+    *,
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    guide_layer: GuideLayer = "auto",
+    config: CFCAMConfig | None = None,
+    class_names: Any = None,
+    preprocess: "Preprocess | None" = None,
+) -> Path:
+    """Write a file that explains without Python: an AOTInductor package with the model, its weights and CF-CAM.
+
+    It takes images (B, C, H, W) of the example's size and dtype, any B, and int64 classes (B,), -1 for the top class;
+    it returns logits (B, n), maps (B, H, W) as `CFCAM.maps` gives them, and the classes (B,). It runs on the model's
+    kind of device. `cfcam_gpu.load` reads it in Python; C++ reads it with ``torch::inductor::AOTIModelPackageLoader``.
+
+    Args:
+        model: in evaluation mode; it returns logits, or what holds them. It is left as it was.
+        example: images (B, C, H, W), B >= 1, floating point: what the model takes. On them the file is checked.
+        target_layers, reshape_transform, guide_layer, config: as for `CFCAM`; None finds the layer.
+        path: the file, whose name ends in ".pt2".
+        class_names: as `cfcam_gpu.class_names.class_names` takes them, to be kept in the file.
+        preprocess: a `cfcam_gpu.models.Preprocess`, to be kept in the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, the model is in training mode, or a layer is not in it;
+            the model cannot be exported, because its values decide what runs or for another reason, which is named;
+            the maps of the file are not those of `CFCAM`.
+        RuntimeError: there is no C++ compiler that works.
+        OSError: the file cannot be written.
+
+    >>> path = cfcam_gpu.export(model, images, [model.layer4[-1]], "model.pt2")  # images (2, 3, 224, 224)
+    >>> cfcam_gpu.load(path).maps(images, targets=[285, 282]).shape
+    torch.Size([2, 224, 224])
+    """
+    path = _checked_path(path)
+    _check(model, example)
+    with torch.inference_mode(False):
+        return _export(
+            model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess
+        )
+
+
+def _export(model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess):
+    options = {"guide_layer": guide_layer, "config": config}
+    cam = CFCAM(model, target_layers, reshape_transform, **options)
+    images = _some_images(example).to(next(model.parameters(), example).device)
+    expected = cam.maps(images)  # finds the layers; what is wrong with the arguments is said here
+    logits = find_logits(cam.outputs, len(images))
+    metadata = _metadata(cam, images, logits, class_names, preprocess)
+    if target_layers is None:
+        target_layers, reshape_transform = cam._found.target_layers, cam._found.reshape_transform
+    traced = CFCAM(model, target_layers, reshape_transform, **options, **TRACEABLE)
+    traced.maps(images)  # finds the guides, and what else is found out about a model in the first pass
+    graph = _trace(traced, images, logits.shape[1])
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        part = folder / "model.pt2"
+        _compile(graph, images, part, metadata)
+        _compare(part, images, expected, cam)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _checked_path(path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a file's path, got {type(path).__name__}")
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f'path must end in ".pt2", got {str(path)!r}')
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in a folder that is there, got {str(path)!r}")
+    return path
+
+
+def _check(model, example):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example, torch.Tensor):
+        raise TypeError(f"example must be a torch.Tensor, the model's only input, got {type(example).__name__}")
+    if example.ndim != 4 or 0 in example.shape:
+        raise ValueError(f"example must be images (B, C, H, W), got {tuple(example.shape)}")
+    check_floating("example", example)
+    in_training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if in_training:
+        raise ValueError(f"model must be in evaluation mode, got {in_training[0]} in training mode: call model.eval()")
+
+
+def _some_images(example):
+    """As many images as are traced with: the example's, and where these are fewer, mirrored and darker ones."""
+    found = example.detach().clone()  # none of inference mode, which autograd refuses
+    while len(found) < N_TRACED:
+        found = torch.cat([found, found.flip(-1) * 0.5])
+    return found[:N_TRACED]
+
+
+def _metadata(cam, images, logits, class_names, preprocess):
+    """What is kept in the file, text by names; lists of numbers without brackets, so that C++ reads them too."""
+    from cfcam_gpu import __version__
+    from cfcam_gpu.models import Preprocess
+
+    names = None if class_names is None else read_class_names(class_names)
+    if names is not None and not fit(names, logits.shape[1]):
+        raise ValueError(f"class_names must fit the model's {logits.shape[1]} classes, got {len(names)} names")
+    found = {
+        "format": FORMAT,
+        "cfcam_gpu": __version__,
+        **about_here(images.device),
+        "input": _text(images.shape[1:]),
+        "dtype": str(images.dtype).removeprefix("torch."),
+        "classes": str(logits.shape[1]),
+        "target_layers": json.dumps(cam.target_names),
+        "guide_layers": json.dumps(cam.guide_names),
+        "config": json.dumps(asdict(cam.config)),
+        "class_names": json.dumps(names),
+    }
+    if preprocess is not None:
+        if not isinstance(preprocess, Preprocess):
+            raise TypeError(
+                f"preprocess must be a cfcam_gpu.models.Preprocess, which can be kept, got {type(preprocess).__name__}"
+            )
+        if tuple(preprocess.size) != tuple(images.shape[2:]):
+            raise ValueError(f"preprocess must make the example's {tuple(images.shape[2:])}, got {preprocess.size}")
+        found |= {field.name: _text(getattr(preprocess, field.name)) for field in fields(preprocess)}
+    return found
+
+
+def about_here(device: torch.device) -> dict[str, str]:
+    """What a file that was compiled here needs where it is loaded, by the names of the metadata."""
+    if device.type == "cuda":
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "device": device.type,
+        "machine": platform.machine(),
+        "capability": capability,
+    }
+
+
+def _text(value):
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+# The graph.
+
+
+def _trace(cam, images, n_classes):
+    """The whole call as one graph of torch's operators: images, classes -> logits, maps, classes."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    def explain(images, classes):
+        return _explain(cam, images, classes, n_classes)
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    symbolic = []
+    for tensor in (images, _top(images)):
+        sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.ndim - 1)]  # else the size would be a symbol too
+        symbolic.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    try:
+        return make_fx(explain, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*symbolic)
+    except Exception as error:  # the model's own code may raise anything on tensors without values
+        raise _cannot(cam.model, error) from error
+
+
+def _explain(cam, images, classes, n_classes):
+    wrong = (classes < TOP) | (classes >= n_classes)
+    _require_none(wrong.sum(), f"classes must be in [0, {n_classes}), or {TOP} for the top class")
+    seen = {}
+
+    def rule(outputs):
+        logits = find_logits(outputs, images.shape[0])
+        top = classes < 0
+        seen["logits"] = logits.detach()
+        # Clamped, because the compiler may order this before the check.
+        seen["classes"] = torch.where(top, seen["logits"].argmax(1), classes.clamp(0, n_classes - 1))
+        found = scores_of_classes(logits, seen["classes"], cam.config.margin_temperature)
+        if n_classes == 1:  # the side that was chosen, as `CFCAM` has it
+            found = torch.where(top & (seen["logits"][:, 0] < 0), -found, found)
+        return [found.sum()]
+
+    passed = cam._run(check_inputs(images), OwnRule(rule), None, stacklevel=0)
+    if images.device.type == "cpu":  # elsewhere the host would wait in the middle, as in `CFCAM`
+        captured = (*passed.capture.activations, *passed.capture.gradients)
+        n_others = sum((~each.isfinite()).sum() for each in captured)
+        _require_none(n_others, "activations and gradients must be finite")
+    return seen["logits"], cam._result(passed)[0], seen["classes"]
+
+
+def _require_none(count, message):
+    """An error of the compiled file, which its caller sees as an exception, where a count is not 0 at run time."""
+    torch.ops.aten._assert_scalar.default(count.item() == 0, message)
+
+
+def _top(images):
+    return torch.full((images.shape[0],), TOP, dtype=torch.int64, device=images.device)
+
+
+def _cannot(model, error):
+    """Why a model cannot be exported, in words where they are known."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    name = type(model).__name__
+    if isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)):
+        return ValueError(
+            f"model must run the same operations whatever the values are, but {name} decides by the values of a tensor"
+            f" what runs, or how large a result is ({_first_line(error)}): make that part static, with torch.where or a"
+            " mask, or export without it"
+        )
+    return ValueError(f"{name} cannot be exported: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+# The file.
+
+
+def _compile(graph, images, part, metadata):
+    from torch.export import Dim
+    from torch.export import export as export_graph
+
+    batch = Dim("batch", min=1)
+    try:
+        program = export_graph(graph, (images, _top(images)), dynamic_shapes=({0: batch}, {0: batch}))
+    except Exception as error:
+        raise ValueError(f"the graph takes no other number of images: {_first_line(error)}") from error
+    # As many threads as the process has that loads the file, not as this one has.
+    options = {"aot_inductor.metadata": metadata, "cpp.dynamic_threads": True}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=options)
+
+
+def _compare(part, images, expected, cam):
+    """Refuse a file whose maps are not those of `CFCAM`, also for another number of images than was traced with."""
+    from cfcam_gpu.exported import load
+
+    loaded = load(part)
+    for number in (N_TRACED, 1):
+        found = loaded.maps(images[:number])
+        difference = (found - expected[:number]).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{type(cam.model).__name__} cannot be exported: of {number} images the compiled maps differ by"
+                f" {difference:.1e} from those of CFCAM; is something in it random, or kept from one call to the next?"
+            )

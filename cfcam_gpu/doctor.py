@@ -48,6 +48,8 @@ PACKAGES = (
     _extra("pyarrow", ("pyarrow",), "datasets"),
     _extra("zarr", ("zarr",), "datasets"),
     _extra("ray", ("ray",), "ray"),
+    _extra("transformers", ("transformers",), "transformers"),
+    _extra("gradio", ("gradio",), "web"),
     _extra("torchmetrics", ("torchmetrics",), "metrics"),
     Package("torchvision", ("torchvision",), "pip install torchvision"),
     Package("timm", ("timm",), "pip install timm"),

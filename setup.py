@@ -34,12 +34,14 @@ VIDEO = ["av>=12"]
 DATASETS = ["pyarrow>=15", "zarr>=3.0.8"]  # float16 in Parquet; shards, and no half-written chunks
 RAY = ["ray[data]>=2.50", "pyarrow>=15"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "httptools", "prometheus_client>=0.20", *PICTURES]
+TRANSFORMERS = ["transformers>=5"]
+WEB = ["gradio>=6"]
 METRICS = ["torchmetrics"]
 BENCH = ["torchvision", "tqdm", "matplotlib>=3.6", *REFERENCE, *sum(PEERS.values(), [])]
 RUFF = "ruff==0.17.6"  # exactly, as mypy: another version finds other things
 LINT = [RUFF, "mypy==2.4.1"]
 DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", RUFF]  # ruff: the signatures
-OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS, *SERVE]
+OPTIONAL = [*METRICS, *MEDICAL, *VIDEO, *DATASETS, *SERVE, *TRANSFORMERS]
 TEST = ["pytest", "pytest-xdist", "pytest-benchmark", "playwright", "timm", *OPTIONAL, *BENCH, *DEMO, *LINT]
 
 # Called through ctypes, so without Python's API; optional, because everything runs without GCC, if slower.
@@ -88,6 +90,8 @@ setup(
         "ray": RAY,
         "serve": SERVE,
         "cuml": ["cuml-cu13"],
+        "transformers": TRANSFORMERS,
+        "web": [*WEB, *DEMO],
         "metrics": METRICS,
         **PEERS,
         "bench": BENCH,

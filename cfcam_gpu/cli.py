@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cfcam_gpu import __version__, datasets, doctor, exporting, layers, models, pipeline, volume_preprocess
+from cfcam_gpu import __version__, datasets, doctor, exporting, layers, models, pipeline, volume_preprocess, web
 from cfcam_gpu.checks import needs
 from cfcam_gpu.datasets import ray_data, reading, writing
 from cfcam_gpu.methods import METHODS
@@ -81,7 +81,10 @@ def _parser():
         "The last panel is that of --versus, where there are two classes to compare.",
     )
     _add_options(demo, out="demo", versus=None)
-    demo.set_defaults(run=lambda args: explain_images(args, [_chelsea()]))
+    demo.set_defaults(
+        run=lambda args: web.serve(_options(args), args.port) if args.web else explain_images(args, [_chelsea()])
+    )
+    _add_web(demo)
 
     _add_layers(commands)
     _add_export(commands)
@@ -98,9 +101,10 @@ def _add_options(parser, out, versus):
     add = parser.add_argument
     specs = (
         "demo (EfficientNet-Lite0, the default), torchvision:NAME, timm:NAME (pretrained; NAME:random or NAME:FILE.pth "
-        "for other weights) or package.module:callable"
+        "for other weights), hf:OWNER/NAME or a folder (of transformers), or package.module:callable"
     )
     add("--model", default="demo", metavar="SPEC", help=specs)
+    _add_text(parser)
     add("--out", default=out, type=Path, metavar="DIR", help="folder for the pictures (default: %(default)s)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--top", type=_positive, metavar="N", help="explain the N classes of highest score (default: 2)")
@@ -148,6 +152,17 @@ def _add_model_options(parser):
     )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+def _add_text(parser):
+    what = "of a model of image and text, such as CLIP: explain the similarity to this text; may be given several times"
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help=what)
+
+
+def _add_web(parser):
+    add = parser.add_argument_group("in a browser").add_argument
+    add("--web", action="store_true", help="instead, a page on this machine that explains the pictures dropped on it")
+    add("--port", type=_positive, default=web.PORT, metavar="N", help="of the page (default: %(default)s)")
 
 
 def _add_dataset_options(parser):
@@ -225,6 +240,7 @@ def _add_layers(commands):
     add(
         "model", nargs="?", default="demo", metavar="MODEL", help="a SPEC as explain's --model takes it (default: demo)"
     )
+    _add_text(parser)
     size = "a picture of N x N pixels, of a network of volumes slices (default: the model's own)"
     add("--size", type=_positive, metavar="N", help=size)
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -364,7 +380,7 @@ def _default_device(args):
 
 def list_layers(args):
     """Print the layers of a model; returns 0."""
-    loaded = models.load_model(args.model, device=_default_device(args))
+    loaded = models.load_model(args.model, _default_device(args), args.text)
     image = (_noise(args, loaded) if loaded.n_axes == 2 else _noise_of_volume(args, loaded)).to(_default_device(args))
     found = layers.candidate_layers(loaded.model, image)
     if args.json:
@@ -481,8 +497,7 @@ def explain_images(args, sources):
     end."""
     if getattr(args, "engine", "local") == "ray":
         return _explain_with_ray(args, sources)
-    names = [field.name for field in fields(datasets.Options) if hasattr(args, field.name)]
-    options = datasets.Options(**{name: getattr(args, name) for name in names})
+    options = _options(args)
     report = _Said(options.out, as_json=getattr(args, "json", False))
     try:
         summary = datasets.explain(options, sources, report)
@@ -490,6 +505,11 @@ def explain_images(args, sources):
         report.close()
     report.summary(summary)
     return 1 if summary.lost else 0
+
+
+def _options(args):
+    names = [field.name for field in fields(datasets.Options) if hasattr(args, field.name)]
+    return datasets.Options(**{name: getattr(args, name) for name in names})
 
 
 def _explain_with_ray(args, sources):

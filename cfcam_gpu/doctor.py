@@ -49,6 +49,8 @@ PACKAGES = (
     _extra("zarr", ("zarr",), "datasets"),
     _extra("ray", ("ray",), "ray"),
     *(_extra(name, (name,), "serve") for name in ("starlette", "uvicorn", "prometheus_client")),
+    _extra("transformers", ("transformers",), "transformers"),
+    _extra("gradio", ("gradio",), "web"),
     _extra("torchmetrics", ("torchmetrics",), "metrics"),
     Package("torchvision", ("torchvision",), "pip install torchvision"),
     Package("timm", ("timm",), "pip install timm"),

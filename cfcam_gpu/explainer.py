@@ -96,6 +96,9 @@ class Explainer:
     name: ClassVar[str]
     """The method's, as its authors write it."""
 
+    of_scores: ClassVar[bool] = False
+    """Whether weights come from the values of scores, of changed inputs or activations, rather than from gradients."""
+
     _pool: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
     """What to keep of the gradients of several targets, as for `HeadCapture`."""
 

@@ -40,6 +40,7 @@ PASSED_OVER = (
     nn.Dropout,
     nn.Dropout2d,
     # A summary of the map, not a map
+    nn.AdaptiveAvgPool1d,  # of tokens
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
     # Inside a transformer's block: queries, keys and values, or how they attend, not the token stream
@@ -204,7 +205,7 @@ def _layout_in(run: DryRun, ran: Ran) -> _Layout:
     """The layout of what a layer returned, in view of what else was seen in the pass."""
     shape = ran.shape
     if len(shape) in (4, 5) and shape[0] == run.batch:
-        if len(shape) == 4 and _is_of_heads(run, shape):
+        if len(shape) == 4 and _is_of_heads(run, shape) and not run.has_channels_first(ran):
             return _Layout(None, reason="has a row of tokens for every attention head")
         first, last = fits(shape[2:], run.image_size), fits(shape[1:-1], run.image_size)
         notice = None
@@ -236,7 +237,10 @@ def _left_out(run, layouts, chosen):
     behind = [
         each.name
         for each in run.ran.values()
-        if each.order > chosen.order and each.sees_image and layouts[each.name].reason == _NO_CELLS
+        if each.order > chosen.order
+        and each.sees_image
+        and layouts[each.name].reason == _NO_CELLS
+        and not isinstance(each.module, PASSED_OVER)
     ]
     if not behind:
         return None

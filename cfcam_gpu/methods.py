@@ -247,6 +247,7 @@ class EigenCAM(_Method):
 class _OfScores(_Method):
     """Weights (B, C) that come from the scores of many forward passes, or passes through the head."""
 
+    of_scores = True
     _gradients = False
 
     batch_size = BLOCK

@@ -5,8 +5,8 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfcam_gpu import capture, volume_preprocess
+from cfcam_gpu import capture, hugging_face, volume_preprocess
 from cfcam_gpu import class_names as naming
 from cfcam_gpu.checks import did_you_mean, needs
 from cfcam_gpu.layers import (
@@ -52,7 +52,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_SIZE, DEFAULT_RESIZE = 224, 256
 """Crop and resize, in pixels, of a model that does not say what it was trained with."""
 
-SPECS = "demo, torchvision:NAME, timm:NAME or package.module:callable"
+SPECS = "demo, torchvision:NAME, timm:NAME, hf:OWNER/NAME, a folder of transformers or package.module:callable"
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,9 @@ class LoadedModel:
         n_axes: 2 of a network of images, 3 of one of volumes and videos.
         to_volume: of volumes: a map (d, h, w) of the network's input, and (D, H, W) of the scan -> the map on the scan.
         frames: how many the network takes of a video.
+        scores: what the network's outputs (B, n) are of: "classes" that compete; "texts" that the image is compared
+            with, each explained by its own logit; "regions", classes of the pixels, as `hugging_face.Segmentation` has
+            them.
     """
 
     model: nn.Module
@@ -147,6 +150,7 @@ class LoadedModel:
     n_axes: int = 2
     to_volume: Callable = volume_preprocess.stretched
     frames: int = FRAMES
+    scores: str = hugging_face.CLASSES
 
     def class_name(self, index, n_classes):
         """Name of class ``index`` among ``n_classes``; "class 7" when it has none."""
@@ -159,7 +163,7 @@ class LoadedModel:
         return naming.of_side(self.class_names if naming.fit(self.class_names, 1) else None, positive)
 
 
-def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(spec: str, device: str | torch.device = "cpu", text: Sequence[str] = ()) -> LoadedModel:
     """A model by name, in evaluation mode on the device, with its preprocessing and class names.
 
     Args:
@@ -169,6 +173,9 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
             - ``torchvision:NAME`` or ``timm:NAME``: pretrained weights, from the local cache or downloaded;
               ``torchvision:NAME:random`` takes random weights instead and ``torchvision:NAME:FILE.pth`` a state
               dict in a file (the same for timm). Of torchvision also the video networks, such as r3d_18;
+            - ``hf:OWNER/NAME``: a model of the Hugging Face Hub, from the local cache or downloaded, or the path of a
+              folder that ``save_pretrained`` wrote, with or without ``hf:``: for image classification, semantic
+              segmentation, or image and text, with its own image processor and label names. Needs transformers;
             - ``package.module:callable``: called without arguments, returns a module, ``(module, preprocess)`` or
               ``(module, preprocess, class_names)``, the names as `cfcam_gpu.class_names.class_names` takes them. The
               current folder is searched first. Without a preprocess, the size and what else the model's own
@@ -188,14 +195,15 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
 
             Classes without names take those of the model's ``config.id2label``, and 1000 classes ImageNet's.
         device: where the model goes; default "cpu".
+        text: the texts that a model of image and text, such as CLIP, compares images with, one or more: its classes.
 
     Returns:
         LoadedModel.
 
     Raises:
         ValueError: the spec or its name is unknown (the message offers close matches), a state dict does not fit the
-            model, the model takes neither one channel nor three and comes without a preprocess, or the class names
-            cannot be read.
+            model, the model takes neither one channel nor three and comes without a preprocess, the class names
+            cannot be read, or the texts do not go with the model.
         TypeError: the callable cannot be called, or returns no module, or no class names.
         ImportError: a package is missing; the message says how to install it.
         OSError: the pretrained weights cannot be had, or the state dict's file cannot be read.
@@ -204,7 +212,15 @@ def load_model(spec: str, device: str | torch.device = "cpu") -> LoadedModel:
     'Egyptian cat'
     """
     kind, _, name = spec.partition(":")
-    if spec == "demo":
+    of_transformers = (kind == "hf" and name) or (spec != "demo" and os.path.isdir(spec))
+    if text and not of_transformers:
+        raise ValueError(
+            f"text goes with a model of image and text, such as hf:openai/clip-vit-base-patch32, not {spec}"
+        )
+    if of_transformers:
+        found = hugging_face.load(name if kind == "hf" else spec, text)
+        loaded = replace(loaded_from(found[:3], f"{spec} must be"), scores=found.scores)
+    elif spec == "demo":
         loaded = _demo()
     elif kind in ("torchvision", "timm") and name:
         name, _, weights = name.partition(":")

@@ -3,6 +3,7 @@
 import importlib
 import os
 import secrets
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,3 +135,17 @@ def run(capfd):
         return status, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's Chromium; none is downloaded."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: test)")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("Chromium is not installed (Debian and Ubuntu: apt install chromium)")
+    with playwright.sync_playwright() as driver:
+        # Chromium has no sandbox for root.
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield browser
+        browser.close()

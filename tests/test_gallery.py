@@ -344,20 +344,6 @@ def test_from_lines_of_json(run):
 N_MANY = 10_000
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """The system's Chromium; none is downloaded."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: test)")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("Chromium is not installed (Debian and Ubuntu: apt install chromium)")
-    with playwright.sync_playwright() as driver:
-        # Chromium has no sandbox for root.
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(chromium):
     """Opens a gallery; whatever goes wrong in it, or is asked of anything but its folder, is an error in the end."""

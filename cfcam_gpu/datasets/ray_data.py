@@ -246,7 +246,7 @@ class _Job:
         # In this process the model only shows what it is. A GPU, and a backend for it, are the actors'.
         cpu = torch.device("cpu")
         here = replace(options, device=cpu, backend="auto")
-        loaded = running.load(here, partial(_load, model, cpu))
+        loaded = running.load(here, partial(_load, model, cpu, options.text))
         if loaded.n_axes == 3:
             raise running.Refused(f"Ray explains images alone, {said} takes scans and videos: leave out --engine ray")
         self.options = running.with_defaults(options, loaded)
@@ -368,10 +368,10 @@ def _looked_at(options, loaded):
     return explaining.found_layers(), explaining.versus
 
 
-def _load(model: Any, device: torch.device) -> models.LoadedModel:
+def _load(model: Any, device: torch.device, text: Sequence[str] = ()) -> models.LoadedModel:
     """The model that was sent, on the device."""
     if isinstance(model, str):
-        return models.load_model(model, device)
+        return models.load_model(model, device, text)
     if isinstance(model, ray_package().ObjectRef):
         model = ray_package().get(model)
     if isinstance(model, models.LoadedModel):
@@ -465,7 +465,9 @@ class _Explainer:
 
     def __init__(self, model: Any, class_names: Any, options: running.Options, found: Mapping[str, Any]) -> None:
         self.options, self.found = options, found
-        loaded = replace(running.load(options, partial(_load, model, options.where)), class_names=class_names)
+        loaded = replace(
+            running.load(options, partial(_load, model, options.where, options.text)), class_names=class_names
+        )
         self.size = options.batch_size or running.DEFAULT_BATCH[2]
         self.explaining = running.Explaining(options, loaded, found, fill=self.size)
 

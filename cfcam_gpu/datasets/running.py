@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cfcam_gpu import CFCAM, CFCAMConfig, __version__, class_names, images, layers, models, pipeline, volumes
+from cfcam_gpu import (
+    CFCAM,
+    CFCAMConfig,
+    __version__,
+    class_names,
+    hugging_face,
+    images,
+    layers,
+    models,
+    pipeline,
+    volumes,
+)
 from cfcam_gpu import probabilities as prob
 from cfcam_gpu.checks import check_config
 from cfcam_gpu.datasets import files, gallery, reading, scans, writing
@@ -29,6 +40,13 @@ DEFAULT_BATCH = {2: 16, 3: 1}
 
 DEFAULT_TOP = 2
 """Classes that are explained of each image, of a model that has so many."""
+
+OWN_SCORE = {
+    hugging_face.CLASSES: "outputs: several labels an image, each explained by its own logit",
+    hugging_face.TEXTS: "outputs: similarities to the texts, each explained by its own logit",
+    hugging_face.REGIONS: "outputs: classes of pixels with their share of the picture, each explained where it is",
+}
+"""What is said where a score does not compete with the others, by `LoadedModel.scores`."""
 
 GIVE_UP = 3
 """Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
@@ -54,11 +72,13 @@ class Options:
 
     ``versus`` of None: where there are two classes. ``device`` of None: CUDA if there is one. ``workers`` of None: as
     many threads for reading, and as many for writing, as there are cores, at most 8 each, of scans and videos 2.
-    ``batch_size`` of None: 16, of scans and videos 1. ``frames`` of None: as many as the model says, else 16.
+    ``batch_size`` of None: 16, of scans and videos 1. ``frames`` of None: as many as the model says, else 16. ``text``:
+    what a model of image and text compares pictures with.
     """
 
     out: Path
     model: str = "demo"
+    text: Sequence[str] = ()
     top: int | None = None
     classes: list[int] | None = None
     versus: bool | None = False
@@ -230,7 +250,7 @@ def load(options: Options, load_model: Callable[[], models.LoadedModel] | None =
     """The options' model, or what ``load_model`` gives, with the options' class names."""
     names = None if options.labels is None else class_names.class_names(options.labels)
     pipeline.choose(options.backend, "auto", torch.empty(1, 1, 1, 1, device=options.where))
-    loaded = models.load_model(options.model, options.where) if load_model is None else load_model()
+    loaded = load_model() if load_model else models.load_model(options.model, options.where, options.text)
     if options.labels is not None:
         loaded = replace(loaded, class_names=names)
     if options.layer is not None:
@@ -436,6 +456,15 @@ class Explaining:
             note(f"outputs: probabilities, by a {ending.name} of the model's own")
         n_classes = target.n_classes
         _check_classes(options, n_classes)
+        scores = self.loaded.scores
+        if scores == hugging_face.REGIONS and METHODS[options.method].of_scores:
+            raise Refused(
+                f"--method {options.method} changes the picture, and with it the pixels of {options.model}'s classes"
+            )
+        if scores == hugging_face.REGIONS and options.multilabel:
+            raise Refused(f"--multilabel is for classes of the image, those of {options.model} share its pixels")
+        if scores == hugging_face.TEXTS and not options.classes and options.top is None:
+            self.options = options = replace(options, classes=list(range(n_classes)))
         self.top = options.top or min(DEFAULT_TOP, n_classes)
         self.versus = n_classes > 1 and versus(options, self.top)
         if options.versus and n_classes == 1:
@@ -448,9 +477,9 @@ class Explaining:
             note(f"class names: not used, since there are {said}")
         config = CFCAMConfig.paper() if options.paper else None
         self.multilabel = options.multilabel or ending.name == "sigmoid" or prob.says_multilabel(model)
-        if self.multilabel and n_classes > 1:
+        if n_classes > 1 and (self.multilabel or scores != hugging_face.CLASSES):
             config = replace(config or check_config(None).of(len(target.shape) - 1), margin_temperature=0.0)
-            note("outputs: several labels an image, each explained by its own logit")
+            note(OWN_SCORE[scores])
         note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes
         if options.method == "cfcam":

@@ -153,10 +153,8 @@ class Artist:
         method = "" if options.method == "cfcam" else f", {METHODS[options.method].name}"
         captions = [name + method, *captions]
         if difference is not None:
-            largest = np.abs(difference).max()
-            # Maps of classes that are confused differ little: as it is, their difference would hardly show.
-            difference = difference / max(largest, FAINT_DIFFERENCE)
-            captions.append(f"{said} \u00b1{largest:.2f}")
+            captions.append(f"{said} \u00b1{np.abs(difference).max():.2f}")
+            difference = drawn_difference(difference)
         if isinstance(panel, scans.Seen) and panel.volume.is_video:
             return f"{name}.webp", panel.animation(maps, difference, captions, options.colormap)
         if isinstance(panel, scans.Seen):
@@ -164,6 +162,14 @@ class Artist:
         else:
             picture = images.side_by_side(scans.panels(panel, maps, difference, options.colormap), captions)
         return picture_name(options, name), encoded(picture, options.overlay_format)
+
+
+def drawn_difference(difference: np.ndarray) -> np.ndarray:
+    """A difference of two maps as it is drawn: its largest value 1, or less where it is faint.
+
+    Maps of classes that are confused differ little: as it is, their difference would hardly show.
+    """
+    return difference / max(np.abs(difference).max(), FAINT_DIFFERENCE)
 
 
 class Writer(Artist):

@@ -130,6 +130,12 @@ def _add_options(parser, out, versus):
         help="the published procedure of cfcam: softmax weights, division by the maximum",
     )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
+    add(
+        "--compile",
+        action="store_true",
+        help="run the network as a compiled program: the first batch takes up to minutes, the others less than the "
+        "network alone; for many pictures, of --method cfcam (docs/speed.md)",
+    )
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--batch-size", type=_positive, metavar="N", help="images per forward pass (default: 16, of volumes 1)")
     add("--colormap", default="inferno", metavar="NAME", help="any of matplotlib's, such as jet (default: inferno)")

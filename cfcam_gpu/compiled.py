@@ -28,6 +28,9 @@ LOG = logging.getLogger("cfcam_gpu")
 MOST_PROGRAMS = 8
 """Kinds of inputs of one object that are compiled; the next are explained eagerly."""
 
+MOST_SEEN = 1000
+"""Kinds of inputs that are remembered because they came once."""
+
 TIMED_CALLS = 3
 """Of each, program and network, in the warm-up: the quickest counts."""
 
@@ -102,7 +105,7 @@ class CompiledCapture(HeadCapture):
         try:
             kind = self._kind(inputs)
             if kind not in self._built:
-                with self._warming:
+                with self._warming, torch.inference_mode(False):
                     self._warm_up(kind, inputs, explain)
         except NotCompiled as error:
             self._tell(str(error))
@@ -139,11 +142,13 @@ class CompiledCapture(HeadCapture):
         """Compile for inputs of a kind that was not there before, where it is due."""
         if kind in self._built:
             return  # another thread's
-        if self._built and kind not in self._seen:
-            self._seen.add(kind)
-            return
         if len(self._built) >= MOST_PROGRAMS:
             raise NotCompiled(f"it is compiled for {MOST_PROGRAMS} other kinds of inputs already")
+        if self._built and kind not in self._seen:
+            if len(self._seen) >= MOST_SEEN:
+                self._seen.clear()
+            self._seen.add(kind)
+            return
         if any(module.training for module in self._modules):
             raise ValueError("model must be in eval mode to be compiled: call model.eval() first")
         try:
@@ -153,7 +158,7 @@ class CompiledCapture(HeadCapture):
             raise
 
     def _quicker(self, inputs, explain):
-        """What is compiled for these inputs; None where the network itself is quicker."""
+        """What is compiled for these inputs; `NotCompiled` where the network itself is quicker."""
         try:
             watch = Watch(self.model)
         except ValueError as error:
@@ -163,9 +168,12 @@ class CompiledCapture(HeadCapture):
             raise ValueError(f"model must have no hooks to be compiled, as none would run, but {hook}")
         outputs = all_tensors(explain(_Pass).outputs)  # what it finds out about the model, it has found out then
         built = self._build(inputs, outputs)
-        change = watch.change()
-        if change:
-            raise NotCompiled(f"a pass changes the model: {change}")
+        constants = [each.program.constants for each in [built, *self._built.values()] if each is not None]
+        later = Watch(self.model, chain.from_iterable(constants))
+        for earlier in (watch, self._watch):
+            change = earlier and earlier.change()
+            if change:
+                raise NotCompiled(f"a pass changes the model: {change}")
         begins = {"compiled": partial(_CompiledPass, built), "eager": _Pass}
         times = {name: _quickest(partial(explain, begin), outputs[0].device) for name, begin in begins.items()}
         LOG.info(
@@ -178,8 +186,7 @@ class CompiledCapture(HeadCapture):
         )
         if times["compiled"] > times["eager"]:
             raise NotCompiled(f"that is quicker for {tuple(inputs.images.shape)}")
-        constants = [each.program.constants for each in [built, *self._built.values()] if each is not None]
-        self._watch = Watch(self.model, chain.from_iterable(constants))
+        self._watch = later
         return built
 
     def _build(self, inputs, outputs):

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
 from cfcam_gpu.head import why_not_replayed
+from cfcam_gpu.pipeline import plain_arithmetic
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """By dtype, how far a program's results may be from those of the traced pass, as a share of their largest value. Beyond
@@ -62,7 +63,9 @@ class Program:
         outputs: Sequence[torch.Tensor],
     ) -> None:
         start = time.perf_counter()
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        # Copies: tensors of torch.inference_mode become normal ones.
+        tensors = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        self._device = outputs[0].device
         cotangents = [_any_like(each) for each in outputs]
         graph, expected = _traced(run, tensors, cotangents)
         self._counts, self.differentiable_outputs = list(map(len, expected))[:3], expected.differentiable
@@ -80,14 +83,14 @@ class Program:
         self, tensors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Outputs, activations, guides, and what `backward` needs."""
-        with torch.no_grad():
+        with plain_arithmetic(self._device):
             found = iter(self._forward(*[tensor.detach().contiguous() for tensor in tensors]))
         outputs, activations, guides = ([next(found) for _ in range(count)] for count in self._counts)
         return outputs, activations, guides, list(found)
 
     def backward(self, saved: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The gradients of the activations, for a cotangent of each of the outputs."""
-        with torch.no_grad():
+        with plain_arithmetic(self._device):
             return tuple(self._backward(*saved, *[each.contiguous() for each in cotangents]))
 
     def differentiable(
@@ -216,7 +219,7 @@ def _compiled(graph, inputs):
     if any(tensor.is_cuda for tensor in inputs):
         options.update(list_mode_options("max-autotune-no-cudagraphs"))
     try:
-        with torch.no_grad():
+        with plain_arithmetic(inputs[0].device):  # what autocast does is in the graph
             return compile_fx(graph, list(inputs), config_patches=options)
     except torch.cuda.OutOfMemoryError:
         raise

@@ -65,9 +65,7 @@ class Watch:
         }
         for tensor in self._tensors:
             if tensor.is_inference():
-                raise ValueError(
-                    f"{self._name(tensor)} was made under torch.inference_mode: its changes are not counted"
-                )
+                raise ValueError(f"{self._name(tensor)} is of torch.inference_mode, where changes are not counted")
         self._versions, self._addresses = list(map(version, self._tensors)), list(map(address, self._tensors))
         self._attributes = [
             _Attribute(vars(module), name, value, of)
@@ -147,7 +145,12 @@ def _parts(held):
 
 
 def _equal(now, before):
-    return type(now) is type(before) and not isinstance(now, torch.Tensor) and bool(now == before)
+    if type(now) is not type(before) or isinstance(now, torch.Tensor):
+        return False
+    try:
+        return bool(now == before)
+    except Exception:  # tensors in a tuple
+        return False
 
 
 def _shown(value):

@@ -363,6 +363,16 @@ def test_copies_compile_for_themselves(no_inductor):
     assert len(no_inductor) == 6 and torch.equal(cam.maps(some), expected)
 
 
+def test_in_inference_mode(no_inductor):
+    model = NETWORKS["residual"]()
+    cam = CFCAM(model, compile=True)
+    with torch.inference_mode():
+        some = images()
+        found = cam.explain(some, top=2)
+    close(found, CFCAM(model).explain(some, top=2))
+    close(cam.explain(some.clone(), top=2), found)
+
+
 def test_autocast_is_another_program(no_inductor):
     model, some = NETWORKS["residual"](), images()
     cam, eager = CFCAM(model, compile=True), CFCAM(model)

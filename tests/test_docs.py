@@ -33,7 +33,7 @@ for package in ("torchvision", "timm", "skimage", "matplotlib", "PIL", *PEERS):
 import torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
-REASONS = ("downloads", "needs a GPU")
+REASONS = ("downloads", "needs a GPU", "compiles")
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 TEXTS = [
     *PAGES,

@@ -66,6 +66,7 @@ class Results:
         self.growth = {
             kind: rows.latest(_of_last_device(growth_rows, kind), "along", "provider", "x") for kind in KINDS
         }
+        self.compiled = rows.latest(rows.read(folder / "compiled.jsonl"), "op", "model", "batch", "provider")
         self.memory = rows.latest(rows.read(folder / "memory.jsonl"), "model")
         self.export = rows.latest(rows.read(folder / "export.jsonl"), "model")
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
@@ -322,6 +323,66 @@ def gates_table(results):
     return markdown(["gate, two CPU cores", "ratio", "limit"], body)
 
 
+def compiled_table(results):
+    """`CFCAM(compile=True)` beside the plain forwards, eager and compiled, and the other libraries."""
+    points = dict.fromkeys(key[1:3] for key in results.compiled if key[0] == "end to end")
+    if not points:
+        return NOT_MEASURED
+    body = []
+    for model, batch in points:
+        of_point = {name: results.compiled.get(("end to end", model, batch, name), {}) for name in COMPILED}
+        if not of_point["forward"]:
+            continue
+        times_ = [_time(of_point[name]["median_ms"]) if of_point[name] else "-" for name in COMPILED[:1]]
+        ratios = [ratio(row) if row else "-" for row in list(of_point.values())[1:]]
+        found, plain = of_point["cfcam:compile"], of_point["forward:compile"]
+        over = f"{found['median_ms'] / plain['median_ms']:.2f}"
+        body.append([METHODS_ELSEWHERE.get(model, "ResNet-50"), str(batch), *times_, *ratios, over, _difference(found)])
+    header = ["time / plain forward", "batch", *(f"`{name}`" for name in COMPILED)]
+    header += ["`cfcam:compile` / `forward:compile`", "largest difference of the maps"]
+    return f"{markdown(header, body)}\n\n{_about_compiled(results)}"
+
+
+def bfloat16_table(results):
+    """The same under autocast, and how far the maps then are from those in float32."""
+    body = []
+    for op, model, batch, provider in results.compiled:
+        if op == "end to end" and provider == "cfcam:compile:bfloat16":
+            of_point = [
+                results.compiled[op, model, batch, name]
+                for name in ("forward:bfloat16", "forward:compile:bfloat16", provider)
+            ]
+            name, found = METHODS_ELSEWHERE.get(model, "ResNet-50"), of_point[-1]
+            body.append([name, str(batch), *map(ratio, of_point), _difference(found), str(found["labels_differ"])])
+    if not body:
+        return NOT_MEASURED
+    header = ["autocast, time / plain forward in float32", "batch", "plain forward", "compiled forward"]
+    return markdown([*header, "`cfcam:compile`", "largest difference of the maps", "other labels"], body)
+
+
+def first_calls_table(results):
+    """What the first call takes, with and without Inductor's cache on the disk."""
+    body = [
+        [METHODS_ELSEWHERE.get(model, "ResNet-50"), provider, f"{row['seconds']:.0f} s"]
+        for (op, model, _, provider), row in results.compiled.items()
+        if op == "first call"
+    ]
+    return markdown(["first call, batch 1", "", "seconds"], body) if body else NOT_MEASURED
+
+
+COMPILED = (
+    *("forward", "forward:channels_last", "forward:compile", "cfcam", "cfcam:compile"),
+    *("torch-cam", "captum", "pytorch-grad-cam"),
+)
+"""The columns of the table of `compiled_table`: the unit's time, and the others' as multiples of it."""
+
+
+def _about_compiled(results):
+    row = list(results.compiled.values())[-1]
+    names = (f"{name} {row[name]}" for name in ("torch", "grad-cam", "torchcam", "captum") if name in row)
+    return f"{row['device']}; {', '.join(names)}; {row['date']}, commit {row['commit'] or 'unknown'}."
+
+
 def memory_table(results):
     """The peaks of video networks: the plain forward, the map, and finding the layer."""
     if not results.memory:
@@ -428,6 +489,9 @@ TABLES = {
     "gates": gates_table,
     "memory": memory_table,
     "export": export_table,
+    "compiled": compiled_table,
+    "compiled-bfloat16": bfloat16_table,
+    "compiled-first-calls": first_calls_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
     **report_scale.TABLES,

@@ -63,7 +63,13 @@ class Call:
                 return None
             return hook(*args, **kwargs)
 
+        vars(of_call)["call"] = self
         return of_call
+
+
+def is_of_call(hook: Callable[..., Any]) -> bool:
+    """Whether a hook on a module is of a call of this package, in any thread: made by `Call.only`."""
+    return isinstance(getattr(hook, "call", None), Call)
 
 
 class _Here(threading.local):

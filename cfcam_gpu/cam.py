@@ -34,6 +34,10 @@ class CFCAM(Explainer):
             a module; or None, the target layer itself. Several target layers: each its own, or a list with one of
             these for each. It runs in the same forward pass, and no gradient is taken of it.
         config, backend, clustering, check_finite: as for `cf_cam`. `maps` are scaled as ``config.normalize`` says.
+        compile: True runs the network as compiled programs, with its weights as they are in the first call
+            (`cfcam_gpu.compiled`). That call compiles, which takes from seconds to minutes; later ones take less time
+            than the network alone. Labels are the same but where a pair of channels is within rounding of eps, maps
+            within 1e-4. The model is not touched, and one that has changed since is refused. Default False.
 
     Attributes:
         outputs: the model's raw outputs of the latest call, detached, in containers of the same types; None before the
@@ -54,13 +58,14 @@ class CFCAM(Explainer):
     and minus the logit where it is below, so that the sign of `outputs` says which.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model.
+        TypeError, ValueError: an argument is of the wrong kind, or a layer is not in the model. With ``compile``, in a
+            call: the model is in training mode, has hooks, or is not as it was when it was compiled.
 
     Warns:
         UserWarning: once per object, that the model is in training mode, where it has batch norm or dropout; once, that
-            a target layer has one cell alone, so that its map is flat; and once, that a map is zero everywhere, of
-            which image and why. Of maps on a GPU the last is said in a later call, or when `outputs` is read, because
-            the call does not wait for them.
+            a target layer has one cell alone, so that its map is flat; with ``compile`` once for each reason, that the
+            network runs uncompiled; and once, that a map is zero everywhere, of which image and why. Of maps on a GPU
+            the last is said in a later call, or when `outputs` is read, because the call does not wait for them.
 
     >>> with CFCAM(model, target_layers=[model.layer4[-1]]) as cam:
     ...     maps = cam.maps(images, targets=[285, 282])  # images (2, 3, 224, 224)
@@ -81,6 +86,7 @@ class CFCAM(Explainer):
         backend: str = "auto",
         clustering: str = "auto",
         check_finite: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self.config = checks.check_config(config)
         choices = pipeline.check_choices(backend, clustering, check_finite)
@@ -89,6 +95,7 @@ class CFCAM(Explainer):
             target_layers,
             reshape_transform,
             choices,
+            compile,
             guide_layer=guide_layer,
             guided=self.config.averages_of,
             margin_temperature=self.config.margin_temperature,

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -222,6 +222,10 @@ class HeadCapture:
         if torch.compiler.is_compiling():
             return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
         inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
+        return self._captured(_Pass, inputs, targets, several, top, pool)
+
+    def _captured(self, begin, inputs, targets, several, top, pool):
+        """The `Capture` of a pass, or of as many as it takes; ``begin`` makes one of this object."""
         batch = inputs.images.shape[0]  # len() would be an int also where the size is a symbol
         with torch.inference_mode(False), torch.no_grad():
             targets, top = check_targets(targets, batch, several), check_top(top, targets)
@@ -230,7 +234,7 @@ class HeadCapture:
             weights = _normal_weights() if self._inference_weights else nullcontext()
             try:
                 with eager_without_grad(fused=self._fused, compiled=compiled), weights:
-                    captured = _Pass(self).run(inputs, targets, batch, top, pool)
+                    captured = begin(self).run(inputs, targets, batch, top, pool)
                 if captured is not None:
                     return captured
             except _DidNotRun as error:
@@ -373,13 +377,18 @@ class _Pass:
 
     def run(self, inputs, targets, batch, top, pool):
         """The `Capture`, or None where the pass is to be repeated."""
+        with self._opened(inputs):
+            captured = self._run(inputs, targets, batch, top, pool)
+            return None if self._guides is not None and self._guides.must_repeat() else captured
+
+    @contextmanager
+    def _opened(self, inputs):
         self._images = inputs.images
         # The hooks stay for the backward: non-reentrant checkpointing runs parts of the forward again in it.
         self._rooted: list[torch.Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            captured = self._run(inputs, targets, batch, top, pool)
-            return None if self._guides is not None and self._guides.must_repeat() else captured
+            yield
         finally:
             while self._handles:
                 self._handles.pop().remove()

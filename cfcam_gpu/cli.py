@@ -151,6 +151,12 @@ def _add_model_options(parser):
         help="the published procedure of cfcam: softmax weights, division by the maximum",
     )
     add("--backend", choices=pipeline.BACKENDS, default="auto", help="default: auto")
+    add(
+        "--compile",
+        action="store_true",
+        help="run the network as a compiled program: the first batch takes up to minutes, the others less than the "
+        "network alone; for many pictures, of --method cfcam (docs/speed.md)",
+    )
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
 
 

@@ -90,6 +90,7 @@ class Explainer:
     Args:
         model, target_layers, reshape_transform: as for `CFCAM`.
         choices: as `pipeline.check_choices` returns them.
+        compile: as for `CFCAM`.
         options: of `HeadCapture`.
     """
 
@@ -108,9 +109,13 @@ class Explainer:
         target_layers: Sequence[nn.Module] | None,
         reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None,
         choices: dict[str, Any],
+        compile: bool = False,
         **options: Any,
     ) -> None:
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be a bool, got {type(compile).__name__}")
         self._choices = choices
+        self._compile = compile
         self._latest = _Latest()
         self._notices = Notices()
         self._options = options
@@ -124,7 +129,10 @@ class Explainer:
         self.model = (self._found or self._capture_of(model, [model])).model
 
     def _capture_of(self, model, target_layers, reshape_transform=None):
-        return HeadCapture(model, target_layers, reshape_transform, chosen_side=True, **self._options)
+        kind = HeadCapture
+        if self._compile:
+            from cfcam_gpu.compiled import CompiledCapture as kind  # whose imports take time
+        return kind(model, target_layers, reshape_transform, chosen_side=True, **self._options)
 
     def _capture(self, inputs: Inputs) -> HeadCapture:
         """What captures the target layers; they are found for these inputs where they were not given."""

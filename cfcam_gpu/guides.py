@@ -36,6 +36,14 @@ class _Kept(NamedTuple):
         return self.version is not None and self.tensor._version != self.version
 
 
+class Held(NamedTuple):
+    """Of each target layer's guide what a pass knows and keeps; None where the layer guides itself."""
+
+    found: list[nn.Module | str | None]
+    readings: list[Callable[[torch.Tensor], torch.Tensor] | None]
+    tensors: list[torch.Tensor | None]
+
+
 class _Candidate(NamedTuple):
     depth: int  # of the module's name: 0 for a child of the model
     order: int  # in which the modules finished
@@ -131,6 +139,17 @@ class GuidesOfPass:
                     self._known._names.setdefault(module, name)
                     handles.append(module.register_forward_hook(look))
         return handles
+
+    def held(self) -> "Held":
+        """What the guides returned, of a pass in which every target layer has run."""
+        kept = [self._guides.get(index) for index in range(len(self._found))]
+        return Held(self._found, self._readings, [each and each.tensor for each in kept])
+
+    def hold(self, held: "Held") -> None:
+        """Instead of hooks: the guides of another pass, with what they returned in this one."""
+        self._found, self._readings = list(held.found), list(held.readings)
+        for index, tensor in enumerate(held.tensors):
+            self._guides[index] = None if tensor is None else _Kept(tensor, None)
 
     def _keep(self, module, inputs, output):
         tensor = first_tensor(output)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cfcam_gpu.calls import Call, eager_without_grad_in
 from cfcam_gpu.capture import _device
 from cfcam_gpu.inputs import Inputs, check_inputs
-from cfcam_gpu.outputs import first_tensor, map_tensors, with_first
+from cfcam_gpu.outputs import all_tensors, first_tensor, map_tensors, with_first
 from cfcam_gpu.random_states import random_state, restore_random_state
 
 LOG = logging.getLogger("cfcam_gpu")
@@ -137,7 +137,7 @@ class _Replay(Head):
         with eager_without_grad_in(model):
             seen.run(model, *_with_more(inputs, 0, _device(model, inputs.images)))
         seen.finish(len(inputs.images))
-        if seen.reason is not None or len(_tensors(seen.outputs)) != len(self._result):
+        if seen.reason is not None or len(all_tensors(seen.outputs)) != len(self._result):
             return None
         head = _Replay(seen, self._steps, self._result, self._n_slots, self._changes_leaf)
         return head if head.is_right() else None
@@ -149,7 +149,7 @@ class _Replay(Head):
                 again = self(self.activations)
         except (RuntimeError, ValueError):  # of another shape than was recorded
             return False
-        return all(map(_equal, _tensors(again), _tensors(self.outputs)))
+        return all(map(_equal, all_tensors(again), all_tensors(self.outputs)))
 
     def _run(self, activations, copies):
         rows = len(activations)
@@ -314,7 +314,7 @@ class _Observation:
         with _disable_current_modes():
             self._as_it_was = first.detach().clone()
             # What goes around the layer may be the very tensor that it takes, or returns: its input, unchanged.
-            taken = _tensors(found[0])
+            taken = all_tensors(found[0])
             if self.to_input or any(_storage(each) == _storage(first) for each in taken):
                 self.leaf = first.clone()
                 return with_first(found[-1], self.leaf)
@@ -350,13 +350,13 @@ class _Recording(_Observation, TorchDispatchMode):
             map_tensors(self._known, result)
         elif self.reason is None:
             leaves, spec = tree_flatten((args, kwargs))
-            self.reason = _obstacle(function, leaves)
-            self.steps.append((function, leaves, spec, _tensors(result)))
+            self.reason = why_not_replayed(function, leaves)
+            self.steps.append((function, leaves, spec, all_tensors(result)))
         return result
 
 
-def _obstacle(function, leaves):
-    """Why an operation cannot be replayed; None where it can."""
+def why_not_replayed(function: Any, leaves: list[Any]) -> str | None:
+    """Why an operation cannot be replayed; None where it can. ``leaves`` are all its arguments."""
     name = str(function)
     if _is_random(function, leaves):
         return f"{name} is random"
@@ -436,7 +436,7 @@ def _compared(model, first, second, own):
             if not any(isinstance(each, torch.Tensor) and _storage(each) == _storage(one) for each in leaves):
                 made_here.add(_storage(one))
         steps.append(_Step(function, taken, spec, indices, []))
-    raw, other, outputs = _tensors(first.raw), _tensors(second.raw), _tensors(own.outputs)
+    raw, other, outputs = all_tensors(first.raw), all_tensors(second.raw), all_tensors(own.outputs)
     if not len(raw) == len(other) == len(outputs):
         raise _DependsOnRows
     result = [merged(*pair) for pair in zip(raw, other)]
@@ -474,18 +474,6 @@ def _changed(function, leaves, spec):
 
 def _storage(tensor):
     return tensor.untyped_storage()._cdata
-
-
-def _tensors(value):
-    """The tensors in a value, each once, in a fixed order."""
-    found: list[torch.Tensor] = []
-
-    def note(tensor):
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, value)
-    return found
 
 
 def _equal(one, other):

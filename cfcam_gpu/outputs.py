@@ -32,6 +32,18 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     return _mapped(function, value, {})
 
 
+def all_tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a value, each once, in the order in which `map_tensors` comes to them."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor):
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
+
+
 def _mapped(function, value, seen):
     if id(value) not in seen:
         # The value beside its result: an id is taken again once its object is gone.

@@ -88,6 +88,7 @@ class Options:
     method: str = "cfcam"
     paper: bool = False
     backend: str = "auto"
+    compile: bool = False
     device: torch.device | None = None
     batch_size: int | None = None
     frames: int | None = None
@@ -234,6 +235,8 @@ def check(options: Options) -> Options:
         raise Refused(f"--out must be a folder, got the file {options.out}")
     if options.paper and options.method != "cfcam":
         raise Refused(f"--paper is a procedure of --method cfcam, got --method {options.method}")
+    if options.compile and options.method != "cfcam":
+        raise Refused(f"--compile is for --method cfcam, got --method {options.method}")
     versus(options, options.top or DEFAULT_TOP)
     return options
 
@@ -483,7 +486,7 @@ class Explaining:
         note(f"target layer: {target.name} ({' x '.join(map(str, target.shape))})")
         self.n_classes = n_classes
         if options.method == "cfcam":
-            self.cam = CFCAM(model, config=config, backend=options.backend)
+            self.cam = CFCAM(model, config=config, backend=options.backend, compile=options.compile)
         else:
             self.cam = METHODS[options.method](model, backend=options.backend)
             note(f"method: {self.cam.name}")

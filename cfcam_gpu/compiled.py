@@ -1,0 +1,289 @@
+"""`HeadCapture` with the network compiled: the same `Capture`, from programs in the place of the network's own code."""
+
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from cfcam_gpu import uncompiled
+from cfcam_gpu.calls import eager_without_grad, is_compiled
+from cfcam_gpu.capture import Capture, HeadCapture, _device, _Pass, _Tap
+from cfcam_gpu.guides import AUTO, Held
+from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
+from cfcam_gpu.outputs import all_tensors, map_tensors
+from cfcam_gpu.programs import NotCompiled, Program, Traced
+from cfcam_gpu.targets import Targets
+from cfcam_gpu.unchanged import Watch
+
+LOG = logging.getLogger("cfcam_gpu")
+
+MOST_PROGRAMS = 8
+"""Kinds of inputs of one object that are compiled; the next are explained eagerly."""
+
+MOST_SEEN = 1000
+"""Kinds of inputs that are remembered because they came once."""
+
+TIMED_CALLS = 3
+"""Of each, program and network, in the warm-up: the quickest counts."""
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Arguments of the model, beside tensors, that a program has as constants."""
+
+
+class _Built(NamedTuple):
+    """A program, with what it belongs to."""
+
+    program: Program
+    layers: list[nn.Module]  # the target layers in the order in which they ran
+    guides: Held | None
+    outputs: Any  # the model's, with other tensors
+
+
+class CompiledCapture(HeadCapture):
+    """Captures as `HeadCapture` does, its numbers but for rounding, with the network compiled by Inductor.
+
+    The first call compiles for its inputs (shapes, dtypes, autocast, number of threads), which takes from seconds to
+    minutes; calls of other threads wait meanwhile. A further kind of inputs is compiled when it comes a second time, so
+    that the last, smaller batch of a dataset is not; of `MOST_PROGRAMS` at most. The results are compared with the
+    network's own, and the times: where the network itself is quicker, it goes on.
+
+    Args: as for `HeadCapture`.
+
+    Raises, in a call, beside what `HeadCapture` raises:
+        ValueError: the model is in training mode, has hooks, or is not as it was when it was compiled.
+
+    Warns:
+        UserWarning: once per object and reason, that the network runs uncompiled, and why.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._forget()
+
+    def _forget(self):
+        self._warming = threading.Lock()
+        self._built: dict[Any, _Built | None] = {}  # by the kind of inputs; None where they are explained eagerly
+        self._seen: set[Any] = set()  # once
+        self._watch: Watch | None = None
+        self._told: set[str] = set()
+
+    def __getstate__(self):
+        own = ("_warming", "_built", "_seen", "_watch", "_told")  # a copy compiles for itself
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._forget()
+
+    def __call__(
+        self,
+        input_tensor: ModelInput | Inputs,
+        targets: Targets = None,
+        *,
+        several: bool = False,
+        top: int | None = None,
+        pool: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+    ) -> Capture:
+        if torch.compiler.is_compiling():
+            return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
+        inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
+        explain = partial(self._captured, inputs=inputs, targets=targets, several=several, top=top, pool=pool)
+        change = self._watch and self._watch.change()
+        if change:
+            raise ValueError(
+                f"model must be as it was when it was compiled, but {change}; put that back, or make a new object for"
+                " the model as it is"
+            )
+        try:
+            kind = self._kind(inputs)
+            if kind not in self._built:
+                with self._warming, torch.inference_mode(False):
+                    self._warm_up(kind, inputs, explain)
+        except NotCompiled as error:
+            self._tell(str(error))
+            return explain(_Pass)
+        built = self._built.get(kind)
+        return explain(_Pass if built is None else partial(_CompiledPass, built))
+
+    def _tell(self, reason):
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"{type(self.model).__name__} runs uncompiled: {reason}", UserWarning, stacklevel=6)
+
+    def _kind(self, inputs):
+        """What a program is for, beside the model."""
+        leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
+        of_leaves = []
+        for leaf in leaves:
+            if type(leaf) is torch.Tensor and leaf.layout == torch.strided and not leaf.is_meta:
+                of_leaves.append((leaf.shape, leaf.dtype))
+            elif isinstance(leaf, CONSTANTS):
+                of_leaves.append((type(leaf), leaf))
+            else:
+                raise NotCompiled(f"its arguments hold a {type(leaf).__name__}")
+        device = _device(self.model, inputs.images).type
+        return (
+            structure,
+            tuple(of_leaves),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            torch.get_num_threads(),  # which the code for a CPU has as a constant
+            torch.get_float32_matmul_precision(),
+        )
+
+    def _warm_up(self, kind, inputs, explain):
+        """Compile for inputs of a kind that was not there before, where it is due."""
+        if kind in self._built:
+            return  # another thread's
+        if len(self._built) >= MOST_PROGRAMS:
+            raise NotCompiled(f"it is compiled for {MOST_PROGRAMS} other kinds of inputs already")
+        if self._built and kind not in self._seen:
+            if len(self._seen) >= MOST_SEEN:
+                self._seen.clear()
+            self._seen.add(kind)
+            return
+        if any(module.training for module in self._modules):
+            raise ValueError("model must be in eval mode to be compiled: call model.eval() first")
+        try:
+            self._built[kind] = self._quicker(inputs, explain)
+        except NotCompiled:
+            self._built[kind] = None
+            raise
+
+    def _quicker(self, inputs, explain):
+        """What is compiled for these inputs; `NotCompiled` where the network itself is quicker."""
+        try:
+            watch = Watch(self.model)
+        except ValueError as error:
+            raise NotCompiled(str(error)) from error
+        hook = watch.hook()
+        if hook:
+            raise ValueError(f"model must have no hooks to be compiled, as none would run, but {hook}")
+        outputs = all_tensors(explain(_Pass).outputs)  # what it finds out about the model, it has found out then
+        built = self._build(inputs, outputs)
+        constants = [each.program.constants for each in [built, *self._built.values()] if each is not None]
+        later = Watch(self.model, chain.from_iterable(constants))
+        for earlier in (watch, self._watch):
+            change = earlier and earlier.change()
+            if change:
+                raise NotCompiled(f"a pass changes the model: {change}")
+        begins = {"compiled": partial(_CompiledPass, built), "eager": _Pass}
+        times = {name: _quickest(partial(explain, begin), outputs[0].device) for name, begin in begins.items()}
+        LOG.info(
+            "%s compiled for %s in %.0f s: a pass takes %.1f ms, uncompiled %.1f ms",
+            type(self.model).__name__,
+            tuple(inputs.images.shape),
+            built.program.seconds,
+            1e3 * times["compiled"],
+            1e3 * times["eager"],
+        )
+        if times["compiled"] > times["eager"]:
+            raise NotCompiled(f"that is quicker for {tuple(inputs.images.shape)}")
+        self._watch = later
+        return built
+
+    def _build(self, inputs, outputs):
+        found: list[tuple] = []
+        device = _device(self.model, inputs.images)
+
+        def run(tensors, cotangents):
+            compiled = self._compiled or is_compiled(self._modules)
+            with eager_without_grad(fused=self._fused, compiled=compiled):
+                traced, *rest = _TracedPass(self).traced(_with_tensors(inputs, tensors), cotangents)
+            found[:] = rest
+            return traced
+
+        program = Program(run, _on(device, inputs), outputs)
+        return _Built(program, *found)
+
+    def _backward_of_several(self, root, edges, cotangents):
+        if not any(isinstance(edge, torch.Tensor) for edge in edges):
+            return super()._backward_of_several(root, edges, cotangents)
+        options = {"retain_graph": True, "allow_unused": True}
+        each = [torch.autograd.grad(root, edges, cotangent, **options) for cotangent in cotangents]
+        return [None if of_edge[0] is None else torch.stack(of_edge) for of_edge in zip(*each)]
+
+
+class _TracedPass(_Pass):
+    """One pass, as a program is to repeat it."""
+
+    def traced(self, inputs, cotangents):
+        """`Traced`; and of `_Built` all but the program."""
+        with self._opened(inputs):
+            with self._call:
+                outputs = self._forward(inputs)
+            guides = self._guides and self._guides.held()
+            if guides is not None and AUTO in guides.found:
+                raise NotCompiled("the guide is not the same in every pass")
+            layers, tensors = list(self._taps), all_tensors(outputs)
+            differentiable = [tensor.requires_grad for tensor in tensors]
+            pairs = [(tensor, own) for tensor, own in zip(tensors, cotangents) if tensor.requires_grad]
+            if not pairs:
+                raise NotCompiled("its outputs have no gradient")
+            roots, own = zip(*pairs)
+            taps = list(self._taps.values())
+            with self._call, self._backward(roots):
+                gradients = torch.autograd.grad(roots, [tap.edge for tap in taps], own, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise NotCompiled("its outputs do not depend on a target layer")
+            of_guides = [each for each in guides.tensors if each is not None] if guides else []
+            traced = Traced(
+                [tensor.detach() for tensor in tensors],
+                [tap.activations for tap in taps],
+                of_guides,
+                list(gradients),
+                differentiable,
+            )
+            # Of what there was, without the values.
+            return traced, layers, *map_tensors(lambda tensor: tensor.detach().new_empty(0), (guides, outputs))
+
+
+class _CompiledPass(_Pass):
+    """One pass in which a program runs in the network's place."""
+
+    def __init__(self, built, capture):
+        super().__init__(capture)
+        self._built = built
+
+    def _forward(self, inputs):
+        self._begin()
+        program, layers, guides, outputs = self._built
+        tensors = _on(_device(self._of.model, inputs.images), inputs)
+        found, activations, of_guides, leaves = program.differentiable(tensors)
+        if self._guides is not None and guides is not None:
+            each = iter(of_guides)
+            kept = [None if tensor is None else next(each) for tensor in guides.tensors]
+            self._guides.hold(guides._replace(tensors=kept))
+        self._taps = dict(zip(layers, map(_Tap, activations, leaves)))
+        given = iter(found)
+        return map_tensors(lambda _: next(given), outputs)
+
+
+def _on(device, inputs):
+    return [tensor.to(device) for tensor in all_tensors((inputs.args, inputs.kwargs, inputs.images))]
+
+
+def _with_tensors(inputs, tensors):
+    each = iter(tensors)
+    return Inputs(*map_tensors(lambda _: next(each), (inputs.args, inputs.kwargs, inputs.images)))
+
+
+def _quickest(function, device):
+    """Seconds of the quickest of a few calls, behind one that does not count."""
+    times = []
+    for _ in range(1 + TIMED_CALLS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

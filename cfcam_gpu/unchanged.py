@@ -1,0 +1,161 @@
+"""Whether a model is as it was: its modules, weights, buffers, plain attributes, mode and hooks.
+
+A compiled program holds a copy of the weights, so a change of the model would go unseen. `Watch` looks at every call,
+without reading a value: at identities, torch's version counters and addresses. A write that torch does not count is not
+seen: ``weight.data.mul_(2)``, or one through NumPy.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, is_
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as of_all_modules
+
+from cfcam_gpu.calls import is_of_call
+
+PLAIN = (type(None), bool, int, float, str, tuple, FunctionType, BuiltinFunctionType, type)
+"""Attributes of modules that are constants in a program."""
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+version, address = attrgetter("_version"), torch.Tensor.data_ptr
+
+
+class _Attribute(NamedTuple):
+    owner: dict[str, Any]
+    name: str
+    value: Any
+    of: str
+
+    def __str__(self):
+        return f"{self.name} of {self.of}"
+
+
+class Watch:
+    """What ``model`` is now; `change` says what has become of it.
+
+    Args:
+        model: in the state that is to stay.
+        constants: further tensors that are to stay as they are.
+
+    Raises:
+        ValueError: a tensor has no version counter, because it was made under ``torch.inference_mode``.
+    """
+
+    def __init__(self, model: nn.Module, constants: Iterable[torch.Tensor] = ()) -> None:
+        self._modules = {module: repr(name) if name else _type(model) for name, module in model.named_modules()}
+        self._owners = owners = [vars(module) for module in self._modules]
+        of_module = [(of, vars(module)[name]) for module, of in self._modules.items() for name in HOOKS]
+        of_all = [("every module", getattr(of_all_modules, f"_global{name}")) for name in HOOKS]
+        self._hooked, self._hooks = zip(*of_module, *of_all)
+        # One that is empty now may be filled without a difference to what the model computes.
+        kinds = ("_parameters", "_buffers", "_modules")
+        self._held = [owner[kind] for owner in owners for kind in kinds if owner[kind]]
+        self._parts = list(_parts(self._held))
+        self._ids = list(map(id, self._parts))
+        others = {id(tensor): tensor for tensor in constants}
+        of_model = {id(part): part for part in self._parts if isinstance(part, torch.Tensor)}
+        self._tensors = list({**others, **of_model}.values())
+        self._names = {
+            id(tensor): repr(name) for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        }
+        for tensor in self._tensors:
+            if tensor.is_inference():
+                raise ValueError(f"{self._name(tensor)} is of torch.inference_mode, where changes are not counted")
+        self._versions, self._addresses = list(map(version, self._tensors)), list(map(address, self._tensors))
+        self._attributes = [
+            _Attribute(vars(module), name, value, of)
+            for module, of in self._modules.items()
+            for name, value in vars(module).items()
+            if isinstance(value, PLAIN) or id(value) in others
+        ]
+        self._held_before, self._owners_before = list(map(dict, self._held)), list(map(dict, self._owners))
+        # One element may be equal, and yet another tensor.
+        single = [
+            (held, name, value)
+            for held in chain(self._held, self._owners)
+            for name, value in held.items()
+            if isinstance(value, torch.Tensor) and value.numel() < 2
+        ]
+        self._single = [[each[index] for each in single] for index in range(3)]
+
+    def change(self) -> str | None:
+        """What is not as it was, in words; None where all is."""
+        if (
+            list(map(version, self._tensors)) == self._versions
+            and list(map(address, self._tensors)) == self._addresses
+            and not any(self._hooks)
+            and all(map(is_, map(dict.get, *self._single[:2]), self._single[2]))
+            and self._is_equal()
+        ):
+            return None
+        return self._first_change()
+
+    def _is_equal(self):
+        """Whether all that the modules hold is what it was, or equal. A dictionary looks at identities first, in C, so
+        that this takes a fraction of the time of a loop."""
+        try:
+            return self._held == self._held_before and self._owners == self._owners_before
+        except Exception:  # another tensor, of which the truth of being equal is ambiguous; or whatever __eq__ raises
+            return False
+
+    def _first_change(self):
+        """The change, looked for one after the other; None where what is new is equal, or hooks of this package."""
+        for attribute in self._attributes:
+            now = attribute.owner.get(attribute.name)
+            if now is not attribute.value and not _equal(now, attribute.value):
+                return f"{attribute} is {_shown(now)}, and was {_shown(attribute.value)}"
+        parts = set(map(id, _parts(self._held)))
+        for part in self._parts:
+            if id(part) not in parts:
+                return f"{self._name(part)} has been replaced or removed"
+        if list(map(id, _parts(self._held))) != self._ids:
+            return "weights, buffers or modules have been added"
+        for tensor, before, at in zip(self._tensors, self._versions, self._addresses):
+            if tensor._version != before:
+                return f"{self._name(tensor)} has been changed in place"
+            if tensor.data_ptr() != at:
+                return f"{self._name(tensor)} is elsewhere: another device, dtype or memory format, or new .data"
+        for of, owner, before in zip(self._modules.values(), self._owners, self._owners_before):
+            for name, value in list(owner.items()):
+                if name not in before and (isinstance(value, PLAIN) or name == "forward"):
+                    return f"{of} has a new attribute, {name}"
+        return self.hook()
+
+    def hook(self) -> str | None:
+        """A hook on the model, or on all modules, that is not of a call of this package; None without one."""
+        for of, hooks in zip(self._hooked, self._hooks):
+            for hook in list(hooks.values()):
+                if not is_of_call(hook):
+                    return f"{of} has a hook, {getattr(hook, '__qualname__', _type(hook))}"
+        return None
+
+    def _name(self, part):
+        if isinstance(part, nn.Module):
+            return self._modules.get(part, _type(part))
+        return self._names.get(id(part), "a tensor that it uses")
+
+
+def _parts(held):
+    return chain.from_iterable(map(dict.values, held))
+
+
+def _equal(now, before):
+    if type(now) is not type(before) or isinstance(now, torch.Tensor):
+        return False
+    try:
+        return bool(now == before)
+    except Exception:  # tensors in a tuple
+        return False
+
+
+def _shown(value):
+    return _type(value) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _type(value):
+    return type(value).__name__

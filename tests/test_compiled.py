@@ -1,0 +1,416 @@
+"""`CFCAM(compile=True)`: the eager maps and labels, from programs; a model that changes is refused, and never touched.
+
+Inductor itself compiles two small networks here. The rest is tested with the graphs as they are before Inductor, run
+node by node: what is noted of a network, where it is cut, and when it may be used.
+"""
+
+import copy
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from networks import vit
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from cfcam_gpu import CFCAM, CFCAMConfig, compiled, programs
+from cfcam_gpu.programs import NotCompiled
+from cfcam_gpu.unchanged import Watch
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "seed", "compiled_is_quicker"),
+    pytest.mark.filterwarnings("ignore:maps are zero everywhere"),  # random networks
+    pytest.mark.filterwarnings("error:.* runs uncompiled"),
+]
+
+SIZE = 48
+
+
+@pytest.fixture
+def compiled_is_quicker(monkeypatch):
+    """Of networks as small as these the times say nothing: what is timed last, the network itself, takes longer."""
+    times = iter(range(10**6))
+    monkeypatch.setattr(compiled, "_quickest", lambda function, device: (function(), next(times))[1])
+
+
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """The graphs, as they are; returns the growing list of them."""
+    made = []
+
+    def as_it_is(graph, inputs):
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(programs, "_compiled", as_it_is)
+    return made
+
+
+class Residual(nn.Module):
+    """Batch norm, in-place layers, a shortcut around them, and an output that is a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.side = nn.Conv2d(8, 16, 1, 2)
+        self.head = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 7)
+        for norm in (self.stem[1], self.body[1]):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+
+    def forward(self, images, scale=1.0):
+        images.mul_(scale)
+        stem = self.stem(images)
+        found = self.body(stem)
+        found += self.side(stem)
+        found = self.head(found.relu_()).relu()
+        return {"logits": self.fc(found.mean((2, 3))), "stem": stem, "n": 3}
+
+
+def transformer():
+    model = vit(SIZE, layers=2)
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+NETWORKS = {
+    "residual": lambda: Residual().eval(),
+    "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval(),
+    "vit": transformer,
+}
+
+
+def images(n=2, size=SIZE):
+    return torch.randn(n, 3, size, size)
+
+
+def scores(output):
+    return output["logits"] if isinstance(output, dict) else output
+
+
+def targets():
+    """Of two images."""
+
+    def score(output):
+        return scores(output)[2] ** 2 - scores(output)[1]
+
+    callables = [lambda output: scores(output)[1], score]
+    return {
+        "the top class": {},
+        "indices": {"targets": [3, 0]},
+        "a tensor of several": {"targets": torch.tensor([[3, 1, 0], [2, 5, 6]])},
+        "the top three": {"top": 3},
+        "callables": {"targets": callables},
+        "several callables": {"targets": [callables, callables[::-1]]},
+    }
+
+
+def close(found, expected):
+    """Maps within 1e-4, the same labels, and outputs but for rounding."""
+    torch.testing.assert_close(found.maps, expected.maps, atol=1e-4, rtol=0)
+    assert torch.equal(found.labels, expected.labels)
+    one, other = scores(found.outputs), scores(expected.outputs)
+    torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=0)
+    assert not one.requires_grad and expected.maps.any()
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_inductor(name):
+    model, some = NETWORKS[name](), images()
+    before, order = copy.deepcopy(model.state_dict()), [str(each) for each in model.modules()]
+    cam, eager = CFCAM(model, compile=True), CFCAM(model)
+    for options in targets().values():
+        close(cam.explain(some, **options), eager.explain(some, **options))
+    assert cam._found._watch is not None
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) and after[key].stride() == before[key].stride() for key in before)
+    assert [str(each) for each in model.modules()] == order and all(each.grad is None for each in model.parameters())
+    assert cam(some).shape == (2, SIZE, SIZE)
+    frozen = model.fc if name == "residual" else model.heads.head
+    with torch.no_grad():
+        frozen.weight.mul_(2)
+    with pytest.raises(ValueError, match="weight' has been changed in place"):
+        cam.maps(some)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_graphs(no_inductor, name):
+    model, some = NETWORKS[name](), images()
+    kept = some.clone()
+    cam, eager = CFCAM(model, compile=True), CFCAM(model)
+    for options in targets().values():
+        close(cam.explain(some, **options), eager.explain(some, **options))
+        assert torch.equal(some, kept)
+    assert len(no_inductor) == 2 and cam.guide_names == eager.guide_names
+    # Other images than it was compiled with, of the same kind.
+    other = images()
+    close(cam.explain(other), eager.explain(other))
+    assert len(no_inductor) == 2
+
+
+def test_layers_and_guides(no_inductor):
+    model, some = NETWORKS["resnet"](), images()
+    for options in (
+        {"target_layers": [model.layer4, model.layer2]},
+        {"target_layers": [model.layer1[0].conv1, model.layer3], "guide_layer": [None, model.layer2]},
+        {"target_layers": [model.layer3], "config": CFCAMConfig.paper()},
+        {"target_layers": [model.layer4], "config": CFCAMConfig(margin_temperature=0)},
+    ):
+        found, expected = (CFCAM(model, compile=each, **options).explain(some) for each in (True, False))
+        torch.testing.assert_close(found.maps, expected.maps, atol=1e-4, rtol=0)
+    assert len(no_inductor) == 8
+
+
+def test_inputs_and_outputs_are_as_the_networks(no_inductor):
+    model, some = NETWORKS["residual"](), images()
+    cam, eager = CFCAM(model, compile=True), CFCAM(model)
+    found, expected = cam.explain(some, scale=2.0), eager.explain(some, scale=2.0)
+    close(found, expected)
+    assert found.outputs["n"] == 3
+    torch.testing.assert_close(found.outputs["stem"], expected.outputs["stem"])
+    for _ in range(2):  # another constant is another program
+        close(cam.explain(some, scale=3.0), eager.explain(some, scale=3.0))
+    assert len(no_inductor) == 4
+    found = cam.explain(some.to(memory_format=torch.channels_last), scale=3.0)
+    close(found, eager.explain(some, scale=3.0))
+    assert len(no_inductor) == 4
+    with pytest.raises(ValueError, match="target"):
+        cam.maps(some, [70, 0], scale=2.0)
+    with pytest.raises(ValueError, match="that no gradient flows back from"):
+        cam.maps(some, [lambda output: output["stem"].sum()] * 2, scale=2.0)
+
+
+def test_a_further_kind_of_inputs_is_compiled_when_it_comes_again(no_inductor, monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_PROGRAMS", 2)
+    model = NETWORKS["residual"]()
+    cam, eager = CFCAM(model, [model.head], compile=True), CFCAM(model, [model.head])
+    for n, of_programs in ((2, 1), (1, 1), (1, 2), (2, 2), (1, 2), (3, 2)):
+        some = images(n)
+        close(cam.explain(some), eager.explain(some))
+        assert len(no_inductor) == 2 * of_programs, n
+    with pytest.warns(UserWarning, match="compiled for 2 other kinds of inputs already"):
+        cam.maps(images(3))
+
+
+CHANGES = {
+    "training of 'stem.1' is True": lambda model: model.stem[1].train(),
+    "stem.0.weight' has been changed in place": lambda model: model.stem[0].weight.detach().mul_(2),
+    "body.1.running_mean' has been changed in place": lambda model: model.body[1].running_mean.zero_(),
+    "'fc.weight' has been changed in place": lambda model: model.load_state_dict(model.state_dict()),
+    "fc.weight' has been replaced": lambda model: setattr(model.fc, "weight", nn.Parameter(model.fc.weight * 2)),
+    "num_batches_tracked' has been rep": lambda model: setattr(model.stem[1], "num_batches_tracked", torch.tensor(0)),
+    "'fc' has been replaced": lambda model: setattr(model, "fc", nn.Linear(16, 7)),
+    "(is elsewhere|has been replaced)": lambda model: model.double(),
+    "'side.weight' is elsewhere": lambda model: model.side.to(memory_format=torch.channels_last),
+    "'fc.bias' is elsewhere": lambda model: setattr(model.fc.bias, "data", torch.zeros(7)),
+    "stride of 'side'": lambda model: setattr(model.side, "stride", (1, 1)),
+    "'head' has a new attribute, forward": lambda model: setattr(model.head, "forward", lambda x: x),
+    "'body' has a hook": lambda model: model.body.register_forward_hook(lambda *_: None),
+    "'body.2' has a hook": lambda model: model.body[2].register_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_changed_model_is_refused(no_inductor, said):
+    model, some = NETWORKS["residual"](), images()
+    cam = CFCAM(model, compile=True)
+    expected = cam.maps(some)
+    model.eval().requires_grad_(False)  # no change
+    model.zero_grad()
+    with torch.no_grad():
+        model(some)
+        CFCAM(model).maps(some)
+        assert torch.equal(cam.maps(some), expected)
+        CHANGES[said](model)
+    with (
+        pytest.raises(ValueError, match=f"model must be as it was when it was compiled, but .*{said}"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".* is in training mode")
+        cam.maps(some)
+
+
+def test_a_hook_on_all_modules_is_refused(no_inductor):
+    cam = CFCAM(NETWORKS["residual"](), compile=True)
+    cam.maps(images())
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="every module has a hook"):
+            cam.maps(images())
+    finally:
+        handle.remove()
+    cam.maps(images())  # as it was again
+
+
+def test_what_is_not_to_be_compiled_is_refused(no_inductor):
+    model = NETWORKS["residual"]()
+    cam = CFCAM(model, [model.head], compile=True)
+    model.body.train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cam.maps(images())
+    model.eval()
+    handle = model.body.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="'body' has a hook"):
+        cam.maps(images())
+    handle.remove()
+    cam.maps(images())
+    with pytest.raises(TypeError, match="compile must be a bool, got str"):
+        CFCAM(model, compile="yes")
+
+
+class Odd(nn.Sequential):
+    def __init__(self, what):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        self.what, self.calls = what, 0
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, images):
+        return super().forward(self.what(self, images))
+
+
+def counts(model, images):
+    model.calls += 1
+    return images
+
+
+def keeps(model, images):
+    model.seen += images.mean()
+    return images
+
+
+ODD = {
+    "depends on the values|value out of": lambda model, images: images if images.max() > 0 else -images,
+    "aten.nonzero": lambda model, images: images + images.mean((1, 2, 3)).nonzero().sum(),
+    "aten.index": lambda model, images: images + images[images > 0].mean(),
+    "is random": lambda model, images: images + 1e-9 * torch.randn_like(images),
+    "a pass changes the model: calls": counts,
+    "changes a tensor of the model's": keeps,
+}
+
+
+@pytest.mark.parametrize("said", ODD)
+def test_what_cannot_be_compiled_runs_eagerly_and_says_why(no_inductor, said):
+    model, some = Odd(ODD[said]).eval(), images()
+    cam = CFCAM(model, [model[1]], compile=True)
+    with pytest.warns(UserWarning, match=f"Odd runs uncompiled: .*({said})"):
+        found = cam.maps(some)
+    torch.testing.assert_close(found, CFCAM(model, [model[1]]).maps(some), atol=1e-4, rtol=0)
+    cam.maps(some)  # once is enough
+
+
+def test_a_program_that_computes_something_else_is_found_out(monkeypatch):
+    def wrong(graph, inputs):
+        return lambda *given: [1.1 * each for each in graph(*given)]
+
+    monkeypatch.setattr(programs, "_compiled", wrong)
+    model, some = NETWORKS["residual"](), images()
+    with pytest.warns(UserWarning, match="the program's outputs differ from the network's"):
+        found = CFCAM(model, compile=True).maps(some)
+    assert torch.equal(found, CFCAM(model).maps(some))
+
+
+def test_without_a_compiler(monkeypatch):
+    def fails(graph, inputs):
+        raise NotCompiled("Inductor failed: InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(programs, "_compiled", fails)
+    model, some = NETWORKS["residual"](), images()
+    with pytest.warns(UserWarning, match=r"No working C\+\+ compiler"):
+        assert torch.equal(CFCAM(model, compile=True).maps(some), CFCAM(model).maps(some))
+
+
+def test_where_the_network_is_quicker_it_goes_on(no_inductor, monkeypatch):
+    times = iter((2.0, 1.0))
+    monkeypatch.setattr(compiled, "_quickest", lambda function, device: next(times))
+    model, some = NETWORKS["residual"](), images()
+    cam = CFCAM(model, compile=True)
+    with pytest.warns(UserWarning, match="uncompiled: that is quicker"):
+        assert torch.equal(cam.maps(some), CFCAM(model).maps(some))
+    with torch.no_grad():
+        model.fc.weight.mul_(2)  # nothing is compiled, so nothing is refused
+    assert torch.equal(cam.maps(some), CFCAM(model).maps(some))
+
+
+def test_threads(no_inductor):
+    model, some = NETWORKS["residual"](), [images() for _ in range(8)]
+    cam, eager = CFCAM(model, compile=True), CFCAM(model)
+    expected = [eager.explain(each) for each in some]
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(cam.explain, each) for each in some]
+        others = [pool.submit(eager.explain, each) for each in some]
+        for one, other in zip(found, expected):
+            close(one.result(), other)
+        assert all(torch.equal(one.result().maps, other.maps) for one, other in zip(others, expected))
+    assert len(no_inductor) == 2
+
+
+def test_copies_compile_for_themselves(no_inductor):
+    model, some = NETWORKS["residual"](), images()
+    cam = CFCAM(model, compile=True)
+    expected = cam.maps(some)
+    for other in (copy.deepcopy(cam), pickle.loads(pickle.dumps(cam))):
+        assert torch.equal(other.maps(some), expected)
+        with torch.no_grad():
+            other.model.fc.weight.mul_(2)
+        with pytest.raises(ValueError, match="changed in place"):
+            other.maps(some)
+    assert len(no_inductor) == 6 and torch.equal(cam.maps(some), expected)
+
+
+def test_in_inference_mode(no_inductor):
+    model = NETWORKS["residual"]()
+    cam = CFCAM(model, compile=True)
+    with torch.inference_mode():
+        some = images()
+        found = cam.explain(some, top=2)
+    close(found, CFCAM(model).explain(some, top=2))
+    close(cam.explain(some.clone(), top=2), found)
+
+
+def test_autocast_is_another_program(no_inductor):
+    model, some = NETWORKS["residual"](), images()
+    cam, eager = CFCAM(model, compile=True), CFCAM(model)
+    cam.maps(some)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = cam.explain(some), eager.explain(some)
+    assert len(no_inductor) == 4 and found.outputs["logits"].dtype == torch.bfloat16
+    torch.testing.assert_close(found.maps, expected.maps, atol=1e-2, rtol=0)
+
+
+def test_weights_of_inference_mode_are_not_compiled(no_inductor):
+    with torch.inference_mode():
+        model = NETWORKS["residual"]()
+    with pytest.warns(UserWarning, match="is of torch.inference_mode, where changes are not counted"):
+        CFCAM(model, [model.head], compile=True).maps(images())
+
+
+def test_a_watch_of_what_a_program_has_read():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.scale = torch.ones(2)
+    watch = Watch(model, [model.scale])
+    assert watch.change() is None
+    model.scale.mul_(1)
+    assert watch.change() == "a tensor that it uses has been changed in place"
+    watch = Watch(model, [model.scale])
+    model.scale = torch.ones(2)
+    assert watch.change() == "scale of Sequential is Tensor, and was Tensor"
+
+
+def test_command_line(no_inductor, run, tmp_path):
+    from PIL import Image
+
+    photograph = tmp_path / "noise.png"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(photograph)
+    options = ("--model", "torchvision:resnet18:random", "--out", tmp_path / "out")
+    status, _, said = run("explain", photograph, *options, "--compile")
+    assert status == 0, said
+    assert len(no_inductor) == 2
+    status, _, said = run("explain", photograph, *options, "--compile", "--method", "gradcam")
+    assert status == 2 and "--compile is for --method cfcam" in said

@@ -47,8 +47,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         ValueError: it is no such file.
     """
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
-        found = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+        found = loader.load_metadata_from_package(str(path), "model")
     except RuntimeError as error:
         raise ValueError(f"{path}: not a file of cfcam_gpu.export: {str(error).splitlines()[0]}") from error
     if "cfcam_gpu" not in found:
@@ -157,7 +158,7 @@ def _preprocess(metadata) -> "Preprocess | None":
 
     if "mean" not in metadata:
         return None
-    numbers = {
+    numbers: dict[str, Any] = {
         name: tuple(map(kind, metadata[name].split())) or None
         for name, kind in {"size": int, "resize": int, "mean": float, "std": float}.items()
     }

@@ -194,14 +194,15 @@ def started(command, port):
     path = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
     command = [*command, "--port", str(port)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
-    for _ in range(600):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-            return process
-        if process.poll() is not None:
-            break
-        time.sleep(0.1)
-    end(process)
-    raise RuntimeError(f"the server has not started: {' '.join(command)}")
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                return process
+            time.sleep(0.1)
+        raise RuntimeError(f"the server has not started: {' '.join(command)}")
+    except BaseException:
+        end(process)
+        raise
 
 
 def end(process):

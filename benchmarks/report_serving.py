@@ -46,8 +46,8 @@ def load_table(results):
         f"{markdown(header, body)}\n\n{row['clients']} clients, {row['seconds']:.0f} s, {row['photos']} photographs,"
         " EfficientNet-Lite0; the clients run on the same cores. Broken requests are mixed in; a wrong answer is any"
         " other than 200 to a sound request, and any other than its 413 or 422 to a broken one. Of the last line:"
-        f" {kinds}."
-        f" In the end SIGTERM, while all clients go on. {_about(row)}"
+        f" {kinds}. In the end SIGTERM, while all clients go on. Beside the load, other processes took"
+        f" {' and '.join(number(each['cores_of_others']) for each in found)} cores. {_about(row)}"
     )
 
 

@@ -1,5 +1,6 @@
 """The network behind a server: batches of pictures in, probabilities and maps on the host out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,9 +93,10 @@ class Engine:
     """
 
     def __init__(self, model: str | nn.Module | tuple = "demo", **options: Any) -> None:
-        given = None
+        load: Callable[[], models.LoadedModel] | None = None
         if not isinstance(model, str):
             given = models.loaded_from(model, "model must be a spec, or")
+            load = lambda: given
             model = type(given.model).__name__
             if given.model.training:
                 raise ValueError(f"model must be in evaluation mode, got {model} in training mode: call model.eval()")
@@ -102,7 +104,7 @@ class Engine:
                 raise TypeError("device is of a model by name; a module runs where it is")
             options["device"] = next((each.device for each in given.model.parameters()), torch.device("cpu"))
         self.options = running.check(running.Options(Path(), model, top=1, **options))
-        self.loaded = running.load(self.options, None if given is None else lambda: given)
+        self.loaded = running.load(self.options, load)
         if self.loaded.n_axes != 2:
             raise running.Refused(f"pictures are served, {model} takes scans and videos")
         self._explaining = _Explaining(self.options, self.loaded)

@@ -292,15 +292,19 @@ def test_engines_that_are_refused(folder):
         serving.Engine("served_networks:build", layer="nothing")
 
 
-def test_a_module_of_ones_own(folder, engine):
-    made = __import__("served_networks").build()
-    with pytest.raises(ValueError, match="model must be in evaluation mode, got Sequential in training mode"):
-        serving.Engine(made)
-    own = serving.Engine((made[0].eval(), *made[1:]))
-    assert own.options.model == "Sequential"
-    assert ask(own, "/explain").body == ask(engine, "/explain").body
-    with pytest.raises(TypeError, match="a module runs where it is"):
-        serving.Engine(made, device=torch.device("cpu"))
+def test_a_module_of_ones_own_stays_as_it_is(folder, engine):
+    module, *rest = __import__("served_networks").build()
+    ends = torch.nn.Sequential(module, torch.nn.Softmax(1)).train()
+    inputs = engine.loaded.preprocess(photograph())[None]
+    before = ends(inputs)
+    own = serving.Engine((ends, *rest))
+    assert own.options.model == "Sequential" and any("softmax" in note for note in own.notes)
+    said, expected = ask(own, "/explain").said, ask(engine, "/explain").said
+    np.testing.assert_allclose(map_of(said), map_of(expected), atol=2e-3)
+    assert [each["name"] for each in said["classes"]] == [each["name"] for each in expected["classes"]]
+    assert ends.training and not ends._forward_hooks and torch.equal(ends(inputs), before)
+    with pytest.raises(TypeError, match="a module serves where it is"):
+        serving.Engine(module, device=torch.device("cpu"))
     with pytest.raises(TypeError, match="model must be a spec, or a torch.nn.Module"):
         serving.Engine(7)
 

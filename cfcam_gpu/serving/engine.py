@@ -1,7 +1,8 @@
 """The network behind a server: batches of pictures in, probabilities and maps on the host out."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,13 +78,13 @@ class Engine:
     """A network, ready to explain: its layer is found, and a first picture of noise has been explained.
 
     Args:
-        model: as for `load_model`; or a module in evaluation mode, alone or as (module, preprocess, class_names), which
-            runs where it is.
+        model: as for `load_model`; or a module, alone or as (module, preprocess, class_names), of which a copy serves,
+            in evaluation mode, on the same device.
         options: those of `datasets.Options` that say how a picture is explained: ``labels``, ``multilabel``, ``layer``,
             ``method``, ``paper``, ``backend``, and of a model by name ``device``.
 
     Raises:
-        ValueError: the options cannot be carried out, the network takes volumes, or a module is in training mode.
+        ValueError: the options cannot be carried out, or the network takes volumes.
         TypeError: an option is unknown, or the model is of another kind.
         As `load_model`.
 
@@ -96,12 +97,12 @@ class Engine:
         load: Callable[[], models.LoadedModel] | None = None
         if not isinstance(model, str):
             given = models.loaded_from(model, "model must be a spec, or")
-            load = lambda: given
+            # A copy, because the caller's own is to keep its mode, and its outputs where they are probabilities.
+            served = replace(given, model=copy.deepcopy(given.model).eval())
+            load = lambda: served
             model = type(given.model).__name__
-            if given.model.training:
-                raise ValueError(f"model must be in evaluation mode, got {model} in training mode: call model.eval()")
             if "device" in options:
-                raise TypeError("device is of a model by name; a module runs where it is")
+                raise TypeError("device is of a model by name; a module serves where it is")
             options["device"] = next((each.device for each in given.model.parameters()), torch.device("cpu"))
         self.options = running.check(running.Options(Path(), model, top=1, **options))
         self.loaded = running.load(self.options, load)

@@ -12,7 +12,7 @@ from starlette.routing import Mount, Route
 
 from cfcam_gpu import serving
 
-network = torchvision.models.resnet18(weights=None).eval()  # or (network, preprocess, class_names)
+network = torchvision.models.resnet18(weights=None)  # or (network, preprocess, class_names)
 explaining = serving.application(serving.Engine(network), serving.Limits(max_queue=64, batch_size=16))
 
 

@@ -312,7 +312,7 @@ def _add_serve(commands):
     )
     specs = "a SPEC as explain's --model takes it (default: demo)"
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=specs)
-    serving_command.add_arguments(parser, _seconds)
+    serving_command.add_arguments(parser)
     _add_model_options(parser)
     parser.set_defaults(run=serving_command.run)
 

@@ -678,7 +678,7 @@ def test_sigterm_under_load_leaves_no_answer_half_sent(process, tmp_path, monkey
 
 
 def test_a_client_that_hangs_does_not_hold_up_the_end(process):
-    server, port = process("build", "--grace-s", "0.5")
+    server, port = process("build", "--grace-s", "1")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.putrequest("POST", "/explain")
     connection.putheader("content-length", "1000")

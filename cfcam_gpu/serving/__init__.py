@@ -32,14 +32,14 @@ def application(engine: Engine, limits: Limits | None = None) -> Any:
 
 
 def serve(
-    engine: Engine, limits: Limits | None = None, host: str = "127.0.0.1", port: int = 8000, grace_s: float = 30.0
+    engine: Engine, limits: Limits | None = None, host: str = "127.0.0.1", port: int = 8000, grace_s: int = 30
 ) -> int:
     """Serve until SIGTERM or SIGINT: then nothing more is accepted, and what has begun is answered.
 
     Args:
         engine, limits: as for `application`.
         host, port: where; port 0 is any that is free. The address is printed.
-        grace_s: seconds for what has begun; what then still runs is cut off.
+        grace_s: whole seconds for what has begun; what then still runs is cut off.
 
     Returns:
         Exit status: 0, or 1 when something was cut off.

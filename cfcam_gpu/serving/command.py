@@ -1,9 +1,7 @@
 """``cfcam serve``: its options, and what it starts."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 from cfcam_gpu import serving
 
@@ -11,12 +9,12 @@ ENGINE = ("labels", "multilabel", "layer", "method", "paper", "backend", "device
 """Options that say how a picture is explained, by their names in `datasets.Options`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, number: Callable[[str], Any]) -> None:
-    """The address and the limits; ``number`` reads a positive number of seconds."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The address and the limits."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
     add("--port", type=_whole, default=8000, metavar="N", help="0: any that is free (default: %(default)s)")
-    add("--grace-s", type=number, default=30.0, metavar="S", help="after SIGTERM, for what has begun (default: 30)")
+    add("--grace-s", type=_whole, default=30, metavar="S", help="after SIGTERM, for what has begun (default: 30)")
     for limit in fields(serving.Limits):
         about = limit.metadata
         add(

@@ -28,7 +28,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(app: Any, host: str, port: int, grace_s: float) -> int:
+def serve(app: Any, host: str, port: int, grace_s: int) -> int:
     """As `cfcam_gpu.serving.serve`, of what `application` returns."""
     with contextlib.closing(_listening(host, port)) as listener:
         config = uvicorn.Config(

@@ -118,8 +118,9 @@ class ExportedCFCAM:
 
         Raises:
             TypeError: the images are no tensor, or of another dtype; targets are callables.
-            ValueError: another size, or no images; a wrong number of targets; a class out of range.
-            RuntimeError: NaN or infinity in the images, on a CPU.
+            ValueError: another size, or no images; a wrong number of targets; a class out of range; on a CPU, NaN or
+                infinity.
+            RuntimeError: the file's own, as where values overflow within the model.
         """
         return self.explain(input_tensor, targets).maps
 
@@ -136,8 +137,13 @@ class ExportedCFCAM:
             chosen = torch.full((len(images),), TOP, device=self.device)
         else:
             chosen = classes_on(self.device, chosen, self.n_classes)
-        with torch.no_grad():
-            logits, maps, classes = self._run(images, chosen)
+        try:
+            with torch.no_grad():
+                logits, maps, classes = self._run(images, chosen)
+        except RuntimeError as error:  # the file's own says only how many values are
+            if not images.isfinite().all():
+                raise ValueError("input_tensor must be finite, got NaN or infinite values") from error
+            raise
         self._latest.outputs, self._latest.classes = logits, classes
         return Explanation(maps, logits, classes, None, None)
 

@@ -47,8 +47,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         ValueError: it is no such file.
     """
+    from torch._C import _aoti
+
+    reader: Any = _aoti  # its types say less than it has
     try:
-        found = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+        found = reader.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
     except RuntimeError as error:
         raise ValueError(f"{path}: not a file of cfcam_gpu.export: {str(error).splitlines()[0]}") from error
     if "cfcam_gpu" not in found:
@@ -99,7 +102,7 @@ class ExportedCFCAM:
         self.config = CFCAMConfig(**json.loads(metadata["config"]))
         names = json.loads(metadata["class_names"])
         self.class_names = {int(key): name for key, name in names.items()} if isinstance(names, dict) else names
-        self.preprocess = _preprocess(metadata)
+        self.preprocess: Preprocess | None = _preprocess(metadata)
 
     @property
     def outputs(self) -> torch.Tensor | None:
@@ -158,7 +161,7 @@ class ExportedCFCAM:
         return images.detach().to(self.device).contiguous()  # the compiled code reads what it was compiled for
 
 
-def _preprocess(metadata) -> "Preprocess | None":
+def _preprocess(metadata):
     from cfcam_gpu.models import Preprocess
 
     if "mean" not in metadata:

@@ -38,7 +38,9 @@ def load(path: str | os.PathLike) -> "ExportedCFCAM":
         raise FileNotFoundError(f"path must be a file of cfcam_gpu.export, got {str(path)!r}: no such file")
     metadata = read_metadata(path)
     _check_here(path, metadata)
-    return ExportedCFCAM(torch._inductor.aoti_load_package(str(path)), metadata)
+    from torch._inductor import aoti_load_package  # takes a second, and may not be needed
+
+    return ExportedCFCAM(aoti_load_package(str(path)), metadata)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

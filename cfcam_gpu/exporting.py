@@ -286,6 +286,7 @@ def _first_line(error):
 
 
 def _compile(graph, images, part, metadata):
+    from torch._inductor import aoti_compile_and_package
     from torch.export import Dim
     from torch.export import export as export_graph
 
@@ -296,7 +297,7 @@ def _compile(graph, images, part, metadata):
         raise ValueError(f"the graph takes no other number of images: {_first_line(error)}") from error
     # As many threads as the process has that loads the file, not as this one has.
     options = {"aot_inductor.metadata": metadata, "cpp.dynamic_threads": True}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(part), inductor_configs=options)
+    aoti_compile_and_package(program, package_path=str(part), inductor_configs=options)
 
 
 def _compare(part, images, cam):

@@ -27,7 +27,7 @@ test: .venv/test.stamp
 test-ray: .venv/test.stamp .venv/ray.stamp
 	$(BIN)/python -m pytest tests/test_ray.py
 
-# Not part of make test, because compilers run: five minutes on two cores.
+# Not part of make test, because compilers run for minutes.
 test-export: .venv/test.stamp
 	$(BIN)/python -m pytest tests/test_export.py
 

@@ -38,7 +38,9 @@ def load(path: str | os.PathLike) -> "ExportedCFCAM":
         raise FileNotFoundError(f"path must be a file of cfcam_gpu.export, got {str(path)!r}: no such file")
     metadata = read_metadata(path)
     _check_here(path, metadata)
-    return ExportedCFCAM(torch._inductor.aoti_load_package(str(path)), metadata)
+    from torch._inductor import aoti_load_package  # takes a second, and may not be needed
+
+    return ExportedCFCAM(aoti_load_package(str(path)), metadata)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -47,9 +49,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         ValueError: it is no such file.
     """
-    loader: Any = torch._C._aoti.AOTIModelPackageLoader
+    from torch._C import _aoti
+
+    reader: Any = _aoti  # its types say less than it has
     try:
-        found = loader.load_metadata_from_package(str(path), "model")
+        found = reader.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
     except RuntimeError as error:
         raise ValueError(f"{path}: not a file of cfcam_gpu.export: {str(error).splitlines()[0]}") from error
     if "cfcam_gpu" not in found:
@@ -100,7 +104,7 @@ class ExportedCFCAM:
         self.config = CFCAMConfig(**json.loads(metadata["config"]))
         names = json.loads(metadata["class_names"])
         self.class_names = {int(key): name for key, name in names.items()} if isinstance(names, dict) else names
-        self.preprocess = _preprocess(metadata)
+        self.preprocess: Preprocess | None = _preprocess(metadata)
 
     @property
     def outputs(self) -> torch.Tensor | None:
@@ -119,8 +123,9 @@ class ExportedCFCAM:
 
         Raises:
             TypeError: the images are no tensor, or of another dtype; targets are callables.
-            ValueError: another size, or no images; a wrong number of targets; a class out of range.
-            RuntimeError: NaN or infinity in the images, on a CPU.
+            ValueError: another size, or no images; a wrong number of targets; a class out of range; on a CPU, NaN or
+                infinity.
+            RuntimeError: the file's own, as where values overflow within the model.
         """
         return self.explain(input_tensor, targets).maps
 
@@ -137,8 +142,13 @@ class ExportedCFCAM:
             chosen = torch.full((len(images),), TOP, device=self.device)
         else:
             chosen = classes_on(self.device, chosen, self.n_classes)
-        with torch.no_grad():
-            logits, maps, classes = self._run(images, chosen)
+        try:
+            with torch.no_grad():
+                logits, maps, classes = self._run(images, chosen)
+        except RuntimeError as error:  # the file's own says only how many values are
+            if not images.isfinite().all():
+                raise ValueError("input_tensor must be finite, got NaN or infinite values") from error
+            raise
         self._latest.outputs, self._latest.classes = logits, classes
         return Explanation(maps, logits, classes, None, None)
 
@@ -153,7 +163,7 @@ class ExportedCFCAM:
         return images.detach().to(self.device).contiguous()  # the compiled code reads what it was compiled for
 
 
-def _preprocess(metadata) -> "Preprocess | None":
+def _preprocess(metadata):
     from cfcam_gpu.models import Preprocess
 
     if "mean" not in metadata:

@@ -218,13 +218,22 @@ def test_a_model_in_training_mode_is_refused(tmp_path):
 
 def test_maps_that_are_not_those_of_cfcam_are_refused(model, graph, metadata, tmp_path, monkeypatch):
     """The comparison is what finds what tracing has lost; with the graph in the file's place."""
-    cam, images = CFCAM(model, [model[2]]), exporting._some_images(torch.randn(1, *SIZE))
-    expected = cam.maps(images)
-    monkeypatch.setattr(exported, "load", lambda path: exported.ExportedCFCAM(graph, metadata))
-    exporting._compare(tmp_path / "model.pt2", images, expected, cam)
-    for wrong in (torch.zeros_like(expected), expected.flip(0)):
+    cam, images, maps = CFCAM(model, [model[2]]), exporting._some_images(torch.randn(1, *SIZE)), {}
+
+    def run(images, classes):
+        logits, found, classes = graph(images, classes)
+        return logits, maps["of"](found), classes
+
+    monkeypatch.setattr(exported, "load", lambda path: exported.ExportedCFCAM(run, metadata))
+    maps["of"] = lambda found: found
+    exporting._compare(tmp_path / "model.pt2", images, cam)
+    for maps["of"] in (torch.zeros_like, lambda found: found.flip(0), lambda found: found + 0.001):
         with pytest.raises(ValueError, match="the compiled maps differ by"):
-            exporting._compare(tmp_path / "model.pt2", images, wrong, cam)
+            exporting._compare(tmp_path / "model.pt2", images, cam)
+    monkeypatch.setattr(cam, "maps", lambda images, targets: torch.zeros(len(images), *SIZE[1:]))
+    maps["of"] = torch.zeros_like
+    with pytest.raises(ValueError, match="example must have maps that are not zero everywhere"):
+        exporting._compare(tmp_path / "model.pt2", images, cam)
 
 
 def test_the_command_names_what_it_refuses(capsys, tmp_path):
@@ -277,6 +286,7 @@ def test_a_loaded_file_explains_as_cfcam_does(loaded, model, seed):
         (ValueError, r"targets must be class indices in \[0, 10\), got 10", (torch.zeros(1, *SIZE), [10])),
         (ValueError, r"targets must be class indices in \[0, 10\), got -1", (torch.zeros(1, *SIZE), [-1])),
         (ValueError, "expected 1, got 2", (torch.zeros(1, *SIZE), [1, 2])),
+        (ValueError, "input_tensor must be finite", (torch.full((1, *SIZE), torch.nan), [1])),
         (TypeError, "a file has no callables", (torch.zeros(1, *SIZE), [lambda output: output[0]])),
     ],
 )

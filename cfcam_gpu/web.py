@@ -278,6 +278,7 @@ def launch(demo: Demo, port: int | None = PORT, wait: bool = True) -> tuple[Any,
         enable_monitoring=False,
         mcp_server=False,
         pwa=False,
+        run_history=False,  # nor do pictures stay in the browser
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     if wait:

@@ -1,6 +1,6 @@
 """`CFCAM(compile=True)`: the eager maps and labels, from programs; a model that changes is refused, and never touched.
 
-Inductor itself compiles two small networks here. The rest is tested with the graphs as they are before Inductor, run
+Inductor itself compiles two small networks, with ``make test-compiled``. The rest is tested with the graphs as they are before Inductor, run
 node by node: what is noted of a network, where it is cut, and when it may be used.
 """
 
@@ -119,6 +119,7 @@ def close(found, expected):
     assert not one.requires_grad and expected.maps.any()
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", ["residual", "vit"])
 def test_inductor(name):
     model, some = NETWORKS[name](), images()

@@ -1,10 +1,10 @@
 # make demo: explain a photograph of a cat, into demo/chelsea.png.   make test: check the style and the types, run the tests.
 # make lint: the style and the types alone.   make docs: the documentation, into site/.   make test-ray: the tests of Ray.
-# make test-export: the tests of exported files, which compile.
+# make test-compiled: the tests that compile networks and files.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-ray test-export docs
+.PHONY: demo lint test test-ray test-compiled docs
 .DELETE_ON_ERROR:
 
 define LINT
@@ -21,15 +21,15 @@ lint: .venv/lint.stamp
 
 test: .venv/test.stamp
 	$(LINT)
-	$(BIN)/python -m pytest tests -n auto -m "not ray and not export"
+	$(BIN)/python -m pytest tests -n auto -m "not ray and not inductor"
 
 # Not part of make test, because Ray and its workers take longer to begin than most tests to run: two minutes on two cores.
 test-ray: .venv/test.stamp .venv/ray.stamp
 	$(BIN)/python -m pytest tests/test_ray.py
 
-# Not part of make test, because compilers run for minutes.
-test-export: .venv/test.stamp
-	$(BIN)/python -m pytest tests/test_export.py
+# Not part of make test, because Inductor compiles C++: minutes.
+test-compiled: .venv/test.stamp
+	$(BIN)/python -m pytest tests -m inductor
 
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

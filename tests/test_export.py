@@ -1,6 +1,6 @@
 """`export` and `load`: the graph against `CFCAM`, what is refused, and the compiled file in processes of its own.
 
-``make test-export`` compiles; ``make test`` takes the graph that is compiled in the place of the file.
+``make test-compiled`` compiles; ``make test`` takes the graph that is compiled in the place of the file.
 """
 
 import json
@@ -348,7 +348,7 @@ def test_what_is_no_such_file_is_refused(tmp_path):
         cfcam_gpu.load(tmp_path / "other.pt2")
 
 
-# The compiled file: make test-export.
+# The compiled file: make test-compiled.
 
 
 @pytest.fixture(scope="module")
@@ -389,14 +389,14 @@ except RuntimeError:
 """
 
 
-@pytest.mark.export
+@pytest.mark.inductor
 def test_the_file_gives_the_maps_of_cfcam_in_a_fresh_process(compiled):
     expected = compiled.with_name("expected.pt")
     ran = subprocess.run([sys.executable, "-c", FRESH, compiled, expected], capture_output=True, text=True, cwd=ROOT)
     assert (ran.returncode, ran.stdout) == (0, "refused\n"), ran.stderr
 
 
-@pytest.mark.export
+@pytest.mark.inductor
 def test_a_model_that_is_another_in_every_call_is_refused(tmp_path):
     model = Counting().eval()
     with pytest.raises(ValueError, match="the compiled maps differ by"):
@@ -404,7 +404,7 @@ def test_a_model_that_is_another_in_every_call_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.export
+@pytest.mark.inductor
 def test_the_program_in_c_plus_plus_writes_the_map(compiled, tmp_path):
     from PIL import Image
 

@@ -168,10 +168,10 @@ def test_ci_runs_lint_and_the_tests_and_nothing_else():
     assert script.read_text().splitlines()[-1] == "exec make test"
     lint = commands_of("lint")
     assert lint == [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/mypy"]
-    assert commands_of("test") == [*lint, '.venv/bin/python -m pytest tests -n auto -m "not ray and not export"']
-    # What it leaves out, all in one file, has a command of its own.
+    assert commands_of("test") == [*lint, '.venv/bin/python -m pytest tests -n auto -m "not ray and not inductor"']
+    # What it leaves out, has a command of its own.
     assert commands_of("test-ray") == [".venv/bin/python -m pytest tests/test_ray.py"]
-    assert commands_of("test-export") == [".venv/bin/python -m pytest tests/test_export.py"]
+    assert commands_of("test-compiled") == [".venv/bin/python -m pytest tests -m inductor"]
 
 
 def test_one_version_of_each_tool_checks_the_style():

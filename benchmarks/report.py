@@ -360,16 +360,6 @@ def bfloat16_table(results):
     return markdown([*header, "`cfcam:compile`", "largest difference of the maps", "other labels"], body)
 
 
-def first_calls_table(results):
-    """What the first call takes, with and without Inductor's cache on the disk."""
-    body = [
-        [METHODS_ELSEWHERE.get(model, "ResNet-50"), provider, f"{row['seconds']:.0f} s"]
-        for (op, model, _, provider), row in results.compiled.items()
-        if op == "first call"
-    ]
-    return markdown(["first call, batch 1", "", "seconds"], body) if body else NOT_MEASURED
-
-
 COMPILED = (
     *("forward", "forward:channels_last", "forward:compile", "cfcam", "cfcam:compile"),
     *("torch-cam", "captum", "pytorch-grad-cam"),
@@ -491,7 +481,6 @@ TABLES = {
     "export": export_table,
     "compiled": compiled_table,
     "compiled-bfloat16": bfloat16_table,
-    "compiled-first-calls": first_calls_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
     **report_scale.TABLES,

@@ -23,9 +23,9 @@ import torch
 
 from cfcam_gpu import CFCAM, bench, layers
 from cfcam_gpu.bench import timing
+from cfcam_gpu.bench.compiling import Unavailable
 from cfcam_gpu.bench.providers import PROVIDERS
 from cfcam_gpu.bench.run import reason_of
-from cfcam_gpu.bench.trunk import Unavailable
 
 MODELS = {
     "resnet50": "ResNet-50",

@@ -13,8 +13,9 @@ for package in ("torchvision", "tqdm", "sklearn"):
 
 from cfcam_gpu import bench, cli
 from cfcam_gpu.adapters import PEERS
-from cfcam_gpu.bench import providers, rows, run, timing, trunk
+from cfcam_gpu.bench import compiling, providers, rows, run, timing
 from cfcam_gpu.bench.providers import CF_CAM, PROVIDERS, Provider
+from cfcam_gpu.programs import NotCompiled
 
 POINT = {"op", "provider", "method", "model", "layer", "batch", "size", "shape", "dtype"}
 MEASURED = {"median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "maps_per_s", "peak_mib", "memory"}
@@ -247,38 +248,37 @@ def test_peak_memory_is_that_of_the_call():
         assert mib - 2 < peak < mib + 8
 
 
-# The compiled trunk
+# What is compiled
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
-def test_the_halves_are_the_model(name):
-    subject = bench.subject(name, size=224 if name == "vit_b_16" else 64)
-    trunk_, head = trunk.cut(subject.model, subject.layer_name, subject.guide_name)
-    with torch.no_grad():
-        crossing, kept = trunk_(subject.images)
-        assert torch.equal(head(*crossing), subject.model(subject.images))
-    assert (kept is None) == (name == "vit_b_16") and (kept is None or torch.equal(kept, subject.captured[2]))
+def test_compiled_networks(subject, monkeypatch):
+    programs = []
 
+    def as_it_is(graph, *args, **options):
+        programs.append(graph)
+        return graph
 
-def test_compiled_trunk(subject, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    monkeypatch.setattr("cfcam_gpu.programs._compiled", as_it_is)
+    times = iter(range(10**6))  # what is timed last, the network itself, takes longer
+    quickest = lambda function, device: (function(), next(times))[1]
+    monkeypatch.setattr("cfcam_gpu.compiled._quickest", quickest)
     measured = measure(subject, "cfcam:compile", "forward:compile")
-    assert "ratio" in measured["cfcam:compile"] and "ratio" in measured["forward:compile"] and len(compiled) == 1
+    assert "ratio" in measured["cfcam:compile"] and "ratio" in measured["forward:compile"] and len(programs) == 3
 
-    def no_compiler(module, **options):
-        raise RuntimeError("no C++ compiler\nat all")
+    def no_compiler(*args, **options):
+        raise NotCompiled("no C++ compiler\nat all")
 
-    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr("cfcam_gpu.programs._compiled", no_compiler)
     row = measure(subject.with_batch(2), "cfcam:compile")["cfcam:compile"]
-    assert row["not_measured"] == "torch.compile of the trunk failed: no C++ compiler"
+    assert row["not_measured"].startswith("compilation failed: ") and row["not_measured"].endswith(": no C++ compiler")
 
 
-def test_compiling_has_a_budget(subject, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda images: time.sleep(30))
+def test_compiling_has_a_budget():
     start = time.monotonic()
-    failed = trunk.compiled_halves(subject.model, subject.layer_name, subject.images, budget_s=0.1)
-    assert time.monotonic() - start < 10 and str(failed).endswith("it took more than 0.1 s")
+    with pytest.raises(compiling.Unavailable, match="it took more than 0.1 s$"):
+        compiling.compiled(lambda: time.sleep(30), budget_s=0.1)
+    assert time.monotonic() - start < 10
 
 
 # The suite, as from a checkout

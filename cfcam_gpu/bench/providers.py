@@ -1,5 +1,6 @@
 """What is measured on a subject: this package in all its forms, its peers, and the plain forward."""
 
+import copy
 import fnmatch
 import weakref
 from collections.abc import Callable, Sequence
@@ -8,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from cfcam_gpu import CFCAM, CFCAMConfig, accelerate, cf_cam, pipeline
-from cfcam_gpu.bench.trunk import Unavailable
+from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
+from cfcam_gpu.bench.compiling import Unavailable, compiled
 from cfcam_gpu.checks import needs
 from cfcam_gpu.clustering import ENGINES
-from cfcam_gpu.layers import channels_last_to_map
-from cfcam_gpu.targets import margin_cotangent
+from cfcam_gpu.layers import get_layer
 
 CF_CAM, CF_CAM_CALL, GRAD_CAM, SCORES = "CF-CAM", "CF-CAM as pytorch-grad-cam scales", "Grad-CAM", "scores"
 CF_CAM_OF_TEN, GRAD_CAM_OF_TEN = "CF-CAM, ten classes", "Grad-CAM, ten classes"
@@ -108,44 +108,16 @@ def _captured(subject):
     return lambda: replay(subject.images, targets)
 
 
-def _halves(subject):
-    if isinstance(subject.halves, Unavailable):
-        raise subject.halves
-    return subject.halves
-
-
 def _compiled_forward(subject):
-    trunk, head = _halves(subject)
-
-    @torch.no_grad()
-    def run():
-        return head(*trunk(subject.images)[0])
-
-    return run
+    model = torch.compile(copy.deepcopy(subject.model), options={"freezing": True}, dynamic=False)
+    return compiled(torch.no_grad()(lambda: model(subject.images)))
 
 
 def _compiled_maps(subject):
-    trunk, head = _halves(subject)
-    reshape = subject.reshape_transform or (lambda output: output)
-    # A guide may have another layout than the target layer.
-    of_guide = subject.captured[2]
-    is_last = of_guide is not None and trunk(subject.images)[1].shape != of_guide.shape
-    reading = channels_last_to_map if is_last else lambda output: output
-    targets = torch.tensor(subject.targets, device=subject.device)
-    temperature = CFCAMConfig().margin_temperature
-
-    def run():
-        with torch.no_grad():
-            (output, *rest), guide = trunk(subject.images)
-        leaf = output.detach().requires_grad_()
-        with torch.enable_grad():
-            outputs = head(leaf, *rest)
-        cotangent = margin_cotangent(outputs.detach(), targets, temperature)
-        (gradient,) = torch.autograd.grad(outputs, leaf, cotangent)
-        guide = None if guide is None else reading(guide)
-        return cf_cam(reshape(leaf.detach()), reshape(gradient), subject.output_size, guide=guide).maps
-
-    return run
+    model = copy.deepcopy(subject.model)  # some peers' hooks stay on the other, and a model with hooks is refused
+    layer = get_layer(model, subject.layer_name)
+    cam = CFCAM(model, [layer], subject.reshape_transform, compile=True)
+    return compiled(lambda: cam.maps(subject.images, subject.targets))
 
 
 def _pipeline(backend="auto", engine="auto"):
@@ -274,9 +246,9 @@ PROVIDERS = {
     )
 }
 """By name: "cfcam" is ``CFCAM.maps``, "cfcam:numpy" the call that returns NumPy, "cfcam:capture" a CUDA graph,
-":compile" has the trunk compiled by torch.compile, ":accelerated" is the peer's object after `accelerate`,
-"cfcam:top10" explains the ten best classes of each image in one pass, ":ten calls" explains one after the other, and
-"pipeline" is ``cf_cam`` alone, on the layer's activations and gradients and its guide's output."""
+":compile" has the network compiled by Inductor with frozen weights, ":accelerated" is the peer's object after
+`accelerate`, "cfcam:top10" explains the ten best classes of each image in one pass, ":ten calls" explains one after
+the other, and "pipeline" is ``cf_cam`` alone, on the layer's activations and gradients and its guide's output."""
 
 JUDGES = {
     SCORES: ("forward",),

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from cfcam_gpu import layers, models
-from cfcam_gpu.bench.trunk import compiled_halves
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.config import CFCAMConfig
 
@@ -69,19 +68,6 @@ class Subject:
         """Activations and gradients (B, C, h, w) of the target layer, contiguous, and its guide's output or None."""
         capture = self.capture()(self.images, self.targets)
         return capture.activations[0].contiguous(), capture.gradients[0].contiguous(), capture.guides[0]
-
-    @cached_property
-    def guide_name(self):
-        """The name of the guide; None where the target layer guides itself."""
-        capture = self.capture()
-        capture(self.images[:1], self.targets[:1])
-        (name,) = capture.guide_names
-        return None if name == self.layer_name else name
-
-    @cached_property
-    def halves(self):
-        """The `Halves` of the model, the first one compiled for this batch."""
-        return compiled_halves(self.model, self.layer_name, self.images, self.guide_name)
 
     def first(self, n):
         """The first ``n`` images with what the whole batch's pass gave them: rounding depends on the batch."""

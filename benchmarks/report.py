@@ -503,7 +503,10 @@ PAGES = {
     "README.md": ("numbers", "methods in short", "four"),
     "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
-    "docs/speed.md": ("resnet50", "latency.svg", "models", "memory", "gates"),
+    "docs/speed.md": (
+        *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16"),
+        *("memory", "gates"),
+    ),
     "docs/datasets.md": ("datasets",),
     "docs/servers.md": tuple(report_serving.TABLES),
     "docs/exporting.md": ("export",),

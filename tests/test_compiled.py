@@ -54,7 +54,7 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16))
         self.side = nn.Conv2d(8, 16, 1, 2)
         self.head = nn.Conv2d(16, 16, 3, padding=1)
         self.fc = nn.Linear(16, 7)
@@ -116,7 +116,7 @@ def close(found, expected):
     assert torch.equal(found.labels, expected.labels)
     one, other = scores(found.outputs), scores(expected.outputs)
     torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=0)
-    assert not one.requires_grad and expected.maps.any()
+    assert not one.requires_grad
 
 
 @pytest.mark.inductor
@@ -142,12 +142,14 @@ def test_inductor(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_graphs(no_inductor, name):
     model, some = NETWORKS[name](), images()
-    kept = some.clone()
+    kept, seen = some.clone(), torch.tensor(False)
     cam, eager = CFCAM(model, compile=True), CFCAM(model)
     for options in targets().values():
-        close(cam.explain(some, **options), eager.explain(some, **options))
+        expected = eager.explain(some, **options)
+        seen |= expected.maps.any()
+        close(cam.explain(some, **options), expected)
         assert torch.equal(some, kept)
-    assert len(no_inductor) == 2 and cam.guide_names == eager.guide_names
+    assert seen and len(no_inductor) == 2 and cam.guide_names == eager.guide_names
     # Other images than it was compiled with, of the same kind.
     other = images()
     close(cam.explain(other), eager.explain(other))
@@ -212,7 +214,7 @@ CHANGES = {
     "stride of 'side'": lambda model: setattr(model.side, "stride", (1, 1)),
     "'head' has a new attribute, forward": lambda model: setattr(model.head, "forward", lambda x: x),
     "'body' has a hook": lambda model: model.body.register_forward_hook(lambda *_: None),
-    "'body.2' has a hook": lambda model: model.body[2].register_full_backward_pre_hook(lambda *_: None),
+    "'body.1' has a hook": lambda model: model.body[1].register_full_backward_pre_hook(lambda *_: None),
 }
 
 

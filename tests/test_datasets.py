@@ -565,12 +565,12 @@ def test_a_killed_process(photos, tmp_path, seed):
     if not script.is_file():
         pytest.skip("not a checkout")
     args = ["explain", photos, "--model", "small_net:build", "--batch-size", 2, "--out", "out", *ALL]
-    command = [sys.executable, script, 5, seed, *args]
+    command = [sys.executable, script, 3, seed, *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     said = json.loads(process.stdout)
-    assert said["statuses"] == [0, 0] and len(said["kills"]) == 5
+    assert said["statuses"] == [0, 0] and len(said["kills"]) == 3
     assert tree("out") == tree("out-undisturbed") and tree("out")
 
 

@@ -155,7 +155,8 @@ def explained(run, photograph, folder, out, *options, texts=()):
     """{index: map} of a run of the command line, and what it said."""
     text = [word for text in texts for word in ("--text", text)]
     status, said, err = run("explain", photograph, "--model", folder, "--out", out, "--raw", *text, *options)
-    assert (status, err) == (0, ""), err
+    lines = [line for line in err.splitlines() if "maps are zero everywhere" not in line]  # random networks
+    assert (status, lines) == (0, []), err
     assert "warning" not in said
     return {int(path.stem.rpartition("_")[2]): np.load(path) for path in out.glob("*.npy")}, said
 

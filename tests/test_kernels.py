@@ -105,8 +105,7 @@ def test_programs_of_large_batches(seed, monkeypatch):
         compare_with_reference(activations, torch.randn(activations.shape), config)
 
 
-@pytest.mark.parametrize("weighting", ["signed", "softmax"])
-@pytest.mark.parametrize("programs", [1, 6, 1000, None])
+@pytest.mark.parametrize("programs, weighting", [(1, "signed"), (6, "softmax"), (1000, "signed"), (None, "softmax")])
 def test_weights_and_sums_of_parts(programs, weighting, seed, monkeypatch):
     """Of one class, of three and with labels from elsewhere, however many programs share an image; None: none does."""
     if programs is None:
@@ -180,7 +179,8 @@ def test_a_chain_needs_many_rounds(rng):
 @pytest.mark.parametrize("descriptor", ["raw", "unit"])
 @pytest.mark.parametrize("shape", [(2, 67, 5, 3), (2, 64, 1, 2), (1, 1, 2, 2), (2, 2, 1, 3), (1, 5, 14, 14)])
 def test_batches_with_dominant_and_dead_channels(shape, descriptor, rng, seed):
-    for percentile in (0.0, 50.0, 75.0, 100.0):
+    # Two of them, chosen anew in every run: in the interpreter each takes seconds.
+    for percentile in rng.permutation([0.0, 50.0, 75.0, 100.0])[: None if GPU else 2]:
         activations = activations_like(shape)
         if percentile == 50.0:
             activations[0], activations[-1] = 0, 1

@@ -168,7 +168,9 @@ def test_a_video_from_the_model_to_the_maps():
     maps = cam.maps(clips, targets=[1, 2])
     assert cam.target_names == ["second"] and cam.guide_names == ["first"]
     assert maps.shape == (2, 6, 20, 24) and maps.amax() == 1 and maps.amin() == 0
-    capture = HeadCapture(model, [model.second], guide_layer=model.first, margin_temperature=1.2)(clips, [1, 2])
+    capture = HeadCapture(
+        model, [model.second], guide_layer=model.first, margin_temperature=CFCAMConfig().margin_temperature
+    )(clips, [1, 2])
     expected = cf_cam(capture.activations[0], capture.gradients[0], (6, 20, 24), config, guide=capture.guides[0])
     torch.testing.assert_close(maps, expected.maps, rtol=0, atol=2e-6)
     several = cam.explain(clips, top=3)
@@ -337,7 +339,7 @@ def test_pathways_of_other_frames_than_the_clip():
     pathways = [model.slow, model.fast]
     maps = [CFCAM(model, [pathway]).maps(clips, [1, 2]) for pathway in pathways]
     for pathway, frames, of_pathway in zip(pathways, (2, 8), maps):
-        capture = HeadCapture(model, [pathway], margin_temperature=1.2)(clips, [1, 2])
+        capture = HeadCapture(model, [pathway], margin_temperature=CFCAMConfig().margin_temperature)(clips, [1, 2])
         assert capture.activations[0].shape[2:] == (frames, 4, 6)
         assert of_pathway.flatten(1).amax(1).tolist() == [1, 1]
         expected = cf_cam(capture.activations[0], capture.gradients[0], (8, 16, 24)).maps

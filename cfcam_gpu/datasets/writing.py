@@ -367,17 +367,15 @@ def encoded(picture: Any, name: str) -> bytes:
 
 
 def _png(pixels):
-    """(H, W, 3) uint8 as a PNG file, with what compresses photographs in the least time: every row as its difference
-    from the one above, and runs alone. Pillow's fastest, which looks for the best difference of each row, takes twice
-    as long and saves a twentieth."""
+    """(H, W, 3) uint8 as a PNG file: every row as its difference from the one above. Pillow's fastest, which looks for
+    the best difference of each row, takes twice as long as zlib here and saves a twentieth."""
     height, width, _ = pixels.shape
     rows = pixels.reshape(height, 3 * width)
     filtered = np.empty((height, 1 + 3 * width), np.uint8)
     filtered[:, 0] = 2  # the filter "up"
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-    compressed = compressor.compress(filtered) + compressor.flush()
+    compressed = _deflated(filtered)
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     parts = [b"\x89PNG\r\n\x1a\n"]
     for kind, content in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")):
@@ -388,6 +386,16 @@ def _png(pixels):
             struct.pack(">I", zlib.crc32(content, zlib.crc32(kind))),
         )
     return b"".join(parts)
+
+
+def _deflated(values):
+    """As zlib has it, in the least time for photographs: by ISA-L, a fifth of zlib's, or by zlib with runs alone."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+        return compressor.compress(values) + compressor.flush()
+    return isal_zlib.compress(values, 1)
 
 
 def _npy(values):

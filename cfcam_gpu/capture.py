@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -222,7 +223,12 @@ class HeadCapture:
         if torch.compiler.is_compiling():
             return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
         inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
-        return self._captured(_Pass, inputs, targets, several, top, pool)
+        explain = partial(self._captured, inputs=inputs, targets=targets, several=several, top=top, pool=pool)
+        return self._explained(explain, inputs)
+
+    def _explained(self, explain, inputs):
+        """What ``explain(begin)`` gives, with the kind of pass that these inputs have."""
+        return explain(_Pass)
 
     def _captured(self, begin, inputs, targets, several, top, pool):
         """The `Capture` of a pass, or of as many as it takes; ``begin`` makes one of this object."""

@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,14 +12,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from cfcam_gpu import uncompiled
 from cfcam_gpu.calls import eager_without_grad, is_compiled
-from cfcam_gpu.capture import Capture, HeadCapture, _device, _Pass, _Tap
+from cfcam_gpu.capture import HeadCapture, _device, _Pass, _Tap
 from cfcam_gpu.guides import AUTO, Held
-from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
+from cfcam_gpu.inputs import Inputs
 from cfcam_gpu.outputs import all_tensors, map_tensors
 from cfcam_gpu.programs import NotCompiled, Program, Traced
-from cfcam_gpu.targets import Targets
 from cfcam_gpu.unchanged import Watch
 
 LOG = logging.getLogger("cfcam_gpu")
@@ -83,19 +80,7 @@ class CompiledCapture(HeadCapture):
         vars(self).update(state)
         self._forget()
 
-    def __call__(
-        self,
-        input_tensor: ModelInput | Inputs,
-        targets: Targets = None,
-        *,
-        several: bool = False,
-        top: int | None = None,
-        pool: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
-    ) -> Capture:
-        if torch.compiler.is_compiling():
-            return uncompiled.run(self, input_tensor, targets, several=several, top=top, pool=pool)
-        inputs = input_tensor if isinstance(input_tensor, Inputs) else check_inputs(input_tensor)
-        explain = partial(self._captured, inputs=inputs, targets=targets, several=several, top=top, pool=pool)
+    def _explained(self, explain, inputs):
         change = self._watch and self._watch.change()
         if change:
             raise ValueError(
@@ -116,7 +101,7 @@ class CompiledCapture(HeadCapture):
     def _tell(self, reason):
         if reason not in self._told:
             self._told.add(reason)
-            warnings.warn(f"{type(self.model).__name__} runs uncompiled: {reason}", UserWarning, stacklevel=6)
+            warnings.warn(f"{type(self.model).__name__} runs uncompiled: {reason}", UserWarning, stacklevel=7)
 
     def _kind(self, inputs):
         """What a program is for, beside the model."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import network_source
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,14 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:maps are zero everywhere")]
 
-NETWORK = """
-import torch
-from torch import nn
-from cfcam_gpu.models import Preprocess
-def build():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 12, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
-    return nn.Sequential(*layers), Preprocess((64, 64)), ['ox', 'ass', 'mule', 'hinny']
+NETWORK = (
+    network_source(["ox", "ass", "mule", "hinny"])
+    + """
 def build_other():
     network, *others = build()
     with torch.no_grad():
@@ -54,6 +50,7 @@ class Any:
 def build_any_size():
     return build()[0], Any(), None
 """
+)
 N_PHOTOS = 11
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
+from pictures import network_source
 
 Image = pytest.importorskip("PIL.Image")
 for package in ("matplotlib", "tqdm"):
@@ -22,15 +23,7 @@ from cfcam_gpu import cli, datasets, images
 from cfcam_gpu.datasets import files, gallery, journal, writing
 from cfcam_gpu.datasets.journal import Record
 
-NETWORK = """
-import torch
-from torch import nn
-from cfcam_gpu.models import Preprocess
-def build():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 12, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
-    return nn.Sequential(*layers), Preprocess((64, 64)), ['ox', 'ass', '</script><b>mule', 'hinny']
-"""
+NETWORK = network_source(["ox", "ass", "</script><b>mule", "hinny"])
 HARMFUL = "<img src=x onerror=alert(1)>.png"
 N_PHOTOS = 7
 

@@ -6,16 +6,15 @@
 import io
 import os
 import signal
-import struct
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pictures import bomb
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
 pytest.importorskip("ray.data", reason="ray[data] is not installed (extra: ray)")
@@ -90,14 +89,6 @@ def photograph(rng):
     return coarse.resize((90, 70), Image.Resampling.BICUBIC)
 
 
-def bomb():
-    """A PNG file of a hundred bytes that says that it is 60000 pixels wide and high."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    end = b"IEND"
-    chunks = (struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in (header, end))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 @pytest.fixture
 def photos(rng, tmp_path, monkeypatch):
     """A folder of photographs, in the current folder."""
@@ -135,7 +126,7 @@ def rows_of_maps(out):
 def test_the_rows_are_those_of_a_run_on_one_machine(cluster, photos, capfd):
     (photos / "p01.jpg").write_bytes(b"no image")
     (photos / "p02.jpg").write_bytes(b"")
-    (photos / "p03.png").write_bytes(bomb())
+    (photos / "p03.png").write_bytes(bomb(60_000, colour=2))
     Path("list.txt").write_text("".join(f"{path}\n" for path in [*sorted(photos.iterdir()), photos / "missing.jpg"]))
     expected, errors = without_ray(["@list.txt"], "local")
     assert len(errors) == 4 and len(expected) == N_PHOTOS - 2

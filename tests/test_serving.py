@@ -9,12 +9,10 @@ import os
 import re
 import runpy
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -22,6 +20,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from pictures import bomb
 
 Image = pytest.importorskip("PIL.Image")
 for package in ("matplotlib", "starlette", "uvicorn", "prometheus_client"):
@@ -105,19 +104,6 @@ def file_of(picture, kind="PNG"):
     file = io.BytesIO()
     picture.save(file, kind)
     return file.getvalue()
-
-
-def bomb(side):
-    """A PNG file of side x side black pixels, a thousandth as large."""
-    rows = zlib.compress(bytes(side * (1 + side // 8)), 9)
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    for name, content in (
-        (b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)),
-        (b"IDAT", rows),
-        (b"IEND", b""),
-    ):
-        parts += [struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))]
-    return b"".join(parts)
 
 
 class Answer(NamedTuple):
@@ -412,7 +398,7 @@ def test_what_is_no_picture(engine):
 
 @pytest.mark.parametrize("side", [8192, 40000], ids=["beyond our limit", "beyond Pillow's too"])
 def test_a_bomb_is_not_decoded(engine, monkeypatch, side):
-    body = bomb(side)
+    body = bomb(side, bits=1, rows=side * (1 + side // 8))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     status, error = refused(engine, body=body)
     assert status == 422 and "too many pixels" in error and len(body) < 300_000

@@ -2,15 +2,14 @@
 
 import io
 import socket
-import struct
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pictures import bomb, network_source
 
 Image = pytest.importorskip("PIL.Image")
 for package in ("matplotlib", "tqdm"):
@@ -19,25 +18,7 @@ for package in ("matplotlib", "tqdm"):
 from cfcam_gpu import images, web
 from cfcam_gpu.datasets import running, writing
 
-NETWORK = """
-import torch
-from torch import nn
-from cfcam_gpu.models import Preprocess
-def build():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 12, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
-    return nn.Sequential(*layers), Preprocess((64, 64)), ['ox', 'ass', '<b>mule', 'hinny']
-"""
-
-
-def bomb():
-    """A PNG of 20000 x 20000 pixels in a few bytes."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+NETWORK = network_source(["ox", "ass", "<b>mule", "hinny"])
 
 
 @pytest.fixture
@@ -63,7 +44,7 @@ def bad(tmp_path):
     contents = {
         "text.png": (b"no picture", "text.png: not an image in a known format"),
         "empty.png": (b"", "empty.png: the file is empty"),
-        "bomb.png": (bomb(), "bomb.png: too many pixels"),
+        "bomb.png": (bomb(20_000), "bomb.png: too many pixels"),
     }
     for name, (content, _) in contents.items():
         (tmp_path / name).write_bytes(content)

@@ -462,7 +462,7 @@ def datasets_table(results):
 
 DATASET_WAYS = {
     "network": "the network alone, pictures read before",
-    "before": "overlays, one picture after the other, as before",
+    "before": "overlays, one picture after the other, as before (one run)",
 }
 
 TABLES = {

@@ -434,13 +434,16 @@ def _overlay(image, name, values, low, colormap, alpha):
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     palette = _palette(get_colormap(colormap))
     # In eight bits and by Pillow: in floating point this is half of what a run that writes overlays does.
-    heat, times = PIL.Image.fromarray(values).resize(image.size, PIL.Image.Resampling.BILINEAR), LEVELS / (1 - low)
-    level = heat.point(lambda value: value * times - low * times).convert("L")  # the floor, in [0, 255]
+    times = LEVELS / (1 - low)
+    level = PIL.Image.fromarray(values).point(lambda value: value * times - low * times).convert("L")  # floor, to 255
+    level = level.resize(image.size, PIL.Image.Resampling.BILINEAR)
     size = np.abs(low + (1 - low) * np.linspace(0, 1, LEVELS))
     size = (size - size.min()) / (1 - size.min())  # of a difference, both levels beside its middle are nothing
     opacity = level.point(np.rint(255 * alpha * size).tolist())
     level.putpalette(palette)
-    return PIL.Image.composite(level.convert("RGB"), image.convert("RGB"), opacity)
+    mixed = image.convert("RGB")  # a copy
+    mixed.paste(level.convert("RGB"), mask=opacity)
+    return mixed
 
 
 def _palette(colormap):
@@ -502,7 +505,10 @@ def side_by_side(panels: Sequence["Image"], captions: Sequence[str]) -> "Image":
     draw = PIL.ImageDraw.Draw(canvas)
     left = margin
     for panel, width, caption in zip(panels, widths, captions):
-        panel = panel.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS)
+        # A photograph has some megabytes: each copy that is none counts where thousands are drawn.
+        panel = panel if panel.mode == "RGB" else panel.convert("RGB")
+        if panel.size != (width, height):
+            panel = panel.resize((width, height), PIL.Image.Resampling.LANCZOS)
         canvas.paste(panel, (left, margin))
         # File names may hold bytes that are no characters.
         caption = str(caption).encode("utf-8", "replace").decode()

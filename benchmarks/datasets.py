@@ -4,6 +4,7 @@
     python benchmarks/datasets.py PHOTOS --many 5000      # and the memory over so many, from a list that repeats PHOTOS
     python benchmarks/datasets.py PHOTOS --kills 20       # and that runs which are killed end as if they were not
     python benchmarks/datasets.py PHOTOS --ray --kills 20 # Ray Data instead: the same maps, what it costs, and kills
+    python benchmarks/datasets.py PHOTOS --ray --rounds 0 --many 1000  # its memory alone
 
 The clock begins when the model is there and ends when the command does: it contains finding the layer, reading,
 computing and writing. Of the network alone it contains the forward passes of pictures that were read before. Each
@@ -244,6 +245,9 @@ def main(argv=None):
         if args.rounds:
             rows.write("datasets", [datasets_ray.row_of_terms(photos, args.batch_size) | about])
             rows.write("datasets", [datasets_ray.row_of_overhead(photos, args.rounds, args.batch_size) | about])
+        if args.many:
+            found = datasets_ray.rows_of_memory(photos, args.many, args.batch_size)
+            rows.write("datasets", (row | about for row in found))
         if args.kills:
             rows.write("datasets", [datasets_ray.row_of_kills(photos, args.kills, args.seed, args.batch_size) | about])
         return 0

@@ -1,4 +1,4 @@
-"""Ray Data against a run on one machine, and kills; `python benchmarks/datasets.py PHOTOS --ray` calls it.
+"""Ray Data against a run on one machine, its memory, and kills; `python benchmarks/datasets.py PHOTOS --ray` calls it.
 
 Both explain the same photographs into Parquet on the cores of this machine, each run in a process of its own. The clock
 begins when the model is loaded and contains, of Ray, starting it and its workers. What it costs to begin does not count
@@ -210,6 +210,57 @@ def row_of_terms(photos, batch_size):
     return row
 
 
+def processes_below(root):
+    """{process: its command} of a process and all that descend from it."""
+    children, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found = [root]
+    for process in found:
+        found += children.get(process, [])
+    return {process: commands.get(process, b"") for process in found}
+
+
+def memory_below(root):
+    """MiB of a driver, of Ray's workers and of Ray's other processes: each page by its share, where several have it. So
+    the object store, which is mapped by those that read it, is in the sum once."""
+    found = dict.fromkeys(("driver", "workers", "others"), 0.0)
+    for process, command in processes_below(root).items():
+        try:
+            said = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except OSError:  # it has just ended
+            continue
+        who = "driver" if process == root else "workers" if command.startswith(b"ray::") else "others"
+        found[who] += next(int(line.split()[1]) for line in said.splitlines() if line.startswith("Pss:")) / 1024
+    return found
+
+
+def rows_of_memory(photos, many, batch_size):
+    """Peak memory of all processes together, over all photographs, and over so many more."""
+    n_photos = len(list(photos.iterdir()))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for times in (1, max(2, round(many / n_photos))):
+            given = listed(photos, folder / f"photos{times}", times)
+            process = started(given, folder / f"out{times}", "ray", batch_size, stdout=subprocess.DEVNULL)
+            peak = dict.fromkeys(("driver", "workers", "others", "all"), 0.0)
+            while process.poll() is None:
+                found = memory_below(process.pid)
+                found["all"] = sum(found.values())
+                peak = {name: max(peak[name], value) for name, value in found.items()}
+                time.sleep(0.5)
+            if process.returncode or len(rows_of(folder / f"out{times}")) != times * n_photos:
+                raise RuntimeError("the run has failed")
+            print(f"{times * n_photos} pictures: {peak}", flush=True)
+            row = {"op": "ray memory", "photos": times * n_photos, "batch": batch_size}
+            yield row | {f"{name}_mib": round(value) for name, value in peak.items()}
+
+
 def workers_of(raylet):
     """The processes, of this one's Ray alone, that run tasks and actors of a data set. Not Ray's own, such as the
     agents without which a node counts as dead."""
@@ -275,6 +326,7 @@ def row_of_kills(photos, n_kills, seed, batch_size):
     print(f"{kills}: {'equal' if equal else 'DIFFERENT'}")
     return {
         "op": "ray kill",
+        "way": f"seed {seed}",
         "photos": KILLED_PHOTOS,
         "batch": batch_size,
         "killed_drivers": kills["driver"],

@@ -50,9 +50,12 @@ def cost(row, n_pictures, n_gpus, n_runs):
     return per_s, seconds, seconds / 3600 * n_gpus * ASSUMED["dollars_per_hour"][0], limit
 
 
+def _rows(results, op):
+    return [row for key, row in results.datasets.items() if key[0] == op]
+
+
 def _row(results, op):
-    rows = [row for key, row in results.datasets.items() if key[0] == op]
-    return rows[-1] if rows else None
+    return next(reversed(_rows(results, op)), None)
 
 
 def _about(row):
@@ -61,7 +64,7 @@ def _about(row):
 
 
 def ray_table(results):
-    row, kill = _row(results, "ray"), _row(results, "ray kill")
+    row = _row(results, "ray")
     if row is None:
         return NOT_MEASURED
     body = [
@@ -74,11 +77,21 @@ def ray_table(results):
          f"{row['before_float16']:.1g}"],
     ]  # fmt: skip
     parts = [markdown(["EfficientNet-Lite0", ""], body)]
-    if kill is not None:
+    found = _rows(results, "ray memory")
+    if found:
+        said = ", ".join(
+            f"{each['all_mib']} MiB for {each['photos']} pictures (of which the driver {each['driver_mib']}, workers"
+            f" {each['workers_mib']}, Ray's other processes with the object store {each['others_mib']})"
+            for each in found
+        )
+        parts.append(f"Peak memory of all of Ray's processes together: {said}.")
+    kills = _rows(results, "ray kill")
+    if kills:
+        workers, drivers = (sum(each[f"killed_{who}"] for each in kills) for who in ("workers", "drivers"))
         parts.append(
-            f"{kill['killed_workers']} workers and {kill['killed_drivers']} drivers killed at random moments, of runs"
-            f" over {kill['photos']} pictures that take {number(kill['undisturbed_s'])} s: in the end every row was"
-            f" {'' if kill['equal'] else 'NOT '}the same as without, bit for bit, and there once."
+            f"{workers} workers and {drivers} drivers killed at random moments, of runs over {kills[-1]['photos']}"
+            f" pictures: in the end every row was {'' if all(each['equal'] for each in kills) else 'NOT '}the same as"
+            " without, bit for bit, and there once."
         )
     return "\n\n".join([*parts, _about(row)])
 

@@ -171,8 +171,8 @@ class Subject:
         self.of_gradients = {}
 
     def of(self, method):
-        """`Captured` by the method's gradients: of the top class ("top") and the next ("next"), under input noise ("noisy"), and of
-        each cell's class of the mosaics (0 to 3)."""
+        """`Captured` with the method's gradients: of the top class ("top") and the next ("next"), under input noise
+        ("noisy"), and of each cell's class of the mosaics (0 to 3)."""
         gradients = method.score, method.frozen_norms
         if gradients not in self.of_gradients:
             top, second = self.captured(method, self.images, self.classes)

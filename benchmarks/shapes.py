@@ -426,7 +426,8 @@ class Subject:
         self.seen = {}
 
     def sees(self, method):
-        """By the method's gradients, `faithfulness.Captured` of the single pictures, of their noisy form, and of either object of the pairs."""
+        """`faithfulness.Captured` with the method's gradients: of the single pictures, of their noisy form, and of
+        either object of the pairs."""
         gradients = method.score, method.frozen_norms
         if gradients not in self.seen:
             capture = HeadCapture(

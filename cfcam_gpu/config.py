@@ -155,7 +155,7 @@ class CFCAMConfig:
 
     @classmethod
     def paper(cls) -> "CFCAMConfig":
-        """The published procedure: the logit, softmax weights, division by the maximum; nothing of this package's own."""
+        """The published procedure: the logit and its gradient, softmax weights, division by the maximum; no average."""
         fixed = (75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
         return cls(*fixed, affinity_power=0.0, margin_temperature=0.0, frozen_norms=False)
 

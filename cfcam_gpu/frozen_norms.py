@@ -24,8 +24,10 @@ DIVISION = "DivBackward0"
 STATISTICS = ("LinalgVectorNormBackward0", "NormBackward1", "SqrtBackward0", "StdBackward0")
 """What code of a model's own divides by to normalise."""
 
-SHAPING = ("ExpandBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "AddBackward0", "AddBackward1")
-SHAPING += ("UnsqueezeBackward0", "ViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0")
+SHAPING = (
+    *("ExpandBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "AddBackward0", "AddBackward1"),
+    *("UnsqueezeBackward0", "ViewBackward0", "ReshapeAliasBackward0", "CloneBackward0", "ToCopyBackward0"),
+)
 """What may lie between such a statistic and the division."""
 
 

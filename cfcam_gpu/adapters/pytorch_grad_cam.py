@@ -125,7 +125,8 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         model, target_layers, reshape_transform: as for `HeadCapture`.
         foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
         evaluated: have the model in eval mode during every pass; False for the mode that it is in.
-        options: ``guide_layer``, ``guided``, ``margin_temperature``, ``frozen_norms`` and ``any_rows``, as for `HeadCapture`.
+        options: ``guide_layer``, ``guided``, ``margin_temperature``, ``frozen_norms`` and ``any_rows``, as for
+            `HeadCapture`.
 
     Attributes:
         activations, gradients: lists of one tensor per target layer of the latest `capture`, in the order in which the

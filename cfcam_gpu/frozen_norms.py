@@ -83,7 +83,7 @@ def _is_statistic(node):
 
 
 def _only_of_numerator(inputs, _):
-    return inputs[0], None
+    return None if inputs[0] is None else (inputs[0], None)
 
 
 def _constant(_):

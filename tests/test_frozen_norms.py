@@ -1,6 +1,7 @@
 """Gradients with normalisation statistics held constant: against autograd of networks that detach them themselves."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ class Head(nn.Module):
     def __init__(self, norm, pooled):
         super().__init__()
         self.conv, self.norm, self.pooled = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh()), norm, pooled
-        self.out = nn.Linear(8, 5)
+        self.out, self.norm_input = nn.Linear(8, 5), nn.Dropout(0)
 
     def forward(self, images):
-        features = self.conv(images)
+        features = self.norm_input(self.conv(images))
         if self.pooled:
             return self.out(self.norm(features.mean((2, 3))))
         return self.out(self.norm(features).mean((2, 3)))
@@ -211,3 +212,52 @@ def test_the_callers_graph_is_left_alone():
         (frozen,) = torch.autograd.grad(score, x, retain_graph=True)
     (after,) = torch.autograd.grad(score, x)
     assert torch.equal(plain, after) and not torch.allclose(plain, frozen)
+
+
+CONFIG, CLASSES = CFCAMConfig(affinity_power=0.0, dominant_percentile=0.0), [0, 1, 3]
+
+
+@pytest.fixture
+def normalised():
+    """A network whose maps depend on the rule, images, and the signed sums (3, 5, 5) that `CFCAM` makes its maps of."""
+    model = _made_of(*NORMS["layer"])[0].float().eval()
+    images = IMAGES.float()
+    found = CFCAM(model, [model.conv], guide_layer=None, config=CONFIG).explain(images, CLASSES)
+    with torch.no_grad():
+        sums = torch.einsum("bc,bchw->bhw", found.weights, model.conv(images))
+    plain = CFCAM(model, [model.conv], guide_layer=None, config=replace(CONFIG, frozen_norms=False))
+    assert (plain.explain(images, CLASSES).weights - found.weights).abs().max() > 0.01
+    return model, images, sums
+
+
+def test_pytorch_grad_cams_form(normalised):
+    pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    from cfcam_gpu.adapters import pytorch_grad_cam
+
+    model, images, sums = normalised
+    cam = pytorch_grad_cam.CFCAM(model, [model.conv], guide_layer=None, config=CONFIG)
+    scaled = lambda maps: (maps - maps.amin((1, 2), True)) / (1e-7 + maps.amax((1, 2), True))
+    expected = F.interpolate(scaled(sums.relu())[:, None], size=images.shape[2:], mode="bilinear")[:, 0]
+    torch.testing.assert_close(torch.from_numpy(cam(images, CLASSES)), scaled(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to_input", [False, True], ids=["own pass", "captum's pass"])
+def test_captums_form(normalised, to_input):
+    pytest.importorskip("captum", reason="captum is not installed")
+    from cfcam_gpu.adapters import captum
+
+    model, images, sums = normalised
+    layer = model.norm_input if to_input else model.conv
+    attribution = captum.CFCAM(model, layer, guide_layer=None, config=CONFIG)
+    found = attribution.attribute(images, target=torch.tensor(CLASSES), attribute_to_layer_input=to_input)
+    torch.testing.assert_close(found[:, 0], sums)
+
+
+def test_torch_cams_form(normalised):
+    pytest.importorskip("torchcam", reason="torch-cam is not installed")
+    from cfcam_gpu.adapters import torchcam
+
+    model, images, sums = normalised
+    with torchcam.CFCAM(model, "conv", guide_layer=None, config=CONFIG) as cam:
+        (found,) = cam(CLASSES, model(images), normalized=False)
+    torch.testing.assert_close(found, sums.relu())

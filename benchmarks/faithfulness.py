@@ -133,6 +133,8 @@ class Method(NamedTuple):
     score: object = 0.0
     """What is differentiated: the margin with this temperature, 0 for the logit; or a function of logits (B, n) and
     classes (B,) that gives the cotangents at the logits."""
+    frozen_norms: bool = False
+    """Of the gradient, as for `HeadCapture`."""
 
 
 class Captured(NamedTuple):
@@ -166,22 +168,24 @@ class Subject:
         self.mosaics = metrics.mosaics(images[easy], true_classes[easy], N_MOSAICS, rng=0)
         self.answering = compiled(model, images[:BATCH])
         self.seen = []  # (maps, what the model says of them): of two methods with equal maps it is asked once
-        self.of_scores = {}
+        self.of_gradients = {}
 
-    def of(self, score):
-        """`Captured` by the score: of the top class ("top") and the next ("next"), under input noise ("noisy"), and of
-        each cell's class of the mosaics (0 to 3)."""
-        if score not in self.of_scores:
-            top, second = self.captured(score, self.images, self.classes)
-            (noisy,) = self.captured(score, self.noisy_images, self.classes[:, :1])
-            cells = self.captured(score, self.mosaics.images, self.mosaics.classes)
-            self.of_scores[score] = {"top": top, "next": second, "noisy": noisy, **dict(enumerate(cells))}
-        return self.of_scores[score]
+    def of(self, method):
+        """`Captured` with the method's gradients: of the top class ("top") and the next ("next"), under input noise
+        ("noisy"), and of each cell's class of the mosaics (0 to 3)."""
+        gradients = method.score, method.frozen_norms
+        if gradients not in self.of_gradients:
+            top, second = self.captured(method, self.images, self.classes)
+            (noisy,) = self.captured(method, self.noisy_images, self.classes[:, :1])
+            cells = self.captured(method, self.mosaics.images, self.mosaics.classes)
+            self.of_gradients[gradients] = {"top": top, "next": second, "noisy": noisy, **dict(enumerate(cells))}
+        return self.of_gradients[gradients]
 
-    def captured(self, score, images, classes):
+    def captured(self, method, images, classes):
         """`Captured` of each of the K classes (N, K)."""
-        temperature = 0.0 if callable(score) else score
-        capture = HeadCapture(self.model, [self.layer], guide_layer="auto", margin_temperature=temperature)
+        score = method.score
+        options = {"margin_temperature": 0.0 if callable(score) else score, "frozen_norms": method.frozen_norms}
+        capture = HeadCapture(self.model, [self.layer], guide_layer="auto", **options)
         parts = []
         for x, targets in zip(images.split(BATCH), classes.split(BATCH)):
             if callable(score):
@@ -216,14 +220,14 @@ class Subject:
 # Methods
 
 
-def from_grid(grid_of, score=0.0):
+def from_grid(grid_of, score=0.0, frozen_norms=False):
     """A method that gives a (signed) sum over the channels: its positive part, resized and scaled."""
 
     def make(activations, gradients, guide, output_size):
         grid = grid_of(activations, gradients).relu()
         return torch_backend.normalize(torch_backend.resize(grid, output_size), CFCAMConfig())
 
-    return Method(make, score)
+    return Method(make, score, frozen_norms)
 
 
 def from_weights(rule):
@@ -237,7 +241,7 @@ def from_config(config, guided=True):
     def make(activations, gradients, guide, output_size):
         return cf_cam(activations, gradients, output_size, config, guide=guide if guided else None).maps
 
-    return Method(make, config.margin_temperature)
+    return Method(make, config.margin_temperature, config.frozen_norms)
 
 
 def eigen_cam(activations, gradients):
@@ -341,6 +345,10 @@ CANDIDATES = {
         (25.0, 2.0, 2.0, 2, 1.2, 1.0),
         (25.0, 2.0, 2.0, 2, 1.2, 2.0),
         (25.0, 2.0, 2.0, 2, 1.5, 1.0),
+        (25.0, 3.0, 2.0, 2, 1.5, 0.5),
+        (25.0, 3.0, 1.5, 2, 1.5, 0.5),
+        (25.0, 3.0, 1.5, 2, 1.3, 0.5),
+        (25.0, 2.0, 1.5, 2, 1.5, 0.5),
     )
 }
 """Configurations that the default is chosen from, on the half "choose"; `affinity_steps` at most 2, each a launch."""
@@ -368,7 +376,7 @@ def check_peers(subject, layer):
     for name, cls in PEERS.items():
         with getattr(pytorch_grad_cam, cls)(model, [layer]) as cam, torch.enable_grad():
             expected = cam(images, classes)
-        maps = subject.of(0.0)["top"].maps(METHODS[name], size)[:3]
+        maps = subject.of(METHODS[name])["top"].maps(METHODS[name], size)[:3]
         np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-4, err_msg=name)
     return model, layer
 
@@ -378,7 +386,7 @@ def check_peers(subject, layer):
 
 def measured(subject, method):
     """Per-image values of every measure, {name: (N,)}, and how many maps are zero."""
-    size, of = subject.images.shape[2:], subject.of(method.score)
+    size, of = subject.images.shape[2:], subject.of(method)
     top = of["top"]
     maps = top.maps(method, size)
     values = dict(subject.answers(maps))
@@ -428,7 +436,8 @@ def score_cam(subject, model, layer, n):
         maps = torch.from_numpy(np.concatenate([cam(x[None], [c]) for x, c in zip(subject.images[:n], classes)]))
     few = object.__new__(Subject)
     few.answering, few.images, few.classes, few.seen = subject.answering, subject.images[:n], subject.classes[:n], []
-    grad_cam = few.answers(subject.of(0.0)["top"].maps(METHODS["Grad-CAM"], subject.images.shape[2:])[:n])
+    method = METHODS["Grad-CAM"]
+    grad_cam = few.answers(subject.of(method)["top"].maps(method, subject.images.shape[2:])[:n])
     zero = {"zero_pairs": 0}
     yield f"Grad-CAM, first {n}", row_of(grad_cam, zero, None)
     yield f"Score-CAM, first {n}", row_of(few.answers(maps.clamp(0, 1)), zero, grad_cam)
@@ -444,7 +453,7 @@ def randomization(subject, layer_name, n):
     for name in ("Grad-CAM", "Eigen-CAM", "CF-CAM, published", "CF-CAM"):
 
         def maps_of(model, images, method=METHODS[name]):
-            options = {"guide_layer": "auto", "margin_temperature": method.score}
+            options = {"margin_temperature": method.score, "frozen_norms": method.frozen_norms, "guide_layer": "auto"}
             captured = HeadCapture(model, [get_layer(model, layer_name)], **options)(images, classes)
             found = Captured(captured.activations[0], captured.guides[0], captured.gradients[0])
             return found.maps(method, images.shape[2:]).clamp(0, 1)
@@ -486,9 +495,7 @@ def picture(subject, names, path, n=8):
     axes = figure.subplots(n, len(columns) + 1)
     for axis, name in zip(axes[0, 1:], columns):
         axis.set_title(name, fontsize=7)
-    maps = {
-        name: subject.of(METHODS[name].score)["top"].maps(METHODS[name], subject.images.shape[2:]) for name in columns
-    }
+    maps = {name: subject.of(METHODS[name])["top"].maps(METHODS[name], subject.images.shape[2:]) for name in columns}
     for line, index in zip(axes, chosen):
         photo = ((subject.images[index].permute(1, 2, 0) * 128 + 127) / 255).clamp(0, 1)
         photo = Image.fromarray((photo.numpy() * 255).round().astype(np.uint8))

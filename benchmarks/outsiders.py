@@ -49,7 +49,7 @@ def library():
 
 def maps_of(subject, method, images, classes):
     """(B, H, W), from one forward pass a batch."""
-    (captured,) = subject.captured(method.score, images, classes[:, None])
+    (captured,) = subject.captured(method, images, classes[:, None])
     return captured.maps(method, images.shape[2:])
 
 

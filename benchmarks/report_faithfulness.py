@@ -310,7 +310,9 @@ def _drawn_table(measured, measures, drawn):
 
 
 def _over_seeds(found, measure):
-    """ "0.329"; bold and with + or - where better or worse than Grad-CAM on every network."""
+    """ "0.329"; bold and with + or - where better or worse than Grad-CAM on every network; "-" where not measured."""
+    if any(measure not in row["measures"] for row in found):
+        return "-"
     text = f"{sum(row['measures'][measure][0] for row in found) / len(found):.3f}"
     signs = {better(row, measure) for row in found}
     sign = signs.pop() if len(signs) == 1 else 0

@@ -31,7 +31,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 from tqdm import tqdm
 
-from cfcam_gpu import metrics
+from cfcam_gpu import CFCAMConfig, metrics
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.layers import find_target_layer
 
@@ -365,7 +365,17 @@ def trained(name, family, n_classes, seed, folder):
     return network, shares
 
 
-# Methods: faithfulness.py's, by the same functions.
+# Methods: faithfulness.py's, by the same functions; and the parts that count where features are normalised.
+
+MASK = "the mask itself"
+"""A control: what the measures give the truth."""
+
+FROZEN = {
+    "Grad-CAM, frozen norms": faithfulness.from_grid(
+        faithfulness.from_weights(faithfulness.WEIGHTS["Grad-CAM"]), frozen_norms=True
+    ),
+    "CF-CAM, plain gradient": faithfulness.from_config(CFCAMConfig(frozen_norms=False)),
+}
 
 METHODS = {
     name: faithfulness.METHODS[name]
@@ -374,6 +384,8 @@ METHODS = {
         *("CF-CAM 0.1", "CF-CAM, stable", "CF-CAM"),
     )
 }
+METHODS.update(FROZEN)
+METHODS[MASK] = faithfulness.Method(None)
 
 
 # Measures
@@ -413,23 +425,26 @@ class Subject:
         _, self.layer, self.reshape = find_target_layer(network, self.single.images[:1])
         self.seen = {}
 
-    def sees(self, margin_temperature):
-        """`faithfulness.Captured` of the single pictures, of their noisy form, and of either object of the pairs."""
-        if margin_temperature not in self.seen:
+    def sees(self, method):
+        """`faithfulness.Captured` with the method's gradients: of the single pictures, of their noisy form, and of
+        either object of the pairs."""
+        gradients = method.score, method.frozen_norms
+        if gradients not in self.seen:
             capture = HeadCapture(
                 self.network,
                 [self.layer],
                 self.reshape,
                 guide_layer="auto",
-                margin_temperature=margin_temperature,
+                margin_temperature=method.score,
+                frozen_norms=method.frozen_norms,
             )
             single, pair = self.single.classes, self.pair.classes
-            self.seen[margin_temperature] = [
+            self.seen[gradients] = [
                 seen
                 for images, classes in ((self.single.images, single), (self.noisy, single), (self.pair.images, pair))
                 for seen in self._seen(capture, images, classes)
             ]
-        return self.seen[margin_temperature]
+        return self.seen[gradients]
 
     @staticmethod
     def _seen(capture, images, classes):
@@ -441,9 +456,12 @@ class Subject:
 def measured(subject, method):
     """Per-picture values of every measure, {name: (N,)}, and how many maps are zero."""
     size = subject.single.images.shape[2:]
-    single, noisy, *pair = subject.sees(method.score)
     images, classes = subject.single.images, subject.single.classes[:, 0]
-    maps, noisy_maps, *pair_maps = (seen.maps(method, size) for seen in (single, noisy, *pair))
+    if method.make is None:
+        maps, *pair_maps = subject.single.masks[:, 0].float(), *subject.pair.masks.float().unbind(1)
+    else:
+        single, noisy, *pair = subject.sees(method)
+        maps, noisy_maps, *pair_maps = (seen.maps(method, size) for seen in (single, noisy, *pair))
     arguments = subject.network, images, maps, classes
     # From grey: what the surroundings faded in from in training, so that the network knows such pictures.
     baselines = {"insertion_baseline": "zero", "deletion_baseline": "zero"}
@@ -456,7 +474,7 @@ def measured(subject, method):
         "average_drop": metrics.average_drop(*arguments),
         **{name: torch.stack(each).mean(0) for name, each in zip(Localisation._fields, zip(*found))},
     }
-    if len(size) == 2:  # structural similarity is of pictures
+    if len(size) == 2 and method.make is not None:  # structural similarity is of pictures
         stability = metrics.gradient_noise_stability(
             single.activations,
             single.gradients,
@@ -486,9 +504,10 @@ def picture(subjects, path, n=2):
     from cfcam_gpu.images import overlay
 
     lines = [(name, index, side) for name in subjects for index in range(n) for side in (0, 1)]
-    figure = Figure(figsize=(1.25 * (len(METHODS) + 1), 1.3 * len(lines)))
-    axes = figure.subplots(len(lines), len(METHODS) + 1)
-    for axis, title in zip(axes[0], ("", *METHODS)):
+    methods = {name: method for name, method in METHODS.items() if name != MASK}
+    figure = Figure(figsize=(1.25 * (len(methods) + 1), 1.3 * len(lines)))
+    axes = figure.subplots(len(lines), len(methods) + 1)
+    for axis, title in zip(axes[0], ("", *methods)):
         axis.set_title(title, fontsize=7)
     for line, (name, index, side) in zip(axes, lines):
         subject = subjects[name]
@@ -496,8 +515,8 @@ def picture(subjects, path, n=2):
         mask = subject.pair.masks[index, side]
         line[0].imshow(shown)
         line[0].set_ylabel(name, fontsize=7)
-        for axis, method in zip(line[1:], METHODS.values()):
-            maps = subject.sees(method.score)[2 + side].maps(method, (SIDE, SIDE))
+        for axis, method in zip(line[1:], methods.values()):
+            maps = subject.sees(method)[2 + side].maps(method, (SIDE, SIDE))
             axis.imshow(overlay(shown, maps[index]))
         for axis in line:
             axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)

@@ -177,8 +177,11 @@ FAMILIES = {
 }
 
 
+LEFT_OUT = ("CF-CAM 0.1", *shapes.FROZEN)
+"""The first is of pictures; the network has batch norms alone, whose statistics are constants anyway."""
+
 METHODS = {
-    **{name: method for name, method in shapes.METHODS.items() if name != "CF-CAM 0.1"},
+    **{name: method for name, method in shapes.METHODS.items() if name not in LEFT_OUT},
     "CF-CAM, narrow": from_config(CFCAMConfig(affinity_sigma=1.0, affinity_power=4.0)),
     "CF-CAM, no average": CONTROLS["CF-CAM, no average"],
 }

@@ -99,6 +99,7 @@ class CFCAM(Explainer):
             guide_layer=guide_layer,
             guided=self.config.averages_of,
             margin_temperature=self.config.margin_temperature,
+            frozen_norms=self.config.frozen_norms,
         )
         self._pool = partial(pipeline.pool_gradients, config=self.config, **choices)
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from cfcam_gpu import obstacles, uncompiled
 from cfcam_gpu.calls import Call, eager_without_grad, is_compiled, is_fused
+from cfcam_gpu.frozen_norms import frozen_norms
 from cfcam_gpu.guides import AUTO, Guides
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
 from cfcam_gpu.outputs import find_logits, map_tensors, with_first
@@ -94,6 +95,8 @@ class HeadCapture:
         guided: False checks ``guide_layer`` and captures no guide; or a function of the images that says whether.
         margin_temperature: of the score of class indices and of None; 0 (default) for the logit, above for the margin
             (`margin_cotangent`).
+        frozen_norms: take the statistics of normalisation layers as constants in the backward (`frozen_norms`).
+            Default: no.
         chosen_side: of a model with a single logit (B, 1), and without targets, explain the side that was chosen: the
             logit where it is 0 or more, minus the logit where it is below. Default: the logit.
         any_rows: take activations with any number of rows, as of a model that runs two views of each image at once.
@@ -124,6 +127,7 @@ class HeadCapture:
         guide_layer: GuideLayer = None,
         guided: bool | Callable[[torch.Tensor], bool] = True,
         margin_temperature: float = 0.0,
+        frozen_norms: bool = False,
         chosen_side: bool = False,
         any_rows: bool = False,
         gradients: bool = True,
@@ -150,6 +154,7 @@ class HeadCapture:
             )
         self.reshape_transform = reshape_transform
         self.margin_temperature = margin_temperature
+        self.frozen_norms = frozen_norms
         self.chosen_side = chosen_side
         self.any_rows = any_rows
         self.gradients = gradients
@@ -421,7 +426,7 @@ class _Pass:
         with torch.enable_grad():  # a target may run the model: that is no part of the pass
             found = scores(outputs, targets, batch, of.margin_temperature, top, of.chosen_side)
         edges = [tap.edge for tap in taps]
-        with self._call, self._backward(found.roots):
+        with self._call, self._backward(found.roots), self._norms(found.roots):
             if found.n_classes is None:
                 gradients = tuple(map(of._reshaped, of._differentiate(found.roots, edges)))
             else:
@@ -439,6 +444,9 @@ class _Pass:
     def _backward(self, roots):
         roots = [root for root in roots if root.requires_grad and root.device.type != "cpu"]
         return self._call.backward_from(roots[0]) if roots else nullcontext()
+
+    def _norms(self, roots):
+        return frozen_norms(roots) if self._of.frozen_norms else nullcontext()
 
     def _hook(self, inputs):
         """The hooks of the pass, on the model."""

@@ -214,7 +214,7 @@ class _TracedPass(_Pass):
                 raise NotCompiled("its outputs have no gradient")
             roots, own = zip(*pairs)
             taps = list(self._taps.values())
-            with self._call, self._backward(roots):
+            with self._call, self._backward(roots), self._norms(roots):
                 gradients = torch.autograd.grad(roots, [tap.edge for tap in taps], own, allow_unused=True)
             if any(gradient is None for gradient in gradients):
                 raise NotCompiled("its outputs do not depend on a target layer")

@@ -84,9 +84,14 @@ class CFCAMConfig:
             gradients and ignores it. Above 0: the margin z_c - T logsumexp(z_k / T) over the other classes k, with
             T = margin_temperature times the standard deviation of those logits, held constant. 0: the
             class's logit z_c, as published. In [0, 100].
+        frozen_norms: used by `CFCAM` alone, like ``margin_temperature``. True: the gradient takes the statistics of
+            normalisation layers behind the target layer as constants (the LN rule of Ali et al., ICML 2022). False: the
+            plain gradient, as published, which is blind to the direction of features that are normalised after
+            pooling, as in ConvNeXt and Swin. Without such layers there is no difference.
 
     Raises:
-        TypeError: a number is not a real number, affinity_steps not an integer, or a choice not a string.
+        TypeError: a number is not a real number, affinity_steps not an integer, frozen_norms not a bool, or a choice
+            not a string.
         ValueError: a value is outside its range or not among the choices.
 
     Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652.
@@ -108,6 +113,7 @@ class CFCAMConfig:
     affinity_steps: int = 2
     margin_temperature: float = 1.3
     guide_power: float = 0.5
+    frozen_norms: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.sigma, (tuple, list)):
@@ -133,6 +139,8 @@ class CFCAMConfig:
                     raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {each}")
                 if name in ("sigma", "affinity_sigma") and each <= 0:
                     raise ValueError(f"{name} must be above 0, got {each}")
+        if not isinstance(self.frozen_norms, bool):
+            raise TypeError(f"frozen_norms must be a bool, got {type(self.frozen_norms).__name__}")
         for name, choices in (
             ("descriptor", DESCRIPTORS),
             ("boundary", BOUNDARIES),
@@ -147,9 +155,9 @@ class CFCAMConfig:
 
     @classmethod
     def paper(cls) -> "CFCAMConfig":
-        """The published procedure: the logit, softmax weights, division by the maximum, no average over alike cells."""
+        """The published procedure: the logit and its gradient, softmax weights, division by the maximum; no average."""
         fixed = (75.0, "raw", 25.0, 0.05, 1.0, "constant", "softmax", "max")
-        return cls(*fixed, affinity_power=0.0, margin_temperature=0.0)
+        return cls(*fixed, affinity_power=0.0, margin_temperature=0.0, frozen_norms=False)
 
     @classmethod
     def stable(cls) -> "CFCAMConfig":

@@ -14,7 +14,7 @@ from cfcam_gpu.config import CFCAMConfig
 CONFIG = (
     "float dominant_percentile, str descriptor, float eps_percentile, float min_samples_fraction, float[] sigma, "
     "str boundary, str weighting, str normalize, float affinity_power, float affinity_sigma, int affinity_steps, "
-    "float margin_temperature, float guide_power"
+    "float margin_temperature, float guide_power, bool frozen_norms"
 )
 """The fields of `CFCAMConfig`; a sigma for all axes is a list of one."""
 
@@ -46,6 +46,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
         int(config.affinity_steps),
         float(config.margin_temperature),
         float(config.guide_power),
+        config.frozen_norms,
     )
 
 

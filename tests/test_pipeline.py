@@ -100,6 +100,7 @@ def test_cluster_channels_checks_too(activations, message):
         ({"affinity_steps": True}, TypeError, "affinity_steps must be an integer, got bool"),
         ({"margin_temperature": -0.1}, ValueError, r"margin_temperature must be in \[0, 100\], got -0.1"),
         ({"margin_temperature": "1"}, TypeError, "margin_temperature must be a real number, got str"),
+        ({"frozen_norms": 1}, TypeError, "frozen_norms must be a bool, got int"),
         ({"sigma": "1"}, TypeError, "sigma must be a real number, got str"),
         ({"sigma": True}, TypeError, "sigma must be a real number, got bool"),
         ({"boundary": "wrap"}, ValueError, r"boundary must be one of \('constant', 'reflect', 'nearest'\), got 'wrap'"),
@@ -115,7 +116,8 @@ def test_bad_configurations(arguments, error, message):
 
 def test_configuration():
     published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
-    assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, affinity_power=0.0, margin_temperature=0.0)
+    without = {"affinity_power": 0.0, "margin_temperature": 0.0, "frozen_norms": False}
+    assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, **without)
     assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.3)
     assert CFCAMConfig.stable() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 3, 1.5)
     assert CFCAMConfig().averages

@@ -102,7 +102,7 @@ def test_a_network_trains_and_is_explained(shapes, volumes, name, tmp_path, monk
     assert torch.equal(network(images), shapes.trained(name, family, 2, seed=0, folder=tmp_path)[0](images))
 
     subject = shapes.Subject(network, family, 2, n=2)
-    seen = subject.sees(0.0)[0]
+    seen = subject.sees(shapes.METHODS["Grad-CAM"])[0]
     sides = (8, 8) if images.ndim == 4 else (6, 6, 6)
     assert seen.activations.shape == seen.gradients.shape and seen.activations.shape[2:] == sides
     assert shapes.find_target_layer(network, images)[0] == family.layer

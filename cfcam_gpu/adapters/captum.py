@@ -12,7 +12,7 @@ where that is what the layer gets or returns.
 """
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from cfcam_gpu.calls import Call, eager_without_grad
 from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.frozen_norms import frozen_norms
 from cfcam_gpu.guides import AUTO
 from cfcam_gpu.targets import margin_cotangent
 from cfcam_gpu.weights import weighted
@@ -170,7 +171,7 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
             AssertionError, RuntimeError: as captum raises them: targets that do not fit, a layer that did not run.
         """
         taken = (target, additional_forward_args, attribute_to_layer_input)
-        guides, temperature = self._guides, self.config.margin_temperature
+        guides, score = self._guides, (self.config.margin_temperature, self.config.frozen_norms)
         single = copy.copy(self)
         single.device_ids = None
         if isinstance(self.forward_func, nn.DataParallel):
@@ -181,15 +182,16 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
         kept = None if guides is None else guides.begin()
         whole = nullcontext()
         try:
-            captured = _capture(single, inputs, *taken, grad_kwargs, kept, temperature)
+            captured = _capture(single, inputs, *taken, grad_kwargs, kept, *score)
         except _Around:
             captured, whole = None, eager_without_grad()
             inputs, additional_forward_args = _private((inputs, additional_forward_args))
         if captured is None:
             kept = None if guides is None else guides.begin()
-            with whole, _watched(single.forward_func, kept, Call(), self.layer, attribute_to_layer_input):
+            watched = _watched(single.forward_func, kept, Call(), self.layer, attribute_to_layer_input)
+            with whole, watched, ExitStack() as norms:
                 captured = compute_layer_gradients_and_eval(
-                    lambda *args: _score(single.forward_func(*args), target, temperature),
+                    lambda *args: _score(single.forward_func(*args), target, *score, norms),
                     self.layer,
                     inputs if isinstance(inputs, tuple) else (inputs,),
                     None,
@@ -282,12 +284,14 @@ def _capture(
     grad_kwargs,
     kept=None,
     margin_temperature=0.0,
+    frozen=False,
 ):
     """Gradients and activations of the layer, a tuple each, detached; None where captum's own code must run.
 
     Raises `_Around` where it must run in eager code and without the caller's tensors (`_private`).
 
-    ``kept`` keeps the guide of this one layer. With a temperature, the score of a class is its margin.
+    ``kept`` keeps the guide of this one layer. With a temperature, the score of a class is its margin; ``frozen``: the
+    gradients are those with `frozen_norms`.
     """
     forward_func, layer, grad_kwargs = attribution.forward_func, attribution.layer, grad_kwargs or {}
     if (
@@ -324,12 +328,13 @@ def _capture(
         if isinstance(target, torch.Tensor) and target.is_inference():
             target = target.clone()  # autograd refuses to keep it for the backward
         handle = layer.register_forward_hook(call.only(tap))
+        norms = ExitStack()
         try:
             with _watched(forward_func, kept, call):
                 outputs = _run_forward(forward_func, inputs, None, additional_forward_args)
             if not isinstance(outputs, torch.Tensor):
                 return None
-            output = _score(outputs, target, margin_temperature)
+            output = _score(outputs, target, margin_temperature, frozen, norms)
             # Autograd is off again where a no_grad or enable_grad block of the model's own encloses the layer.
             usable = starts and torch.is_grad_enabled() and isinstance(output, torch.Tensor)
             if not (usable and output.ndim and len(output) and output[0].numel() == 1):
@@ -348,12 +353,18 @@ def _capture(
             return None
         finally:
             handle.remove()
+            norms.close()
             while rooted:
                 rooted.pop().detach_()  # the model may hold on to its tensor
 
 
-def _score(outputs, target, margin_temperature):
-    """What captum differentiates of the outputs; with a temperature, the margin of a class of (N, n), n > 1."""
+def _score(outputs, target, margin_temperature, frozen, norms):
+    """What captum differentiates of the outputs; with a temperature, the margin of a class of (N, n), n > 1.
+
+    ``frozen``: and until ``norms``, an exit stack, closes, by `frozen_norms`.
+    """
+    if frozen and isinstance(outputs, torch.Tensor):
+        norms.enter_context(frozen_norms([outputs]))
     if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
         indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
         cotangent = margin_cotangent(outputs.detach(), _select_targets(indices, target), margin_temperature)

@@ -125,7 +125,8 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         model, target_layers, reshape_transform: as for `HeadCapture`.
         foreign_hooks: a list of hook handles to take off the model during every pass, read anew each time.
         evaluated: have the model in eval mode during every pass; False for the mode that it is in.
-        options: ``guide_layer``, ``guided``, ``margin_temperature`` and ``any_rows``, as for `HeadCapture`.
+        options: ``guide_layer``, ``guided``, ``margin_temperature``, ``frozen_norms`` and ``any_rows``, as for
+            `HeadCapture`.
 
     Attributes:
         activations, gradients: lists of one tensor per target layer of the latest `capture`, in the order in which the
@@ -163,7 +164,7 @@ class HeadActivationsAndGradients(ActivationsAndGradients):
         volumes = []
         captured = self._captured
         if isinstance(input_tensor, torch.Tensor) and input_tensor.dim() == 5:
-            options = {name: getattr(captured, name) for name in ("margin_temperature", "any_rows")}
+            options = {name: getattr(captured, name) for name in ("margin_temperature", "frozen_norms", "any_rows")}
             layers, transform = captured.target_layers, self._flattening(volumes)
             captured = HeadCapture(captured.model, layers, transform, **options)
         with self._undisturbed():
@@ -452,6 +453,7 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
             "guide_layer": guide_layer,
             "guided": self.config.averages_of,
             "margin_temperature": self.config.margin_temperature,
+            "frozen_norms": self.config.frozen_norms,
         }
         self._several = {"several": True, "pool": partial(pipeline.pool_gradients, config=self.config, **self._choices)}
         super().__init__(model, target_layers, reshape_transform)

@@ -33,7 +33,7 @@ layer (`GradCAM` of a convolution before ``ReLU(inplace=True)`` is silently that
 torch.Size([2, 7, 7])
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import torch
@@ -47,6 +47,7 @@ from cfcam_gpu.calls import eager_without_grad, is_fused
 from cfcam_gpu.capture import GraphRoot, GuideLayer, make_guides, named_modules
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
+from cfcam_gpu.frozen_norms import frozen_norms
 from cfcam_gpu.perturbed import block_size
 from cfcam_gpu.random_states import random_state, restore_random_state, same_state
 from cfcam_gpu.targets import margin_cotangent
@@ -318,7 +319,8 @@ class CFCAM(Configured, GradCAM):
             cotangent = margin_cotangent(scores.detach(), classes, temperature)
             with torch.inference_mode(False), torch.enable_grad():
                 scores, class_idx = (scores * cotangent).sum(1, keepdim=True), 0
-        super()._backprop(scores, class_idx, *args, targets=targets, **kwargs)
+        with frozen_norms([scores]) if self.config.frozen_norms else nullcontext():
+            super()._backprop(scores, class_idx, *args, targets=targets, **kwargs)
 
     def _get_weights(self, class_idx, scores, **kwargs):
         self._backprop(scores, class_idx, **kwargs)

@@ -59,9 +59,9 @@ class Subject:
 
     def capture(self):
         """A `HeadCapture` as `CFCAM` has it, for the default configuration."""
-        temperature = CFCAMConfig().margin_temperature
-        options = {"guide_layer": "auto", "margin_temperature": temperature}
-        return HeadCapture(self.model, [self.layer], self.reshape_transform, **options)
+        config = CFCAMConfig()
+        score = {"margin_temperature": config.margin_temperature, "frozen_norms": config.frozen_norms}
+        return HeadCapture(self.model, [self.layer], self.reshape_transform, guide_layer="auto", **score)
 
     @cached_property
     def captured(self):

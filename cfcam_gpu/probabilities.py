@@ -81,8 +81,8 @@ def _undone(model):
 def give_logits(model: nn.Module, ending: str) -> Iterator[None]:
     """Make a model that ends in a "softmax" or a "sigmoid" return logits, from now on; if the block raises, not.
 
-    They are those before the softmax but for a constant of each image, which softmax and margin do not see. A model that
-    does already is left as it is: who explains it next finds its ending by `looking`.
+    They are those before the softmax but for a constant of each image, which softmax and margin do not see. A model
+    that does already is left as it is: who explains it next finds its ending by `looking`.
     """
     if _undone(model) is not None:
         yield

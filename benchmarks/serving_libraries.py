@@ -3,7 +3,8 @@
     python benchmarks/serving_libraries.py litserve --port 8000
 
 Each batches up to 32 pictures within 10 ms and answers the map as the others do; each decodes where its design has it
-decode, and the process that has the network keeps its memory. Every picture that the network computes adds a byte to the file named by the environment variable `COUNT`.
+decode, and the process that has the network keeps its memory. Every picture that the network computes adds a byte to
+the file named by the environment variable `COUNT`.
 Needs the "serve" and "demo" extras, and litserve and ray[serve].
 """
 

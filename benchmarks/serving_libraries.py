@@ -3,7 +3,8 @@
     python benchmarks/serving_libraries.py litserve --port 8000
 
 Each batches up to 32 pictures within 10 ms and answers the map as the others do; each decodes where its design has it
-decode. Every picture that the network computes adds a byte to the file named by the environment variable `COUNT`.
+decode, and the process that has the network keeps its memory. Every picture that the network computes adds a byte to
+the file named by the environment variable `COUNT`.
 Needs the "serve" and "demo" extras, and litserve and ray[serve].
 """
 
@@ -19,7 +20,7 @@ import torch
 from starlette.responses import Response
 from torch import nn
 
-from cfcam_gpu import serving
+from cfcam_gpu import host_memory, serving
 from cfcam_gpu.models import Preprocess
 from cfcam_gpu.serving import answers, uploads
 from cfcam_gpu.serving.engine import Work
@@ -61,6 +62,7 @@ with contextlib.suppress(ImportError):
 
     class LitServeApi(litserve.LitAPI):  # here, because the process that has the network finds it by its name
         def setup(self, device):
+            host_memory.keep()
             self.engine = serving.Engine("demo")
 
         def decode_request(self, request):
@@ -91,6 +93,7 @@ def of_ray_serve(port):
     @serve.deployment(max_ongoing_requests=64, max_queued_requests=128, ray_actor_options={"num_cpus": 1})
     class Explaining:
         def __init__(self):
+            host_memory.keep()
             torch.set_num_threads(os.cpu_count())
             self.engine = serving.Engine("demo")
 

@@ -95,8 +95,8 @@ def check_output_size(output_size, activations):
     if not isinstance(output_size, (tuple, list, torch.Size)) or len(output_size) != n_axes:
         raise TypeError(f"output_size must be {expected}, got {output_size!r}")
     for side in output_size:
-        if isinstance(side, bool) or not isinstance(side, Integral):
+        if isinstance(side, bool) or not isinstance(side, (Integral, torch.SymInt)):
             raise TypeError(f"output_size must be {expected} of integers, got {output_size!r}")
         if side < 1:
             raise ValueError(f"output_size must be at least {(1,) * n_axes}, got {tuple(output_size)}")
-    return tuple(int(side) for side in output_size)
+    return tuple(side if isinstance(side, torch.SymInt) else int(side) for side in output_size)

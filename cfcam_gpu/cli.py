@@ -268,6 +268,7 @@ def _add_export(commands):
     add("--layer", metavar="NAME", help="target layer (default: the last one that keeps a map of the image)")
     add("--labels", type=Path, metavar="FILE", help="class names, as for explain (default: the model's own)")
     add("--size", type=_positive, metavar="N", help="images of N x N pixels (default: the model's own)")
+    add("--dynamic-size", action="store_true", help="also images of other sizes, each side from half of that to twice")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.set_defaults(run=export_model)
 
@@ -425,6 +426,7 @@ def export_model(args):
         reshape_transform=layer.reshape_transform,
         class_names=names,
         preprocess=kept,
+        dynamic_size=args.dynamic_size,
     )
     megabytes = args.out.stat().st_size / 1e6
     print(f"{args.out}: {megabytes:.0f} MB, layer {layer.name}, images {size[0]} x {size[1]}, {device}")

@@ -85,7 +85,8 @@ class ExportedCFCAM:
         outputs: the logits (B, n) of the thread's latest call; None before.
         classes: int64 (B,), the classes that it explained; None before.
         metadata: what the file says of itself, text by names.
-        input_size: (C, H, W).
+        input_size: (C, H, W), the example's.
+        sides: the least and the largest of H, and of W, that it takes: the same where the size is fixed.
         n_classes: n.
         device, dtype: of the model and the images.
         target_names, guide_names: of the layers, as of `CFCAM`.
@@ -97,6 +98,10 @@ class ExportedCFCAM:
     def __init__(self, run: Any, metadata: dict[str, str]) -> None:
         self._run, self.metadata, self._latest = run, metadata, _Latest()
         self.input_size = tuple(map(int, metadata["input"].split()))
+        least_and_most = list(map(int, metadata.get("sides", "").split()))
+        self.sides = list(zip(least_and_most[::2], least_and_most[1::2])) or [
+            (side, side) for side in self.input_size[1:]
+        ]
         self.n_classes = int(metadata["classes"])
         self.device, self.dtype = torch.device(metadata["device"]), getattr(torch, metadata["dtype"])
         self.target_names: list[str] = json.loads(metadata["target_layers"])
@@ -118,13 +123,13 @@ class ExportedCFCAM:
         """The maps of a batch, (B, H, W) in [0, 1].
 
         Args:
-            input_tensor: (B, C, H, W) of the size and dtype of the file; moved to its device.
+            input_tensor: (B, C, H, W) of the file's dtype and of a size that it takes (`sides`); moved to its device.
             targets: None for each image's top class; or one class index an image, in a list or an integer tensor (B,).
 
         Raises:
             TypeError: the images are no tensor, or of another dtype; targets are callables.
-            ValueError: another size, or no images; a wrong number of targets; a class out of range; on a CPU, NaN or
-                infinity.
+            ValueError: a size that it does not take, or no images; a wrong number of targets; a class out of range; on
+                a CPU, NaN or infinity.
             RuntimeError: the file's own, as where values overflow within the model.
         """
         return self.explain(input_tensor, targets).maps
@@ -157,8 +162,11 @@ class ExportedCFCAM:
             raise TypeError(f"input_tensor must be a torch.Tensor, got {type(images).__name__}")
         if images.dtype != self.dtype:
             raise TypeError(f"input_tensor must be {self.dtype}, got {images.dtype}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.input_size or not len(images):
-            expected = ", ".join(map(str, self.input_size))
+        channels, of_axes = self.input_size[0], zip(self.sides, images.shape[2:])
+        fits = images.ndim == 4 and images.shape[1] == channels and all(low <= n <= high for (low, high), n in of_axes)
+        if not fits or not len(images):
+            sides = (f"{low}" if low == high else f"{low} to {high}" for low, high in self.sides)
+            expected = ", ".join([f"{channels}", *sides])
             raise ValueError(f"input_tensor must be (B, {expected}) with B >= 1, got {tuple(images.shape)}")
         return images.detach().to(self.device).contiguous()  # the compiled code reads what it was compiled for
 

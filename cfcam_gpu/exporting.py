@@ -5,9 +5,11 @@ of torch's own operators for any number of images, and compiled by AOTInductor. 
 are compared with those of `CFCAM`. `cfcam_gpu.exported` loads it.
 """
 
+import itertools
 import json
 import os
 import platform
+import random
 import shutil
 import tempfile
 import warnings
@@ -48,6 +50,12 @@ TRACEABLE: dict[str, Any] = {"backend": "torch", "clustering": "batched", "check
 N_TRACED = 3
 """Images that are traced with. Not 1, which torch takes for a size of its own, and not a number of channels."""
 
+SIDES = (0.5, 2.0)
+"""A dynamic size's least and largest sides, in those of the example."""
+
+N_SIZES = 300
+"""Sizes, drawn at random, of which the branches that the model's code took are to be the same."""
+
 
 def export(
     model: nn.Module,
@@ -60,6 +68,7 @@ def export(
     config: CFCAMConfig | None = None,
     class_names: Any = None,
     preprocess: "Preprocess | None" = None,
+    dynamic_size: bool = False,
 ) -> Path:
     """Write a file that explains without Python: an AOTInductor package with the model, its weights and CF-CAM.
 
@@ -74,6 +83,8 @@ def export(
         path: the file, whose name ends in ".pt2".
         class_names: as `cfcam_gpu.class_names.class_names` takes them, to be kept in the file.
         preprocess: a `cfcam_gpu.models.Preprocess`, to be kept in the file.
+        dynamic_size: whether the file is to take images of any (H, W), each side from half to twice the example's
+            (`SIDES`), and not of its size alone. It is for models that take any size, such as convolutional ones.
 
     Returns:
         The path.
@@ -81,6 +92,7 @@ def export(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, the model is in training mode, or a layer is not in it;
             the model cannot be exported, because its values decide what runs or for another reason, which is named;
+            it takes images of one size, or of some sizes, where ``dynamic_size`` is asked for;
             the maps of the file are not those of `CFCAM`, or the example's are zero everywhere, which shows nothing.
         RuntimeError: there is no C++ compiler that works.
         OSError: the file cannot be written.
@@ -91,29 +103,33 @@ def export(
     """
     path = _checked_path(path)
     _check(model, example)
-    with torch.inference_mode(False):
-        return _export(
-            model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess
-        )
-
-
-def _export(model, example, target_layers, path, reshape_transform, guide_layer, config, class_names, preprocess):
+    if not isinstance(dynamic_size, bool):
+        raise TypeError(f"dynamic_size must be a bool, got {type(dynamic_size).__name__}")
     options = {"guide_layer": guide_layer, "config": config}
+    kept = class_names, preprocess
+    with torch.inference_mode(False):
+        return _export(model, example, target_layers, path, reshape_transform, options, kept, dynamic_size)
+
+
+def _export(model, example, target_layers, path, reshape_transform, options, kept, dynamic_size):
     cam = CFCAM(model, target_layers, reshape_transform, **options)
     images = _some_images(example).to(next(model.parameters(), example).device)
     cam.maps(images)  # finds the layers; what is wrong with the arguments is said here
     logits = find_logits(cam.outputs, len(images))
-    metadata = _metadata(cam, images, logits, class_names, preprocess)
+    metadata = _metadata(cam, images, logits, *kept)
+    sides = sides_of(images.shape[2:]) if dynamic_size else None
+    if sides is not None:
+        metadata["sides"] = _text([side for of_axis in sides for side in of_axis])
     if target_layers is None:
         target_layers, reshape_transform = cam._found.target_layers, cam._found.reshape_transform
     traced = CFCAM(model, target_layers, reshape_transform, **options, **TRACEABLE)
     traced.maps(images)  # finds the guides, and what else is found out about a model in the first pass
-    graph = _trace(traced, images, logits.shape[1])
+    graph = _trace(traced, images, logits.shape[1], sides)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         part = folder / "model.pt2"
-        _compile(graph, images, part, metadata)
-        _compare(part, images, cam)
+        _compile(graph, images, part, metadata, sides)
+        _compare(part, images, cam, sides)
         os.replace(part, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -154,6 +170,11 @@ def _some_images(example):
     while len(found) < N_TRACED:
         found = torch.cat([found, found.flip(-1) * 0.5])
     return found[:N_TRACED]
+
+
+def sides_of(size: Sequence[int]) -> list[tuple[int, int]]:
+    """The least and the largest side along each axis of a dynamic size, by the example's size (H, W)."""
+    return [(max(1, int(SIDES[0] * side)), int(SIDES[1] * side)) for side in size]
 
 
 def _metadata(cam, images, logits, class_names, preprocess):
@@ -210,7 +231,7 @@ def _text(value):
 # The graph.
 
 
-def _trace(cam, images, n_classes):
+def _trace(cam, images, n_classes, sides=None):
     """The whole call as one graph of torch's operators: images, classes -> logits, maps, classes."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -221,13 +242,47 @@ def _trace(cam, images, n_classes):
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     symbolic = []
-    for tensor in (images, _top(images)):
-        sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.ndim - 1)]  # else the size would be a symbol too
+    for tensor, axes in ((images, (0,) if sides is None else (0, 2, 3)), (_top(images), (0,))):
+        # Static, or the other sizes would be symbols too.
+        sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(tensor.ndim)]
         symbolic.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    symbols = [side.node.expr for side in symbolic[0].shape[2:] if isinstance(side, torch.SymInt)]
     try:
-        return make_fx(explain, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*symbolic)
+        graph = make_fx(explain, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*symbolic)
     except Exception as error:  # the model's own code may raise anything on tensors without values
         raise _cannot(cam.model, error) from error
+    if sides is not None:
+        _check_any_size(cam.model, mode.shape_env, symbols, sides)
+    return graph
+
+
+def _check_any_size(model, shapes, symbols, sides):
+    """Refuse a model whose code compares sizes, where another size in the range would take another branch.
+
+    The graph has the branches that were taken alone. What its operators ask of a size, `torch.export` finds out.
+    """
+    import sympy
+
+    name = type(model).__name__
+    for symbol in symbols:
+        if shapes.replacements.get(symbol, symbol).is_number:
+            raise ValueError(
+                f"dynamic_size: {name} takes images of one size alone: its code compares a side with"
+                f" {shapes.replacements[symbol]}"
+            )
+    draw = random.Random(0)
+    for guard in shapes.guards:
+        condition = guard.expr.xreplace(shapes.replacements)
+        if not condition.free_symbols <= set(symbols):
+            continue
+        ends = list(itertools.product(*sides))
+        for size in [*ends, *([draw.randint(*of_axis) for of_axis in sides] for _ in range(N_SIZES))]:
+            if condition.xreplace(dict(zip(symbols, map(sympy.Integer, size)))) == sympy.false:
+                said = str(condition.xreplace(dict(zip(symbols, sympy.symbols("H W")))))
+                raise ValueError(
+                    f"dynamic_size: {name} takes images of some sizes alone: its code, or the map of its layer, asks"
+                    f" {said}, which {tuple(size)} is not"
+                )
 
 
 def _explain(cam, images, classes, n_classes):
@@ -285,28 +340,38 @@ def _first_line(error):
 # The file.
 
 
-def _compile(graph, images, part, metadata):
+def _compile(graph, images, part, metadata, sides=None):
     from torch._inductor import aoti_compile_and_package
     from torch.export import Dim
     from torch.export import export as export_graph
 
     batch = Dim("batch", min=1)
+    axes = {0: batch}
+    for axis, name, (least, most) in zip((2, 3), ("height", "width"), sides or ()):
+        axes[axis] = Dim(name, min=least, max=most)
     try:
-        program = export_graph(graph, (images, _top(images)), dynamic_shapes=({0: batch}, {0: batch}))
+        program = export_graph(graph, (images, _top(images)), dynamic_shapes=(axes, {0: batch}))
     except Exception as error:
-        raise ValueError(f"the graph takes no other number of images: {_first_line(error)}") from error
+        what = "number of images" if sides is None else "number or size of images"
+        lines = [line.strip(" -") for line in str(error).splitlines() if "Not all values" in line]
+        raise ValueError(f"the graph takes no other {what}: {(lines or [_first_line(error)])[0]}") from error
     # As many threads as the process has that loads the file, not as this one has.
     options = {"aot_inductor.metadata": metadata, "cpp.dynamic_threads": True}
     aoti_compile_and_package(program, package_path=str(part), inductor_configs=options)
 
 
-def _compare(part, images, cam):
-    """Refuse a file whose maps are not those of `CFCAM`, also for another number of images than was traced with."""
+def _compare(part, images, cam, sides=None):
+    """Refuse a file whose maps are not those of `CFCAM`, also for another number of images than was traced with, and
+    for other sizes where it takes them."""
     from cfcam_gpu.exported import load
 
     loaded, highest = load(part), 0.0
-    for number in (N_TRACED, 1):
-        some = images[:number]
+    compared = [images, images[:1]]
+    if sides is not None:
+        (low, high), (left, right) = sides
+        compared += [_resized(images[:2], size) for size in ((low, right), (high, left), (high - 1, right - 1))]
+    for some in compared:
+        number = len(some)
         for targets in (None, [0] * number, [loaded.n_classes - 1] * number):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of maps that are zero everywhere
@@ -314,10 +379,14 @@ def _compare(part, images, cam):
             difference = (loaded.maps(some, targets) - expected).abs().max().item()
             if not difference <= TOLERANCES[images.dtype]:
                 raise ValueError(
-                    f"{type(cam.model).__name__} cannot be exported: of {number} images the compiled maps differ by"
-                    f" {difference:.1e} from those of CFCAM; is something in it random, or kept from one call to the"
-                    " next?"
+                    f"{type(cam.model).__name__} cannot be exported: of images {tuple(some.shape)} the compiled maps"
+                    f" differ by {difference:.1e} from those of CFCAM; is something in it random, or kept from one call"
+                    " to the next?"
                 )
             highest = max(highest, expected.max().item())
     if highest == 0:
         raise ValueError("example must have maps that are not zero everywhere, so that the file's can be compared")
+
+
+def _resized(images, size):
+    return nn.functional.interpolate(images, size, mode="bilinear", align_corners=False)

@@ -70,6 +70,7 @@ def load(name: str, text: Sequence[str] = ()) -> Found:
         except OSError:
             pass
         try:
+            _ask_the_hub(name)
             return _load(transformers, name, text, local_files_only=False)
         except OSError as error:
             from huggingface_hub import constants
@@ -80,6 +81,18 @@ def load(name: str, text: Sequence[str] = ()) -> Found:
                 f" downloaded ({offline}); where there is a network, run 'hf download {name}', and bring the cache here"
                 " or set HF_HOME to where it is; or name a folder that save_pretrained wrote: --model FOLDER"
             ) from error
+
+
+def _ask_the_hub(name):
+    """OSError where the Hub does not answer, after one try: transformers' own tries take half a minute."""
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (errors.HfHubHTTPError, ValueError):  # an answer, or a name that it is not asked for: transformers says it
+        pass
+    except Exception as error:  # of whichever library the Hub's own sends requests by
+        raise OSError(f"{constants.ENDPOINT} cannot be reached: {_first_line(error)}") from error
 
 
 def _first_line(error):

@@ -47,8 +47,12 @@ def ending_of(outputs: torch.Tensor) -> str | None:
 
 @contextmanager
 def looking(model: nn.Module) -> Iterator[Ending]:
-    """The `Ending` of the outputs that the model gives inside the block."""
-    ending = Ending()
+    """The `Ending` of the outputs that the model gives inside the block, or would without what `give_logits` did."""
+    ending, undone = Ending(), _undone(model)
+    if undone is not None:
+        ending.name = undone.ending
+        yield ending
+        return
     handle = model.register_forward_hook(lambda _module, _inputs, outputs: ending.look(outputs))
     try:
         yield ending
@@ -56,18 +60,39 @@ def looking(model: nn.Module) -> Iterator[Ending]:
         handle.remove()
 
 
-def give_logits(model: nn.Module, ending: str) -> torch.utils.hooks.RemovableHandle:
-    """Make a model that ends in a "softmax" or a "sigmoid" return logits, until the handle is removed.
+class _Undo:
+    """A forward hook that makes logits of probabilities."""
 
-    They are those before the softmax but for a constant of each image, which softmax and margin do not see.
-    """
+    def __init__(self, ending):
+        self.ending = ending
 
-    def undo(_module, _inputs, outputs):
+    def __call__(self, _module, _inputs, outputs):
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # float16 ends at 6e-8
         limits = torch.finfo(outputs.dtype)
-        return outputs.clamp_min(limits.tiny).log() if ending == "softmax" else outputs.logit(limits.eps)
+        return outputs.clamp_min(limits.tiny).log() if self.ending == "softmax" else outputs.logit(limits.eps)
 
-    return model.register_forward_hook(undo)
+
+def _undone(model):
+    """The hook of `give_logits` on a model, or None."""
+    return next((hook for hook in model._forward_hooks.values() if isinstance(hook, _Undo)), None)
+
+
+@contextmanager
+def give_logits(model: nn.Module, ending: str) -> Iterator[None]:
+    """Make a model that ends in a "softmax" or a "sigmoid" return logits, from now on; if the block raises, not.
+
+    They are those before the softmax but for a constant of each image, which softmax and margin do not see. A model
+    that does already is left as it is: who explains it next finds its ending by `looking`.
+    """
+    if _undone(model) is not None:
+        yield
+        return
+    handle = model.register_forward_hook(_Undo(ending))
+    try:
+        yield
+    except BaseException:
+        handle.remove()
+        raise
 
 
 def says_multilabel(model: nn.Module) -> bool:

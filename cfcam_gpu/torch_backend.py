@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
-from cfcam_gpu.constants import constant, has_symbolic_batch
+from cfcam_gpu.constants import constant, has_symbolic_batch, has_symbols
 from cfcam_gpu.gaussian import (
     as_rows_and_columns,
     coverage,
@@ -250,8 +250,9 @@ def average_alike_cells(grids, guide, config):
     # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
     n_bytes = values.shape[2] * n_others * values.element_size()
-    images = 1 if of_images_on_cpu(values) else max(1, AFFINITY_BYTES // n_bytes)
-    keep = config.affinity_steps > 1 and images * n_bytes <= AFFINITY_BYTES
+    images = 1 if of_images_on_cpu(values) or has_symbols(shape) else max(1, AFFINITY_BYTES // n_bytes)
+    # A size that is a symbol is compared with nothing.
+    keep = config.affinity_steps > 1 and (has_symbols(shape) or images * n_bytes <= AFFINITY_BYTES)
     for image in (0,) if has_symbolic_batch(values) else range(0, batch, images):
         chunk = slice(None) if has_symbolic_batch(values) else slice(image, image + images)
         arguments = guide[chunk], target_shape, config, values.dtype, rows, columns
@@ -270,7 +271,8 @@ def average_alike_cells(grids, guide, config):
     values = values[:, :-1]
     if config.guide_power > 0:
         values = values * strengths(guide, config.guide_power, values.dtype)[:, None]
-    return values.reshape(*grids.shape[: -len(shape)], *shape)
+    values = values.unflatten(2, shape)
+    return values if grids.ndim == values.ndim else values[:, 0]
 
 
 def strengths(guide, power, dtype):
@@ -294,10 +296,10 @@ def affinities(guide, target_shape, config, dtype, rows, columns):
     # A third of the time of vector_norm, slow across rows. NaN or infinite features are no features.
     scale = (cells * cells).sum(1).rsqrt().nan_to_num_(0, 0, 0)
     sigma = config.affinity_sigma
-    reach = rows_reach(shape, target_shape, sigma)
+    reach = 0 if has_symbols(shape) else rows_reach(shape, target_shape, sigma)
     window = None
-    for left in range(0, width, columns):
-        for top in range(0, height, rows):
+    for left in _starts(width, columns):
+        for top in _starts(height, rows):
             # In a plane, rows as far apart are as near: one window for all blocks.
             if not math.isinf(sigma) and (window is None or top == 0 or len(shape) > 2):
                 of_rows = constant(rows_window, (shape, target_shape, sigma), cells.device, dtype)
@@ -316,6 +318,11 @@ def affinities(guide, target_shape, config, dtype, rows, columns):
             yield start, affinity
 
 
+def _starts(length, step):
+    """Of the parts of a length; of one that is a symbol there is one part."""
+    return (0,) if has_symbols(length) else range(0, length, step)
+
+
 def likeness(cosine, config):
     """How much cells count for each other by their features, in place."""
     return cosine.nan_to_num_(0, 0, 0).clamp_min_(0).pow_(config.affinity_power)
@@ -324,6 +331,8 @@ def likeness(cosine, config):
 def _block_of_cells(target_shape, shape, sigma, values):
     """Rows and columns of a block of `affinities`, and the most other cells that it is compared with."""
     height, width = as_rows_and_columns(shape)
+    if has_symbols(shape):
+        return height, width, height * width
     reach = rows_reach(shape, target_shape, sigma)
     on_cpu = values.device.type == "cpu"
     limit = (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // values.element_size() // width

@@ -68,8 +68,6 @@ class Demo:
         self._turn = threading.Lock()
         noise = _noise()
         found = self._explain(reading.Source("a picture of noise", lambda: noise, "noise"), (), None, "gradcam")
-        # A model that ends in a sigmoid gives logits from now on, which do not tell any more.
-        self.options = replace(self.options, multilabel=found.multilabel)
         self.n_classes = found.n_classes
         self.class_names = [self.loaded.class_name(index, self.n_classes) for index in range(self.n_classes)]
         self.layer_names = [layer.name for layer in found.candidates() if layer.grid is not None]

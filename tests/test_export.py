@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import cfcam_gpu
-from cfcam_gpu import CFCAM, CFCAMConfig, cli, constants, exported, exporting
+from cfcam_gpu import CFCAM, CFCAMConfig, cli, constants, exported, exporting, gaussian, symbolic
 from cfcam_gpu.gaussian import filter_matrix
 from cfcam_gpu.models import Preprocess
 
@@ -49,12 +49,12 @@ def network(n_classes=N_CLASSES):
     return nn.Sequential(Block(3, 8, 2), Block(8, 16, 2), Block(16, 24, 2), *head).eval()
 
 
-def traced(model, layers, n_classes=N_CLASSES, **options):
+def traced(model, layers, n_classes=N_CLASSES, sides=None, **options):
     """What is compiled: images, classes -> logits, maps, classes."""
     cam = CFCAM(model, layers, **options, **exporting.TRACEABLE)
     images = torch.randn(exporting.N_TRACED, *SIZE)
     cam.maps(images)
-    return exporting._trace(cam, images, n_classes)
+    return exporting._trace(cam, images, n_classes, sides)
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +77,17 @@ def metadata(model):
     return exporting._metadata(cam, images, cam.outputs, names, preprocess)
 
 
-def largest_difference(run, cam, batch):
+def largest_difference(run, cam, batch, size=SIZE[1:]):
     """Between the maps of ``run`` and those of a `CFCAM`, for the top class and for others that are given."""
-    images = torch.randn(batch, *SIZE)
-    found = []
+    draws = (torch.randn(batch, SIZE[0], *size) for _ in range(50))
+    images, found = next(images for images in draws if cam.maps(images).max() > 0.5), []  # a map may be of zeros
     for classes in (torch.full((batch,), -1), torch.randint(N_CLASSES, (batch,))):
         logits, maps, explained = run(images, classes)
         expected = cam.maps(images, None if classes[0] < 0 else classes)
         assert torch.equal(explained, cam.classes)
         torch.testing.assert_close(logits, cam.outputs)
         found.append((maps - expected).abs().max().item())
-        assert maps.shape == (batch, *SIZE[1:]) and maps.max() > 0.5
+        assert maps.shape == (batch, *size)
     return max(found)
 
 
@@ -114,6 +114,62 @@ def test_a_graph_of_real_sizes_is_found_to_fix_the_batch(model, seed, monkeypatc
     fixed = make_fx(explain, tracing_mode="real")(images, torch.tensor([1, 2, 3]))
     with pytest.raises((AssertionError, RuntimeError)):
         assert largest_difference(fixed, CFCAM(model, [model[2]]), 5) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sigma", [0.4, 2.0, float("inf")])
+def test_matrices_of_symbolic_sizes_are_those_of_gaussian(sigma):
+    for target, size in ((1, 1), (1, 3), (3, 5), (7, 14), (7, 28), (5, 20)):
+        shape = target, size
+        for boundary in ("constant", "reflect", "nearest") if sigma < 10 else ():
+            arguments = shape, (sigma, 1.0), boundary
+            found = symbolic.pooling_weights(*arguments).numpy()
+            np.testing.assert_allclose(found, gaussian.pooling_weights(*arguments), atol=1e-15)
+        for name in ("window_matrix", "coverage"):
+            arguments = (size, target, sigma) if name == "window_matrix" else (target, size, sigma)
+            found = getattr(symbolic, name)(*arguments).numpy()
+            np.testing.assert_allclose(found, getattr(gaussian, name)(*arguments), rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def sized(model):
+    """The graph for sizes from half to twice."""
+    return traced(model, [model[2]], sides=exporting.sides_of(SIZE[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:maps are zero")
+@pytest.mark.parametrize("batch, size", [(1, (32, 24)), (3, (17, 47)), (2, (64, 12)), (5, (33, 25))])
+def test_a_graph_of_dynamic_size_gives_the_maps_of_cfcam_for_any(sized, model, seed, batch, size):
+    assert largest_difference(sized, CFCAM(model, [model[2]]), batch, size) <= TOLERANCE
+
+
+def test_models_of_one_size_have_no_dynamic_size(tmp_path):
+    from torchvision.models import VisionTransformer
+
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return self.body(x) * (2 if x.shape[-1] > 40 else 1)
+
+    vit = VisionTransformer(32, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=N_CLASSES).eval()
+    nn.init.normal_(vit.heads.head.weight)
+    branching = Doubling().eval()
+    for model, layers, size, says in (
+        (vit, None, (32, 32), "VisionTransformer takes images of one size alone: its code compares a side with 32"),
+        (
+            branching,
+            [branching.body[2]],
+            (32, 24),
+            r"Doubling takes images of some sizes alone: .*, asks W <= 40, which",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"dynamic_size: {says}"):
+            cfcam_gpu.export(model, torch.randn(1, 3, *size), layers, tmp_path / "model.pt2", dynamic_size=True)
+    with pytest.raises(TypeError, match="dynamic_size must be a bool, got int"):
+        cfcam_gpu.export(vit, torch.randn(1, 3, 32, 32), None, tmp_path / "model.pt2", dynamic_size=224)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("classes", [[N_CLASSES, 0], [0, -2]])
@@ -296,6 +352,14 @@ def test_a_loaded_file_refuses_what_it_was_not_made_for(loaded, kind, says, argu
     assert loaded.outputs is None
 
 
+def test_a_loaded_file_of_dynamic_size_takes_those_that_it_was_made_for(sized, metadata):
+    found = exported.ExportedCFCAM(sized, {**metadata, "sides": "16 64 12 48"})
+    assert found.sides == [(16, 64), (12, 48)] and found.maps(torch.randn(2, 3, 64, 12)).shape == (2, 64, 12)
+    for size in ((15, 24), (65, 24), (32, 11), (32, 49)):
+        with pytest.raises(ValueError, match=r"must be \(B, 3, 16 to 64, 12 to 48\) with B >= 1, got \(1, 3, "):
+            found.maps(torch.zeros(1, 3, *size))
+
+
 def write_archive(path, metadata):
     """A file with this metadata where AOTInductor keeps it, and nothing to run."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -394,6 +458,20 @@ def test_the_file_gives_the_maps_of_cfcam_in_a_fresh_process(compiled):
     expected = compiled.with_name("expected.pt")
     ran = subprocess.run([sys.executable, "-c", FRESH, compiled, expected], capture_output=True, text=True, cwd=ROOT)
     assert (ran.returncode, ran.stdout) == (0, "refused\n"), ran.stderr
+
+
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:maps are zero")
+def test_a_file_of_dynamic_size(model, tmp_path, seed):
+    path = cfcam_gpu.export(model, torch.randn(1, *SIZE), [model[2]], tmp_path / "model.pt2", dynamic_size=True)
+    found, cam = cfcam_gpu.load(path), CFCAM(model, [model[2]])
+    for batch, size in ((1, (16, 48)), (3, (32, 24)), (8, (63, 13))):
+
+        def run(images, classes):
+            explained = found.explain(images, None if classes[0] < 0 else classes)
+            return explained.outputs, explained.maps, explained.targets
+
+        assert largest_difference(run, cam, batch, size) <= TOLERANCE
 
 
 @pytest.mark.inductor

@@ -1,6 +1,7 @@
 """Models of transformers by name and by folder: small ones with random weights, judged by transformers and autograd."""
 
 import json
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -309,6 +310,24 @@ def test_a_name_comes_from_the_local_cache(saved, run, photograph, tmp_path, cap
         assert status == 2 and len(err.splitlines()) == 1
         for part in (f"no model hf:{name}", str(tmp_path / "hub"), "HF_HUB_OFFLINE is set", f"'hf download {name}'"):
             assert part in err
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked, waits = [], []
+
+    def nobody(*address, **options):
+        asked.append(address)
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    monkeypatch.setattr("time.sleep", waits.append)  # between one try and the next
+    with pytest.raises(OSError, match=r"no model hf:owner/absent: .* cannot be reached: .*no such host\)"):
+        models.load_model("hf:owner/absent")
+    assert len(asked) == 1 and not waits
 
 
 # What is refused

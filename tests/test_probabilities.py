@@ -1,5 +1,6 @@
 """What a model's outputs are, told from their values and from how they were computed."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -69,20 +70,37 @@ def test_outputs_that_are_no_scores_are_passed_over():
 def test_logits_come_back(seed, dtype, end, name):
     model, x = Head(end, dtype), torch.randn(3, 7, dtype=dtype)
     expected, before = model.linear(x), model(x)
-    handle = prob.give_logits(model, name)
-    found = model(x)
+    with pytest.raises(ZeroDivisionError), prob.give_logits(model, name):
+        found = model(x)
+        raise ZeroDivisionError
     assert torch.allclose(prob.probabilities(found, name == "sigmoid"), before.float(), atol=1e-6)
     shift = (found - expected).detach()
     assert torch.allclose(shift, shift[:, :1].expand_as(shift) if name == "softmax" else shift * 0, atol=1e-4)
-    handle.remove()
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_a_model_that_was_made_to_give_logits_still_has_its_ending(seed, name):
+    model, x = Head(nn.Softmax(1) if name == "softmax" else nn.Sigmoid()), torch.randn(3, 7)
+    with prob.give_logits(model, name):
+        pass
+    once = model(x)
+    assert prob.ending_of(once) is None
+    for other in (model, pickle.loads(pickle.dumps(model))):  # as a worker has it
+        with prob.looking(other) as ending:
+            other(x)
+        assert ending.name == name
+        with prob.give_logits(other, ending.name):
+            pass
+        assert torch.equal(other(x), once)
 
 
 @pytest.mark.parametrize("name, outputs", [("softmax", [1.0, 0, 0]), ("sigmoid", [1.0, 0, 1])])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_saturated_probabilities_give_finite_logits_and_gradients(name, outputs, dtype):
     model = nn.Identity()
-    prob.give_logits(model, name)
+    with prob.give_logits(model, name):
+        pass
     outputs = torch.tensor([outputs], dtype=dtype, requires_grad=True)
     found = model(outputs)
     found.sum().backward()

@@ -4,6 +4,7 @@ import io
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,14 @@ for package in ("matplotlib", "tqdm"):
 from cfcam_gpu import images, web
 from cfcam_gpu.datasets import running, writing
 
-NETWORK = network_source(["ox", "ass", "<b>mule", "hinny"])
+NETWORK = (
+    network_source(["ox", "ass", "<b>mule", "hinny"])
+    + """
+def build_labels():
+    network, *others = build()
+    return nn.Sequential(network, nn.Sigmoid()), *others
+"""
+)
 
 
 @pytest.fixture
@@ -65,6 +73,16 @@ def test_it_shows_what_the_command_line_writes(options, photograph, run, tmp_pat
         assert np.array_equal(shown.panels[1], images.overlay(shown.panels[0], heat))
         assert len(shown.panels) == len(shown.captions) + 1 == 3 + versus
         assert shown.captions[0].startswith("hinny 0.") and f"target layer: {layer or 1}" in shown.said
+
+
+def test_several_labels_are_so_in_every_picture(options, photograph):
+    demo = web.Demo(replace(options, model="web_net:build_labels"))
+    logits = demo.loaded.model(demo.loaded.preprocess(Image.open(photograph))[None])[0]
+    shares = [f"{name} {share:.2f}" for name, share in zip(demo.class_names, logits.sigmoid().tolist())]
+    for _ in range(2):
+        shown = demo.explain(str(photograph), [2, 0])
+        assert shown.captions == [shares[2], shares[0]]
+        assert "by a sigmoid of the model's own" in shown.said and "several labels an image" in shown.said
 
 
 def test_what_cannot_be_explained_is_said(options, photograph, bad):

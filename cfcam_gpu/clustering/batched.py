@@ -11,7 +11,7 @@ import torch
 
 from cfcam_gpu.clustering.ranks import dominant_rank, rank_table
 from cfcam_gpu.config import EPS_FLOOR
-from cfcam_gpu.constants import has_symbolic_batch, with_values
+from cfcam_gpu.constants import has_symbolic_batch, has_symbols, with_values
 from cfcam_gpu.labels import NOISE
 
 CHUNK_BYTES = 512 * 2**20
@@ -73,7 +73,8 @@ def bytes_per_image(n_rows, itemsize):
 
 def pairwise_distances(rows, is_row):
     """Euclidean distances (B, R, R) by direct differences; infinite where either side is padding."""
-    summed = rows.double() if rows.shape[2] > FLOAT32_LENGTH else rows
+    long = has_symbols(rows.shape[2]) or rows.shape[2] > FLOAT32_LENGTH
+    summed = rows.double() if long else rows
     # Not the matrix-product form: equal rows must be at exactly 0.
     distances = torch.cdist(summed, summed, compute_mode="donot_use_mm_for_euclid_dist").to(rows.dtype)
     return distances.masked_fill_(~(is_row[:, :, None] & is_row[:, None, :]), torch.inf)

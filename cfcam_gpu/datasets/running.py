@@ -450,12 +450,8 @@ class Explaining:
                     raise
         if ending.name is not None:
             # The layer too is chosen by the logits: behind a saturated softmax there is no gradient.
-            handle = prob.give_logits(model, ending.name)
-            try:
+            with prob.give_logits(model, ending.name):
                 target = layers.inspect_target_layer(model, image, layer)
-            except Exception:
-                handle.remove()
-                raise
             note(f"outputs: probabilities, by a {ending.name} of the model's own")
         n_classes = target.n_classes
         _check_classes(options, n_classes)

@@ -36,6 +36,8 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT: then nothing more is accepted, and what has begun is answered.
 
+    The process is taken to be the server's: it keeps its memory (`cfcam_gpu.host_memory.keep`).
+
     Args:
         engine, limits: as for `application`.
         host, port: where; port 0 is any that is free. The address is printed.

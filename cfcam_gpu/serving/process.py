@@ -6,6 +6,7 @@ import signal
 import socket
 from typing import Any
 
+from cfcam_gpu import host_memory
 from cfcam_gpu.checks import needs
 
 try:
@@ -30,6 +31,7 @@ class _Server(uvicorn.Server):
 
 def serve(app: Any, host: str, port: int, grace_s: int) -> int:
     """As `cfcam_gpu.serving.serve`, of what `application` returns."""
+    host_memory.keep()
     with contextlib.closing(_listening(host, port)) as listener:
         config = uvicorn.Config(
             app,

@@ -107,13 +107,16 @@ def hull(one: Box, other: Box) -> Box:
 
 
 def merged(boxes: Sequence[Box], everything: Box) -> list[Box]:
-    """Boxes around these: fewer where that is not more to compute, and none in another."""
+    """Boxes around these, none of them in another: those that overlap as one where that is less to compute, and small
+    ones that touch, which take as long apart. Large ones that touch stay as they are, or they would be copied apart."""
+    small = volume(everything) / 4
     found: list[Box] = []
     for box in boxes:
         while box is not None:
             for index, other in enumerate(found):
                 around = hull(box, other)
-                if volume(around) <= volume(box) + volume(other) or contains(other, box) or contains(box, other):
+                larger = volume(around) - volume(box) - volume(other)
+                if larger < 0 or (larger == 0 and volume(around) <= small):
                     box = around
                     del found[index]
                     break

@@ -127,17 +127,17 @@ class _Recorded(NamedTuple):
             if type(leaf) is Kept
         ]
 
-    def with_kept(self, new):
-        """The same with other tensors from before the layer; ``new`` is called with `Kept`."""
-        renewed = lambda leaves: [new(leaf) if type(leaf) is Kept else leaf for leaf in leaves]
-        steps = [step._replace(leaves=renewed(step.leaves)) for step in self.steps]
-        return self._replace(steps=steps, result=renewed(self.result))
-
 
 class _Program(NamedTuple):
     steps: list[Step]
     result: list[Any]
     n_slots: int
+
+    def with_kept(self, tensors):
+        """The same with other tensors from before the layer, by their sources."""
+        renewed = lambda leaves: [leaf.of(tensors[leaf.source]) if type(leaf) is Kept else leaf for leaf in leaves]
+        steps = [step._replace(leaves=renewed(step.leaves)) for step in self.steps]
+        return self._replace(steps=steps, result=renewed(self.result))
 
 
 class _Replay(Head):
@@ -157,14 +157,10 @@ class _Replay(Head):
         seen.finish(len(inputs.images))
         if seen.reason is not None or len(all_tensors(seen.outputs)) != len(self._recorded.result):
             return None
-        if not kept:
-            head = _Replay(seen, self._recorded, self._programs)
-        elif all(seen.has(each) for each in kept):
-            head = _Replay(
-                seen, self._recorded.with_kept(lambda each: Kept(seen.kept[each.source].clone(), each.source))
-            )
-        else:
+        if not all(seen.has(each) for each in kept):
             return None
+        tensors = {source: tensor.clone() for source, tensor in seen.kept.items()}
+        head = _Replay(seen, self._recorded, [program.with_kept(tensors) for program in self._programs])
         return head if head.is_right() else None
 
     def is_right(self):

@@ -6,9 +6,8 @@ queries only those rows. Keys and values it needs of all tokens.
 
 `only_needed` walks from the outputs back. What a select or a slice takes of a tensor is a box of it
 (`cfcam_gpu.boxes`), and each operator has a rule that says which boxes of its arguments a box of its result takes.
-Where it has none, everything is computed. A tensor of which several boxes are wanted is computed as their hull where
-that is no more than the boxes: queries, keys and values in one product become two, of one row and of all. The steps are
-a recording's, of torch's operators, so this is the same for any model and stays differentiable. That their outputs
+Where it has none, everything is computed. A tensor of which several boxes are wanted is computed in these boxes:
+queries, keys and values in one product become three, of one row and of all. The steps are a recording's, of torch's operators, so this is the same for any model and stays differentiable. That their outputs
 are the network's own is for `cfcam_gpu.head` to check.
 
 What there is to gain, in multiply-adds, with d channels and N tokens: a block takes 12 N d^2 + 2 N^2 d. Behind its
@@ -191,7 +190,7 @@ class _Emitted:
 
     def _step(self, function, leaf, *args):
         if type(leaf) is Kept and function is aten.slice.Tensor and args[0] > 0:
-            return Kept(function(leaf.tensor, *args).clone())
+            return leaf.sliced(*args)
         leaves, spec = tree_flatten(((leaf, *args), {}))
         number = next(self._numbers)
         self._steps.append(Step(function, leaves, spec, [number], []))
@@ -274,6 +273,15 @@ def _expand(call):
     return _call(aten.expand.default, _Want(x, _broadcast(call.box, call.size(x), call.sizes)), lengths(call.box))
 
 
+def _clone(call):
+    """Without a copy of what lies in memory as it is to: nothing is changed in place."""
+    layout = call.given.get("memory_format")
+    x = _Want(call.given["self"], call.box)
+    return (
+        _call(aten.alias.default, x) if layout is None else (aten.contiguous.default, ((x,), {"memory_format": layout}))
+    )
+
+
 def _permuted(call, order):
     inner: list = [None] * len(order)
     for place, axis in enumerate(order):
@@ -300,7 +308,8 @@ def _selected(call, axis, index):
     if isinstance(sizes[axis], Rows):
         raise NotABox
     inner = (*call.box[:axis], part(sizes[axis], index % sizes[axis], 1), *call.box[axis:])
-    return _call(aten.select.int, _Want(x, inner), axis, 0)
+    # Not a select, whose backward fills a tensor with zeros.
+    return _call(aten.reshape.default, _Want(x, inner), lengths(call.box))
 
 
 def _select(call):
@@ -435,8 +444,8 @@ def _mean(call):
     return call.with_({"self": tuple(inner)})
 
 
-PARTS = {aten.select, aten.slice, aten.unbind, aten.split, aten.split_with_sizes, aten.index}
-"""What takes a part of a tensor, where all of its result is wanted."""
+PARTS = {aten.select, aten.slice, aten.unbind, aten.split, aten.split_with_sizes, aten.index, aten.clone}
+"""What has a rule also where all of its result is wanted: most take a part of a tensor."""
 
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -458,6 +467,7 @@ RULES: dict[Any, Callable[[_Call], Any]] = {
     **dict.fromkeys((aten.transpose, aten.t), _transpose),
     **dict.fromkeys((aten._softmax, aten._log_softmax, aten._safe_softmax), _along("dim")),
     **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), _along("normalized_shape", n_last=True)),
+    aten.clone: _clone,
     aten.expand: _expand,
     aten.permute: _permute,
     aten.select: _select,

@@ -30,6 +30,19 @@ class Kept:
 
     tensor: torch.Tensor
     source: Any = None  # where another forward pass has its like; None if that is not known
+    slices: tuple[tuple[int, int, int], ...] = ()  # of it, one after the other: axis, start and end
+
+    def sliced(self, axis: int, start: int, end: int) -> "Kept":
+        """A range of an axis."""
+        part = self.tensor.narrow(axis, start, end - start).clone()
+        return Kept(part, self.source, (*self.slices, (axis, start, end)))
+
+    def of(self, tensor: torch.Tensor) -> "Kept":
+        """The same of another pass's tensor."""
+        kept = Kept(tensor, self.source)
+        for each in self.slices:
+            kept = kept.sliced(*each)
+        return kept
 
 
 Size = int | Rows

@@ -229,8 +229,11 @@ def test_boxes():
         reshaped((part(6, 1, 3),), [3, 2])
     everything = whole([Rows(1), 6])
     row = lambda start, length=1: (*everything[:1], part(6, start, length))
-    assert merged([row(0), row(1)], everything) == [row(0, 2)]
+    of_eight = lambda start, length=1: (*everything[:1], part(8, start, length))
+    assert merged([of_eight(0), of_eight(1)], whole([Rows(1), 8])) == [of_eight(0, 2)]
     assert sorted(merged([row(0), row(5)], everything)) == [row(0), row(5)]
     assert merged([row(0, 5), row(2, 2)], everything) == [row(0, 5)] and contains(row(0, 5), row(2, 2))
     assert merged([row(0, 5), row(5)], everything) == [everything]
+    assert len(merged([row(0, 2), row(2, 3)], everything)) == 2, "large ones that touch"
+    assert merged([row(0, 3), row(2, 3)], everything) == [row(0, 5)]
     assert part(6, 0, 6) == (Factor(6),) and not contains(row(0), everything)

@@ -511,13 +511,20 @@ def _compared(model, first, second, own):
             indices.append(slots[0][id(one)])
             if not any(isinstance(each, torch.Tensor) and _storage(each) == _storage(one) for each in leaves):
                 made_here.add(_storage(one))
-        steps.append(Step(function, taken, spec, indices, []))
+        steps.append(Step(function, _for_a_backward(function, taken), spec, indices, []))
     raw, other, outputs = all_tensors(first.raw), all_tensors(second.raw), all_tensors(own.outputs)
     if not len(raw) == len(other) == len(outputs):
         raise _DependsOnRows
     result = [merged(*pair) for pair in zip(raw, other)]
     steps = needed(steps, slots_of(result), memory)
     return _Replay(own, _Recorded(steps, result, sizes, memory, weights, changes_leaf))
+
+
+def _for_a_backward(function, leaves):
+    """An accelerator's attention keeps what its backward needs if it is told to, which without autograd it was not."""
+    names = [argument.name for argument in function._schema.arguments]
+    place = names.index("compute_log_sumexp") if "compute_log_sumexp" in names else None
+    return leaves if place is None else [*leaves[:place], True, *leaves[place + 1 :]]
 
 
 def _sizes(one, other, batch):

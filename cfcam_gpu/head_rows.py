@@ -7,8 +7,9 @@ queries only those rows. Keys and values it needs of all tokens.
 `only_needed` walks from the outputs back. What a select or a slice takes of a tensor is a box of it
 (`cfcam_gpu.boxes`), and each operator has a rule that says which boxes of its arguments a box of its result takes.
 Where it has none, everything is computed. A tensor of which several boxes are wanted is computed in these boxes:
-queries, keys and values in one product become three, of one row and of all. The steps are a recording's, of torch's operators, so this is the same for any model and stays differentiable. That their outputs
-are the network's own is for `cfcam_gpu.head` to check.
+queries, keys and values in one product become three, of one row and of all. The steps are a recording's, of torch's
+operators, so this is the same for any model and stays differentiable. That their outputs are the network's own is for
+`cfcam_gpu.head` to check.
 
 What there is to gain, in multiply-adds, with d channels and N tokens: a block takes 12 N d^2 + 2 N^2 d. Behind its
 first layer norm, for one token, 2 N d^2 for keys and values are left, and 10 d^2 + 2 N d. For ViT-B/16 that is 0.239e9

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfcam_gpu import head_rows
+from cfcam_gpu import head, head_rows
 from cfcam_gpu.boxes import Factor, NotABox, contains, lengths, merged, part, reshaped, whole
 from cfcam_gpu.head import record_head
 from cfcam_gpu.head_steps import Rows
@@ -186,6 +186,12 @@ def test_attention(how, backend):
     limit = 4 * (2 * N * D**2 + 2 * D**2 + 2 * 2 * N * D)
     causal = how == "causal" and backend is SDPBackend.FLASH_ATTENTION  # of some rows it would be another mask
     assert (n_run > limit) == causal
+
+
+def test_attention_on_a_device_keeps_what_its_backward_needs():
+    function = torch.ops.aten._scaled_dot_product_efficient_attention.default
+    assert head._for_a_backward(function, ["q", "k", "v", None, False, 0.0]) == ["q", "k", "v", None, True, 0.0]
+    assert head._for_a_backward(torch.ops.aten.mm.default, ["a", False]) == ["a", False]
 
 
 def test_a_wrong_rule_is_found_out(monkeypatch):

@@ -266,6 +266,8 @@ def _call(function, *args):
 
 def _reshape(call):
     x = call.given["self"]
+    if "dtype" in call.given:  # the same memory read as another type
+        raise NotABox
     return _call(aten.reshape.default, _Want(x, reshaped(call.box, call.size(x))), lengths(call.box))
 
 
@@ -374,6 +376,8 @@ def _index(call):
 def _cat(call):
     tensors, axis = call.given["tensors"], call.given.get("dim", 0) % len(call.sizes)
     all_sizes = [call.size(each) for each in tensors]
+    if any(len(sizes) != len(call.sizes) for sizes in all_sizes) or len(call.box[axis]) > 1:
+        raise NotABox
     if is_whole(call.box[axis]):
         boxes = [(*call.box[:axis], whole(sizes)[axis], *call.box[axis + 1 :]) for sizes in all_sizes]
         return _call(aten.cat.default, [_Want(*pair) for pair in zip(tensors, boxes)], axis)

@@ -258,7 +258,10 @@ def _speed_up(row):
 
 
 def _difference(row):
-    return f"{row['max_difference']:.0e}" if row["max_difference"] else "0"
+    text = f"{row['max_difference']:.0e}" if row["max_difference"] else "0"
+    if "theirs_off_float64" in row:
+        text += f" (from float64: the library {row['theirs_off_float64']:.0e}, ours {row['ours_off_float64']:.0e})"
+    return text
 
 
 def _about_methods(results):

@@ -8,6 +8,7 @@ bit, or it is not used.
 """
 
 import logging
+from collections import Counter
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cfcam_gpu.calls import Call, eager_without_grad_in
 from cfcam_gpu.capture import _device
+from cfcam_gpu.head_rows import only_needed
+from cfcam_gpu.head_steps import Kept, Rows, Size, Slot, Step, needed, slots_of, without_changes, without_constants
 from cfcam_gpu.inputs import Inputs, check_inputs
 from cfcam_gpu.outputs import all_tensors, first_tensor, map_tensors, with_first
 from cfcam_gpu.random_states import random_state, restore_random_state
@@ -99,83 +102,103 @@ class _Copies(NamedTuple):
         return torch.cat([rows] * self.times) if self.tiled else rows.repeat_interleave(self.times, 0)
 
 
-class _Rows(NamedTuple):
-    """An integer of the recording that is so many times the number of images."""
+class _Recorded(NamedTuple):
+    """What recordings have in common: all operations behind the layer, and what is known of their tensors."""
 
-    factor: int
+    steps: list[Step]
+    result: list[Any]  # what is returned in the place of each of the outputs' tensors
+    sizes: dict[int, list[Size] | None]  # by slot
+    memory: dict[int, int]  # by slot, which memory it lies in
+    weights: set[int]
+    changes_leaf: bool
+
+    def programs(self):
+        """What may be run for it, the shortest first."""
+        steps, result = without_constants(self.steps, self.result, self.weights, self.memory)
+        found = [_Program(steps, result, len(self.sizes))]
+        reduced = only_needed(*without_changes(steps, result, self.sizes, self.memory), self.weights)
+        return found if reduced is None else [_Program(*reduced), *found]
+
+    def kept(self):
+        return [
+            leaf
+            for leaves in (*(step.leaves for step in self.steps), self.result)
+            for leaf in leaves
+            if type(leaf) is Kept
+        ]
 
 
-class _Slot(NamedTuple):
-    """A tensor that an earlier operation made."""
+class _Program(NamedTuple):
+    steps: list[Step]
+    result: list[Any]
+    n_slots: int
 
-    number: int
-
-
-class _Kept(NamedTuple):
-    """A tensor from before the layer, a row for each image."""
-
-    tensor: torch.Tensor
-
-
-class _Step(NamedTuple):
-    function: Any
-    leaves: list[Any]  # of (args, kwargs): constants, _Rows, _Slot, _Kept
-    spec: Any
-    made: list[int]  # the slots of the tensors that it returns
-    done: list[int]  # the slots that no later step needs
+    def with_kept(self, tensors):
+        """The same with other tensors from before the layer, by their sources."""
+        renewed = lambda leaves: [leaf.of(tensors[leaf.source]) if type(leaf) is Kept else leaf for leaf in leaves]
+        steps = [step._replace(leaves=renewed(step.leaves)) for step in self.steps]
+        return self._replace(steps=steps, result=renewed(self.result))
 
 
 class _Replay(Head):
-    def __init__(self, seen, steps, result, n_slots, changes_leaf):
+    def __init__(self, seen, recorded, programs=None):
         self.activations, self.n_tensors, self.outputs = seen.activations, seen.n_tensors, seen.outputs
         self._layer, self._to_input, self._n_runs = seen.layer, seen.to_input, seen.n_runs
-        self._steps, self._n_slots, self._changes_leaf = steps, n_slots, changes_leaf
-        self._result = result  # what is returned in the place of each of the outputs' tensors
+        self._recorded, self._programs = recorded, programs or recorded.programs()
 
     def renewed(self, model, inputs):
-        leaves = [leaf for step in self._steps for leaf in step.leaves] + self._result
         inputs = inputs if isinstance(inputs, Inputs) else check_inputs(inputs)
-        if any(type(leaf) is _Kept for leaf in leaves):
+        kept = self._recorded.kept()
+        if any(each.source is None for each in kept):
             return None
-        seen = _Observation(self._layer, self._to_input, self._n_runs)
+        seen = _Observation(self._layer, self._to_input, self._n_runs, {each.source for each in kept})
         with eager_without_grad_in(model):
             seen.run(model, *_with_more(inputs, 0, _device(model, inputs.images)))
         seen.finish(len(inputs.images))
-        if seen.reason is not None or len(all_tensors(seen.outputs)) != len(self._result):
+        if seen.reason is not None or len(all_tensors(seen.outputs)) != len(self._recorded.result):
             return None
-        head = _Replay(seen, self._steps, self._result, self._n_slots, self._changes_leaf)
+        if not all(seen.has(each) for each in kept):
+            return None
+        tensors = {source: tensor.clone() for source, tensor in seen.kept.items()}
+        head = _Replay(seen, self._recorded, [program.with_kept(tensors) for program in self._programs])
         return head if head.is_right() else None
 
     def is_right(self):
-        """Whether the replay of the layer's own activations gives the network's outputs, but for `ROUNDING`."""
-        try:
-            with torch.no_grad():
-                again = self(self.activations)
-        except (RuntimeError, ValueError):  # of another shape than was recorded
-            return False
-        return all(map(_alike, all_tensors(again), all_tensors(self.outputs)))
+        """Whether the replay of the layer's own activations gives the network's outputs, but for `ROUNDING`.
+
+        Of several programs the first with which it does is the one that runs from here on.
+        """
+        while self._programs:
+            try:
+                with torch.no_grad():
+                    again = self(self.activations)
+                if all(map(_alike, all_tensors(again), all_tensors(self.outputs))):
+                    return True
+            except (RuntimeError, ValueError):  # of another shape than was recorded
+                pass
+            self._programs = self._programs[1:]
+        return False
 
     def _run(self, activations, copies):
         rows = len(activations)
-        slots: list[Any] = [None] * self._n_slots
-        slots[0] = activations.clone() if self._changes_leaf else activations
+        steps, result, n_slots = self._programs[0]
+        slots: list[Any] = [None] * n_slots
+        slots[0] = activations.clone() if self._recorded.changes_leaf else activations
 
         def value(leaf):
-            if type(leaf) is _Slot:
+            if type(leaf) is Slot:
                 return slots[leaf.number]
-            if type(leaf) is _Rows:
+            if type(leaf) is Rows:
                 return leaf.factor * rows
-            return copies.of(leaf.tensor) if type(leaf) is _Kept else leaf
+            return copies.of(leaf.tensor) if type(leaf) is Kept else leaf
 
-        for step in self._steps:
-            args, kwargs = tree_unflatten([value(leaf) for leaf in step.leaves], step.spec)
-            made = [each for each in tree_flatten(step.function(*args, **kwargs))[0] if isinstance(each, torch.Tensor)]
-            for index, tensor in zip(step.made, made):
+        for step in steps:
+            for index, tensor in zip(step.made, step.run(value)):
                 slots[index] = tensor
             for index in step.done:
                 slots[index] = None
-        result = iter(self._result)
-        return map_tensors(lambda _: value(next(result)), self.outputs)
+        values = map(value, result)
+        return map_tensors(lambda _: next(values), self.outputs)
 
 
 class _WholeForward(Head):
@@ -272,23 +295,38 @@ class _DependsOnRows(_NotRecorded):
         super().__init__("its operations depend on the number of images")
 
 
+class _Source(NamedTuple):
+    """Where a forward pass has a tensor before the layer: what a module returns, or the layer takes, in which run."""
+
+    module: nn.Module
+    is_input: bool
+    run: int
+    place: int
+
+
 class _Observation:
     """A layer's output, or its input, and the model's output, of one forward pass."""
 
-    def __init__(self, layer, to_input, n_runs):
+    def __init__(self, layer, to_input, n_runs, sources=()):
         self.layer, self.to_input, self.n_runs, self._call = layer, to_input, n_runs, Call()
         self.reason: str | None = None
         self.leaf: torch.Tensor | None = None
         self.raw: Any = None
-        self._seen_runs = 0
+        self.kept: dict[_Source, torch.Tensor] = {}
+        self._sources, self._seen_runs = sources, 0
+        self._runs: Counter[nn.Module] = Counter()
 
     def run(self, model, args, kwargs):
-        handle = _hooked(self, self._call.only(self._begin))
+        # Before what is replaced is replaced.
+        handles = [self.layer.register_forward_pre_hook(self._call.only(self._runs_now))]
+        handles.append(_hooked(self, self._call.only(self._begin)))
+        handles += [each.register_forward_hook(self._call.only(self._ran)) for each in self._modules(model)]
         try:
             with self._call:
                 self.raw = model(*args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not self._seen_runs:
             raise ValueError("layer must run in the forward pass of the model, but it did not")
         if self._seen_runs != self.n_runs > 1:
@@ -303,6 +341,31 @@ class _Observation:
             self.outputs = map_tensors(lambda tensor: tensor.detach(), self.raw)
         if self.activations.ndim == 0 or len(self.activations) != batch:
             raise ValueError(f"layer must return a row for each of {batch} images, got {tuple(self.activations.shape)}")
+
+    def has(self, kept):
+        """Whether there is a tensor in the place of another pass's, of the same kind."""
+        found = self.kept.get(kept.source)
+        return found is not None and found.shape[1:] == kept.tensor.shape[1:] and found.dtype == kept.tensor.dtype
+
+    def _modules(self, model):
+        """The modules whose outputs are looked at."""
+        return {source.module for source in self._sources if not source.is_input}
+
+    def _ran(self, module, args, output):
+        if self.leaf is None:
+            self._runs[module] += 1
+            for place, tensor in enumerate(all_tensors(output)):
+                self._name(tensor, _Source(module, False, self._runs[module], place))
+
+    def _runs_now(self, module, args):
+        if self.leaf is None:
+            for place, tensor in enumerate(all_tensors(args)):
+                self._name(tensor, _Source(module, True, self._seen_runs, place))
+
+    def _name(self, tensor, source):
+        """Keep a tensor, which is there as it is until the pass ends: no operation of the part may change it."""
+        if source in self._sources:
+            self.kept[source] = tensor.detach()
 
     def _begin(self, module, *found):
         self._seen_runs += 1
@@ -340,6 +403,12 @@ class _Recording(_Observation, TorchDispatchMode):
         map_tensors(self._known, (args, kwargs))
         super().run(model, args, kwargs)
 
+    def _modules(self, model):
+        return list(model.modules())
+
+    def _name(self, tensor, source):
+        self.before[tensor] = source
+
     def _known(self, tensor):
         self.before[tensor] = None
         return tensor
@@ -349,21 +418,22 @@ class _Recording(_Observation, TorchDispatchMode):
         result = function(*args, **kwargs)
         if function.namespace == "profiler":  # which DataParallel calls, and changes nothing
             return result
-        self.is_random = self.is_random or _is_random(function, (args, kwargs))
+        self.is_random = self.is_random or _is_random(function, args, kwargs)
         if self.leaf is None:
             map_tensors(self._known, result)
         elif self.reason is None:
             leaves, spec = tree_flatten((args, kwargs))
-            self.reason = why_not_replayed(function, leaves)
+            self.reason = why_not_replayed(function, args, kwargs)
             self.steps.append((function, leaves, spec, all_tensors(result)))
         return result
 
 
-def why_not_replayed(function: Any, leaves: list[Any]) -> str | None:
-    """Why an operation cannot be replayed; None where it can. ``leaves`` are all its arguments."""
+def why_not_replayed(function: Any, args: Any, kwargs: Any) -> str | None:
+    """Why an operation cannot be replayed with these arguments; None where it can."""
     name = str(function)
-    if _is_random(function, leaves):
+    if _is_random(function, args, kwargs):
         return f"{name} is random"
+    leaves = tree_flatten((args, kwargs))[0]
     indices = [leaf for leaf in leaves[1:] if isinstance(leaf, torch.Tensor)]
     if name.startswith("aten.index.") and not any(index.dtype in (torch.bool, torch.uint8) for index in indices):
         return None
@@ -374,12 +444,12 @@ def why_not_replayed(function: Any, leaves: list[Any]) -> str | None:
     return None
 
 
-def _is_random(function, arguments):
+def _is_random(function, args, kwargs):
     if torch.Tag.nondeterministic_seeded not in function.tags:
         return False
+    given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
     # Attention's operators are called random for the dropout that they may have.
-    leaves, _ = tree_flatten(arguments)
-    return "scaled_dot_product" not in str(function) or any(leaf != 0.0 for leaf in leaves if isinstance(leaf, float))
+    return "scaled_dot_product" not in str(function) or given.get("dropout_p", 0.0) != 0.0
 
 
 def _compared(model, first, second, own):
@@ -391,6 +461,7 @@ def _compared(model, first, second, own):
     if [function for function, *_ in first.steps] != [function for function, *_ in second.steps]:
         raise _DependsOnRows
     weights = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    sizes, memory = {0: _sizes(first.leaf, second.leaf, batch)}, {0: _storage(first.leaf)}
     slots: tuple[dict[int, int], dict[int, int]] = ({id(first.leaf): 0}, {id(second.leaf): 0})
     storage = _storage(first.leaf)
     made_here = {storage}  # storages that operations of the part may change
@@ -403,7 +474,7 @@ def _compared(model, first, second, own):
             if index != slots[1].get(id(other)):
                 raise _DependsOnRows
             if index is not None:
-                return _Slot(index)
+                return Slot(index)
             if id(one) in weights or one not in first.before:
                 return one  # the model's own, which is read anew in every call, or a constant
             if _storage(one) == storage:
@@ -411,13 +482,13 @@ def _compared(model, first, second, own):
             if one.shape == other.shape and torch.equal(one, other):
                 return one
             if one.ndim and len(one) == batch and one.shape[1:] == other.shape[1:] and len(other) == batch + 1:
-                return _Kept(one[: own.batch].detach().clone())
+                return Kept(one[: own.batch].detach().clone(), first.before[one])
             raise _NotRecorded("it uses tensors from before the layer that have no row for each image")
         if type(one) is int and type(other) is int and one != other:
             factor = other - one
             if factor * batch != one:
                 raise _NotRecorded("a size in it is no multiple of the number of images")
-            return _Rows(factor)
+            return Rows(factor)
         if type(one) is not type(other) or not (one is other or one == other):
             raise _NotRecorded("a constant in it depends on the number of images")
         return one
@@ -435,32 +506,41 @@ def _compared(model, first, second, own):
         for one, other in zip(made, made_other):
             if id(one) not in slots[0]:
                 slots[0][id(one)] = slots[1][id(other)] = n_slots
+                sizes[n_slots], memory[n_slots] = _sizes(one, other, batch), _storage(one)
                 n_slots += 1
             indices.append(slots[0][id(one)])
             if not any(isinstance(each, torch.Tensor) and _storage(each) == _storage(one) for each in leaves):
                 made_here.add(_storage(one))
-        steps.append(_Step(function, taken, spec, indices, []))
+        steps.append(Step(function, _for_a_backward(function, taken), spec, indices, []))
     raw, other, outputs = all_tensors(first.raw), all_tensors(second.raw), all_tensors(own.outputs)
     if not len(raw) == len(other) == len(outputs):
         raise _DependsOnRows
     result = [merged(*pair) for pair in zip(raw, other)]
-    steps = _needed(steps, {leaf.number for leaf in result if type(leaf) is _Slot})
-    return _Replay(own, steps, result, n_slots, changes_leaf)
+    steps = needed(steps, slots_of(result), memory)
+    return _Replay(own, _Recorded(steps, result, sizes, memory, weights, changes_leaf))
 
 
-def _needed(steps, wanted):
-    """The steps that lead to the wanted slots, with what each is the last to need."""
-    wanted, kept = set(wanted), []
-    final = set(wanted)
-    for step in reversed(steps):
-        used = {leaf.number for leaf in step.leaves if type(leaf) is _Slot}
-        changes = step.function._schema.is_mutable
-        if not (wanted & set(step.made) or (changes and wanted & used)):
-            continue
-        done = (used | set(step.made)) - wanted
-        kept.append(step._replace(done=sorted(done - final)))
-        wanted |= used
-    return kept[::-1]
+def _for_a_backward(function, leaves):
+    """An accelerator's attention keeps what its backward needs if it is told to, which without autograd it was not."""
+    names = [argument.name for argument in function._schema.arguments]
+    place = names.index("compute_log_sumexp") if "compute_log_sumexp" in names else None
+    return leaves if place is None else [*leaves[:place], True, *leaves[place + 1 :]]
+
+
+def _sizes(one, other, batch):
+    """The shape of a tensor of which two recordings, of n and of n + 1 images, have these; None where it is neither
+    constant nor a multiple of the number of images."""
+    if one.ndim != other.ndim:
+        return None
+    sizes: list[Size] = []
+    for of_one, of_other in zip(one.shape, other.shape):
+        if of_one == of_other:
+            sizes.append(of_one)
+        elif of_one == (of_other - of_one) * batch:
+            sizes.append(Rows(of_other - of_one))
+        else:
+            return None
+    return sizes
 
 
 def _changed(function, leaves, spec):

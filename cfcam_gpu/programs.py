@@ -142,8 +142,7 @@ def _traced(run, tensors, cotangents):
         raise NotCompiled(_first_line(error)) from error
     for node in graph.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            leaves = tree_flatten(fx.map_arg((node.args, node.kwargs), _value))[0]
-            reason = why_not_replayed(node.target, leaves)
+            reason = why_not_replayed(node.target, *fx.map_arg((node.args, node.kwargs), _value))
             if reason is not None:
                 raise NotCompiled(reason)
     return graph, expected[0]

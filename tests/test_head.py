@@ -83,7 +83,51 @@ def test_what_goes_around_the_layer_is_kept(batch):
     torch.testing.assert_close(
         head(activations[:2], image), whole(model, model.layer, images[[image, image]], activations[:2])
     )
-    assert head.renewed(model, images + 1) is None, "it is of these images"
+    others = torch.randn(batch, 3, 9, 9)
+    renewed = head.renewed(model, others)
+    expected = whole(model, model.layer, others.repeat_interleave(2, 0), activations)
+    torch.testing.assert_close(renewed(activations), expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_no_module_hands_out_is_not_found_again():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            around = x.sin()
+            return self.layer(x) + around
+
+    model, images = Around(), torch.randn(2, 3, 9, 9)
+    head = record_head(model, model.layer, images)
+    assert head.reason is None and head.renewed(model, images + 1) is None
+
+
+def test_constants_are_computed_once():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Conv2d(3, 3, 3), nn.Parameter(torch.ones(3, 1, 1))
+
+        def forward(self, x):
+            x, mask = self.layer(x), torch.zeros(4, 4)
+            mask[1:3] = torch.arange(4.0).sin()  # written to
+            x = x * mask.exp() + self.scale.exp()
+            mask.add_(1)  # after it was read
+            return (x * mask).mean((2, 3))
+
+    model, images = Masked(), torch.randn(2, 3, 6, 6)
+    head = record_head(model, model.layer, images)
+    activations = torch.randn(4, 3, 4, 4)
+    for _ in range(2):
+        expected = whole(model, model.layer, images.repeat_interleave(2, 0), activations)
+        torch.testing.assert_close(head(activations), expected)
+        with torch.no_grad():
+            model.scale.data.mul_(2)  # read anew, also where torch does not count the write
+    ran = [str(step.function) for step in head._programs[0].steps]
+    assert "aten.exp.default" in ran and "aten.sin.default" not in ran
 
 
 def test_renewed():

@@ -360,6 +360,20 @@ def bfloat16_table(results):
     return markdown([*header, "`cfcam:compile`", "largest difference of the maps", "other labels"], body)
 
 
+def first_call_table(results):
+    """What `CFCAM(compile=True)` takes for its first call, with Inductor's cache on the disk and without."""
+    points = {key[1]: row for key, row in results.compiled.items() if key[0] == "first call"}
+    if not points:
+        return NOT_MEASURED
+    body = []
+    for model in points:
+        seconds = (results.compiled["first call", model, 1, name]["seconds"] for name in FIRST_CALLS)
+        body.append([METHODS_ELSEWHERE.get(model, "ResNet-50"), *(f"{each:.0f}" for each in seconds)])
+    return markdown(["first call, s", *FIRST_CALLS], body)
+
+
+FIRST_CALLS = ("empty cache", "second process")
+
 COMPILED = (
     *("forward", "forward:channels_last", "forward:compile", "cfcam", "cfcam:compile"),
     *("torch-cam", "captum", "pytorch-grad-cam"),
@@ -480,6 +494,7 @@ TABLES = {
     "memory": memory_table,
     "export": export_table,
     "compiled": compiled_table,
+    "compiled-first-call": first_call_table,
     "compiled-bfloat16": bfloat16_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,

@@ -336,7 +336,7 @@ def compiled_table(results):
         times_ = [_time(of_point[name]["median_ms"]) if of_point[name] else "-" for name in COMPILED[:1]]
         ratios = [ratio(row) if row else "-" for row in list(of_point.values())[1:]]
         found, plain = of_point["cfcam:compile"], of_point["forward:compile"]
-        over = f"{found['median_ms'] / plain['median_ms']:.2f}"
+        over = f"{found['median_ms'] / plain['median_ms']:.2f}" if plain else "-"
         body.append([METHODS_ELSEWHERE.get(model, "ResNet-50"), str(batch), *times_, *ratios, over, _difference(found)])
     header = ["time / plain forward", "batch", *(f"`{name}`" for name in COMPILED)]
     header += ["`cfcam:compile` / `forward:compile`", "largest difference of the maps"]
@@ -519,7 +519,7 @@ PAGES = {
     "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": (
-        *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16"),
+        *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16", "compiled-first-call"),
         *("memory", "gates"),
     ),
     "docs/datasets.md": ("datasets",),

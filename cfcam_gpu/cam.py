@@ -13,6 +13,7 @@ from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.explainer import Explainer
 
 if TYPE_CHECKING:
+    from cfcam_gpu.compiled import Choice
     from cfcam_gpu.cuda_graph import CapturedCFCAM
 
 
@@ -47,6 +48,8 @@ class CFCAM(Explainer):
         target_names: the target layers' names; None before the first call of an object that is to find its layer.
         guide_names: the names of their guides, a target layer's own where it guides itself; None before the first call
             of an object that is to find them.
+        compiled: with ``compile``, a `cfcam_gpu.compiled.Choice` for each kind of inputs that was compiled so far:
+            whether its programs run or, being no slower, the network itself, and what the warm-up took and measured.
 
     Calls in several threads, of one object or of several for one model, do not disturb each other, nor plain inference
     on the model beside them; `explain` hands back all that belongs to a call.
@@ -107,6 +110,11 @@ class CFCAM(Explainer):
     def guide_names(self) -> list[str] | None:
         return None if self._found is None else self._found.guide_names
 
+    @property
+    def compiled(self) -> "list[Choice]":
+        captures = self._found_at.values() or (self._found,)
+        return [choice for capture in captures for choice in getattr(capture, "choices", ())]
+
     def capture(
         self, example_input: torch.Tensor, targets: torch.Tensor | None = None, top: int | None = None
     ) -> "CapturedCFCAM":
@@ -120,7 +128,8 @@ class CFCAM(Explainer):
 
         Returns:
             `CapturedCFCAM`: called with a batch of that shape (and targets) it replays forward, head backward and
-            pipeline, and returns the maps. The weights are read in place at every replay; the mode is the capture's.
+            pipeline, and returns the maps. The weights are read in place at every replay, but with ``compile`` those
+            of the first call; the mode is the capture's.
 
         Raises:
             TypeError: an argument is not a tensor.
@@ -133,10 +142,18 @@ class CFCAM(Explainer):
 
         return cuda_graph.capture(self, example_input, targets, top)
 
+    def check_unchanged(self) -> None:
+        """Raises ValueError where, with ``compile``, the model is not as it was when it was compiled."""
+        for capture in self._found_at.values() or (self._found,):
+            if capture is not None:
+                capture.check_unchanged()
+
     def _result(self, seen):
         captured = _layers(seen.capture)
+        built = seen.capture.built
+        cf_cam = pipeline.cf_cam if built is None else built.pipelines.cf_cam
         found = [
-            pipeline.cf_cam(activations, gradients, seen.size, self.config, guide=guide, **self._choices)
+            cf_cam(activations, gradients, seen.size, self.config, guide=guide, **self._choices)
             for activations, gradients, guide in captured
         ]
         maps, labels, weights = found[0].maps, found[0].labels, found[0].weights

@@ -58,6 +58,7 @@ class Capture:
         classes: the class indices that are explained, int64 (B,) or (B, K); None where the targets are callables.
         guides: per target layer the guide (B, Cg, hg, wg), detached; None where the layer has no other than itself.
         order: the layers' indices in the order in which they ran.
+        built: the programs that ran in the network's place (`compiled.Built`); None where the network ran.
     """
 
     outputs: Any
@@ -66,6 +67,7 @@ class Capture:
     guides: tuple[torch.Tensor | None, ...]
     classes: torch.Tensor | None
     order: tuple[int, ...]
+    built: Any = None
 
 
 class HeadCapture:
@@ -265,6 +267,9 @@ class HeadCapture:
     def _reshaped(self, gradient):
         return gradient if self.reshape_transform is None else self.reshape_transform(gradient)
 
+    def check_unchanged(self) -> None:
+        """Refuses a model whose changes would not be seen: with weights of their own, `CompiledCapture` has such."""
+
     def release(self) -> None:
         """Nothing: no call leaves anything on the model. For callers of the libraries that do."""
 
@@ -372,6 +377,8 @@ class _DidNotRun(ValueError):
 class _Pass:
     """One forward and one backward of a `HeadCapture`: its hooks, and what they keep."""
 
+    _built: Any = None
+
     def __init__(self, capture: HeadCapture) -> None:
         self._of, self._call = capture, Call()
         self._last_call = capture._last_call
@@ -423,18 +430,21 @@ class _Pass:
                 classes = chosen_classes(find_logits(outputs, batch).detach(), targets, top)
             outputs = map_tensors(torch.Tensor.detach, outputs)
             return Capture(outputs, activations, (None,) * len(taps), guides, classes, self._order())
+        gradients, classes = self._differentiated(outputs, targets, batch, top, pool, activations)
+        outputs = map_tensors(torch.Tensor.detach, outputs)
+        return Capture(outputs, activations, gradients, guides, classes, self._order(), self._built)
+
+    def _differentiated(self, outputs, targets, batch, top, pool, activations):
+        """Per target layer the gradients, or what ``pool`` keeps of them; and the classes that are explained."""
+        of = self._of
         with torch.enable_grad():  # a target may run the model: that is no part of the pass
             found = scores(outputs, targets, batch, of.margin_temperature, top, of.chosen_side)
-        edges = [tap.edge for tap in taps]
+        edges = [self._taps[layer].edge for layer in of.target_layers]
         with self._call, self._backward(found.roots), self._norms(found.roots):
             if found.n_classes is None:
-                gradients = tuple(map(of._reshaped, of._differentiate(found.roots, edges)))
-            else:
-                gradients = of._differentiate_several(
-                    found, edges, activations, pool or (lambda gradients, _: gradients)
-                )
-        outputs = map_tensors(torch.Tensor.detach, outputs)
-        return Capture(outputs, activations, gradients, guides, found.classes, self._order())
+                return tuple(map(of._reshaped, of._differentiate(found.roots, edges))), found.classes
+            pool = pool or (lambda gradients, _: gradients)
+            return of._differentiate_several(found, edges, activations, pool), found.classes
 
     def _order(self):
         """The target layers' indices in the order in which they ran."""

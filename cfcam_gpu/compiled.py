@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from cfcam_gpu import warm_up
 from cfcam_gpu.calls import eager_without_grad, is_compiled
 from cfcam_gpu.capture import HeadCapture, _device, _Pass, _Tap
+from cfcam_gpu.compiled_pipeline import PipelinePrograms
 from cfcam_gpu.guides import AUTO, Held
 from cfcam_gpu.inputs import Inputs
-from cfcam_gpu.outputs import all_tensors, map_tensors
+from cfcam_gpu.outputs import all_tensors, find_logits, map_tensors
 from cfcam_gpu.programs import NotCompiled, Program, Traced
+from cfcam_gpu.targets import chosen_classes
 from cfcam_gpu.unchanged import Watch
 
 LOG = logging.getLogger("cfcam_gpu")
@@ -28,20 +31,35 @@ MOST_PROGRAMS = 8
 MOST_SEEN = 1000
 """Kinds of inputs that are remembered because they came once."""
 
-TIMED_CALLS = 3
-"""Of each, program and network, in the warm-up: the quickest counts."""
-
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """Arguments of the model, beside tensors, that a program has as constants."""
 
 
-class _Built(NamedTuple):
+class Choice(NamedTuple):
+    """What runs for one kind of inputs, and what its warm-up measured."""
+
+    shape: tuple[int, ...]
+    """Of the images."""
+    dtype: torch.dtype
+    """Of the images, or autocast's."""
+    runs: str
+    """"compiled", or "eager" for the network itself."""
+    reason: str | None
+    """Why it is the network itself; None of programs."""
+    pass_seconds: dict[str, float]
+    """Of a pass, forward and backward, with each of the two, medians; {} where there is no program."""
+    warm_up_seconds: float
+    """That making, comparing and timing took, the pipeline's program left out."""
+
+
+class Built(NamedTuple):
     """A program, with what it belongs to."""
 
     program: Program
     layers: list[nn.Module]  # the target layers in the order in which they ran
     guides: Held | None
     outputs: Any  # the model's, with other tensors
+    pipelines: PipelinePrograms  # what makes the maps of such a pass
 
 
 class CompiledCapture(HeadCapture):
@@ -67,26 +85,30 @@ class CompiledCapture(HeadCapture):
 
     def _forget(self):
         self._warming = threading.Lock()
-        self._built: dict[Any, _Built | None] = {}  # by the kind of inputs; None where they are explained eagerly
+        self._built: dict[Any, Built | None] = {}  # by the kind of inputs; None where they are explained eagerly
         self._seen: set[Any] = set()  # once
         self._watch: Watch | None = None
         self._told: set[str] = set()
+        self.choices: list[Choice] = []
 
     def __getstate__(self):
-        own = ("_warming", "_built", "_seen", "_watch", "_told")  # a copy compiles for itself
+        own = ("_warming", "_built", "_seen", "_watch", "_told", "choices")  # a copy compiles for itself
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state):
         vars(self).update(state)
         self._forget()
 
-    def _explained(self, explain, inputs):
+    def check_unchanged(self) -> None:
         change = self._watch and self._watch.change()
         if change:
             raise ValueError(
                 f"model must be as it was when it was compiled, but {change}; put that back, or make a new object for"
                 " the model as it is"
             )
+
+    def _explained(self, explain, inputs):
+        self.check_unchanged()
         try:
             kind = self._kind(inputs)
             if kind not in self._built:
@@ -121,6 +143,7 @@ class CompiledCapture(HeadCapture):
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             torch.get_num_threads(),  # which the code for a CPU has as a constant
             torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
         )
 
     def _warm_up(self, kind, inputs, explain):
@@ -136,14 +159,23 @@ class CompiledCapture(HeadCapture):
             return
         if any(module.training for module in self._modules):
             raise ValueError("model must be in eval mode to be compiled: call model.eval() first")
+        start, times, reason = time.perf_counter(), {}, None
+        device = _device(self.model, inputs.images)
         try:
-            self._built[kind] = self._quicker(inputs, explain)
-        except NotCompiled:
-            self._built[kind] = None
+            self._built[kind] = self._quicker(inputs, explain, device, times)
+        except NotCompiled as error:
+            self._built[kind], reason = None, str(error)
             raise
+        finally:
+            if kind in self._built:
+                autocast = torch.is_autocast_enabled(device.type)
+                dtype = torch.get_autocast_dtype(device.type) if autocast else inputs.images.dtype
+                runs = warm_up.COMPILED if reason is None else warm_up.EAGER
+                seconds = time.perf_counter() - start
+                self.choices.append(Choice(tuple(inputs.images.shape), dtype, runs, reason, times, seconds))
 
-    def _quicker(self, inputs, explain):
-        """What is compiled for these inputs; `NotCompiled` where the network itself is quicker."""
+    def _quicker(self, inputs, explain, device, times):
+        """What is compiled for these inputs; `NotCompiled` where the network itself is quicker. Fills in the times."""
         try:
             watch = Watch(self.model)
         except ValueError as error:
@@ -151,7 +183,7 @@ class CompiledCapture(HeadCapture):
         hook = watch.hook()
         if hook:
             raise ValueError(f"model must have no hooks to be compiled, as none would run, but {hook}")
-        outputs = all_tensors(explain(_Pass).outputs)  # what it finds out about the model, it has found out then
+        outputs = explain(_Pass).outputs  # what it finds out about the model, it has found out then
         built = self._build(inputs, outputs)
         constants = [each.program.constants for each in [built, *self._built.values()] if each is not None]
         later = Watch(self.model, chain.from_iterable(constants))
@@ -159,18 +191,19 @@ class CompiledCapture(HeadCapture):
             change = earlier and earlier.change()
             if change:
                 raise NotCompiled(f"a pass changes the model: {change}")
-        begins = {"compiled": partial(_CompiledPass, built), "eager": _Pass}
-        times = {name: _quickest(partial(explain, begin), outputs[0].device) for name, begin in begins.items()}
+        ways = {
+            warm_up.EAGER: partial(explain, _Pass),
+            warm_up.COMPILED: partial(explain, partial(_CompiledPass, built)),
+        }
+        best, found = warm_up.quickest(ways, device)
+        times.update(found)
+        size = tuple(inputs.images.shape)
         LOG.info(
             "%s compiled for %s in %.0f s: a pass takes %.1f ms, uncompiled %.1f ms",
-            type(self.model).__name__,
-            tuple(inputs.images.shape),
-            built.program.seconds,
-            1e3 * times["compiled"],
-            1e3 * times["eager"],
+            *(type(self.model).__name__, size, built.program.seconds, *(1e3 * times[way] for way in (*ways,)[::-1])),
         )
-        if times["compiled"] > times["eager"]:
-            raise NotCompiled(f"that is quicker for {tuple(inputs.images.shape)}")
+        if best == warm_up.EAGER:
+            raise NotCompiled(f"that is quicker for {size}, or as quick")
         self._watch = later
         return built
 
@@ -185,8 +218,9 @@ class CompiledCapture(HeadCapture):
             found[:] = rest
             return traced
 
-        program = Program(run, _on(device, inputs), outputs)
-        return _Built(program, *found)
+        logits = _index_of_logits(outputs, inputs.images.shape[0])
+        program = Program(run, _on(device, inputs), all_tensors(outputs), logits, self.margin_temperature)
+        return Built(program, *found, PipelinePrograms())
 
     def _backward_of_several(self, root, edges, cotangents):
         if not any(isinstance(edge, torch.Tensor) for edge in edges):
@@ -200,7 +234,7 @@ class _TracedPass(_Pass):
     """One pass, as a program is to repeat it."""
 
     def traced(self, inputs, cotangents):
-        """`Traced`; and of `_Built` all but the program."""
+        """`Traced`; and of `Built` all but the program."""
         with self._opened(inputs):
             with self._call:
                 outputs = self._forward(inputs)
@@ -208,14 +242,15 @@ class _TracedPass(_Pass):
             if guides is not None and AUTO in guides.found:
                 raise NotCompiled("the guide is not the same in every pass")
             layers, tensors = list(self._taps), all_tensors(outputs)
-            differentiable = [tensor.requires_grad for tensor in tensors]
             pairs = [(tensor, own) for tensor, own in zip(tensors, cotangents) if tensor.requires_grad]
             if not pairs:
                 raise NotCompiled("its outputs have no gradient")
             roots, own = zip(*pairs)
             taps = list(self._taps.values())
+            edges = [tap.edge for tap in taps]
+            reached = [_reached(tensor, edges) for tensor in tensors]
             with self._call, self._backward(roots), self._norms(roots):
-                gradients = torch.autograd.grad(roots, [tap.edge for tap in taps], own, allow_unused=True)
+                gradients = torch.autograd.grad(roots, edges, own, allow_unused=True)
             if any(gradient is None for gradient in gradients):
                 raise NotCompiled("its outputs do not depend on a target layer")
             of_guides = [each for each in guides.tensors if each is not None] if guides else []
@@ -224,10 +259,23 @@ class _TracedPass(_Pass):
                 [tap.activations for tap in taps],
                 of_guides,
                 list(gradients),
-                differentiable,
+                reached,
             )
             # Of what there was, without the values.
             return traced, layers, *map_tensors(lambda tensor: tensor.detach().new_empty(0), (guides, outputs))
+
+
+def _reached(tensor, edges):
+    """To which of these places in the graph a gradient flows back from the tensor; () where it has none."""
+    if not tensor.requires_grad:
+        return ()
+    seen, left = set(), [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [other for other, _ in node.next_functions]
+    return tuple(edge.node in seen for edge in edges)
 
 
 class _CompiledPass(_Pass):
@@ -239,16 +287,45 @@ class _CompiledPass(_Pass):
 
     def _forward(self, inputs):
         self._begin()
-        program, layers, guides, outputs = self._built
+        built = self._built
         tensors = _on(_device(self._of.model, inputs.images), inputs)
-        found, activations, of_guides, leaves = program.differentiable(tensors)
-        if self._guides is not None and guides is not None:
+        self._found, activations, of_guides, self._saved = built.program.forward(tensors)
+        if self._guides is not None and built.guides is not None:
             each = iter(of_guides)
-            kept = [None if tensor is None else next(each) for tensor in guides.tensors]
-            self._guides.hold(guides._replace(tensors=kept))
-        self._taps = dict(zip(layers, map(_Tap, activations, leaves)))
-        given = iter(found)
-        return map_tensors(lambda _: next(given), outputs)
+            kept = [None if tensor is None else next(each) for tensor in built.guides.tensors]
+            self._guides.hold(built.guides._replace(tensors=kept))
+        self._taps = {layer: _Tap(tensor, None) for layer, tensor in zip(built.layers, activations)}
+        return self._outputs(self._found)
+
+    def _outputs(self, tensors):
+        """The model's, of these tensors."""
+        each = iter(tensors)
+        return map_tensors(lambda _: next(each), self._built.outputs)
+
+    def _differentiated(self, outputs, targets, batch, top, pool, activations):
+        program, of = self._built.program, self._of
+        of_image = targets is None or (isinstance(targets, torch.Tensor) and targets.ndim == 1)
+        if program.logits is not None and top is None and of_image:
+            logits = self._found[program.logits]
+            classes = chosen_classes(logits, targets)
+            gradients = dict(zip(self._taps, program.gradients_of_classes(self._saved, logits, classes)))
+            return tuple(of._reshaped(gradients[layer]) for layer in of.target_layers), classes
+        found, leaves = program.differentiable(
+            self._found, [tap.activations for tap in self._taps.values()], self._saved
+        )
+        self._taps = {layer: tap._replace(edge=leaf) for (layer, tap), leaf in zip(self._taps.items(), leaves)}
+        return super()._differentiated(self._outputs(found), targets, batch, top, pool, activations)
+
+
+def _index_of_logits(outputs, batch):
+    """Which of the tensors in these outputs holds the logits of several classes; None without one."""
+    try:
+        logits = find_logits(outputs, batch)
+    except (TypeError, ValueError):
+        return None
+    if logits.shape[1] < 2:  # of one, the side may count that was chosen
+        return None
+    return next((index for index, each in enumerate(all_tensors(outputs)) if each is logits), None)
 
 
 def _on(device, inputs):
@@ -258,17 +335,3 @@ def _on(device, inputs):
 def _with_tensors(inputs, tensors):
     each = iter(tensors)
     return Inputs(*map_tensors(lambda _: next(each), (inputs.args, inputs.kwargs, inputs.images)))
-
-
-def _quickest(function, device):
-    """Seconds of the quickest of a few calls, behind one that does not count."""
-    times = []
-    for _ in range(1 + TIMED_CALLS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

@@ -27,7 +27,12 @@ def _kept(function, args, device, dtype):
 
 def with_values():
     """A context manager: tensors made within have values, also while a graph is traced, and so may be kept."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    return _disable_current_modes() if is_traced() else nullcontext()
+
+
+def is_traced():
+    """Whether operations go through a mode now, as while a graph is traced."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_symbols(sizes):

@@ -38,6 +38,7 @@ class CapturedCFCAM:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.maps = cam.maps(self._input, self._targets, top)
+        self._check_unchanged = cam.check_unchanged
         self.outputs: Any = cam.outputs
         self.classes = cam.classes
 
@@ -49,8 +50,10 @@ class CapturedCFCAM:
             targets: LongTensor of the captured shape, when the capture had targets; else None.
 
         Raises:
-            ValueError: another shape than was captured, or targets where none were captured and the reverse.
+            ValueError: another shape than was captured, or targets where none were captured and the reverse; or, with
+                ``compile``, a model that is not as it was: the programs' weights are their own.
         """
+        self._check_unchanged()
         if input_tensor.shape != self._input.shape:
             expected, got = tuple(self._input.shape), tuple(input_tensor.shape)
             raise ValueError(f"input_tensor must have the captured shape {expected}, got {got}")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from cfcam_gpu.head import why_not_replayed
 from cfcam_gpu.pipeline import plain_arithmetic
+from cfcam_gpu.targets import class_cotangents
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """By dtype, how far a program's results may be from those of the traced pass, as a share of their largest value. Beyond
@@ -35,8 +36,8 @@ class Traced(NamedTuple):
     guides: list[torch.Tensor]
     gradients: list[torch.Tensor]
     """Of the activations, for the cotangents."""
-    differentiable: list[bool]
-    """Of each output, whether it has a gradient."""
+    reached: list[tuple[bool, ...]]
+    """Of each output, to which of the activations a gradient flows back from it; () of one without a gradient."""
 
 
 class Program:
@@ -46,9 +47,13 @@ class Program:
         run: the pass, ``run(tensors, cotangents)``; of the cotangents there is one for each output.
         tensors: the inputs, on the model's device.
         outputs: of a pass with them.
+        logits: the index of the output that class indices are meant for; None without one.
+        margin_temperature: of the classes' scores, as for `HeadCapture`.
 
     Attributes:
         constants: the tensors of the model's that it has read.
+        logits: as above, but None where no gradient flows back from it to one of the activations;
+            `gradients_of_classes` is for programs that have it.
         seconds: that it took to make.
 
     Raises:
@@ -61,6 +66,8 @@ class Program:
         run: Callable[[list[torch.Tensor], list[torch.Tensor]], Traced],
         tensors: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
+        logits: int | None = None,
+        margin_temperature: float = 0.0,
     ) -> None:
         start = time.perf_counter()
         # Copies: tensors of torch.inference_mode become normal ones.
@@ -68,16 +75,36 @@ class Program:
         self._device = outputs[0].device
         cotangents = [_any_like(each) for each in outputs]
         graph, expected = _traced(run, tensors, cotangents)
-        self._counts, self.differentiable_outputs = list(map(len, expected))[:3], expected.differentiable
+        self._counts, self.reached = list(map(len, expected))[:3], expected.reached
         self.constants = [_constant(graph, node) for node in graph.graph.nodes if node.op == "get_attr"]
         forward, backward = _halves(graph, len(tensors), sum(self._counts))
-        self._forward = _compiled(forward, tensors)
+        self._forward = compile_graph(forward, tensors)
         outputs, activations, guides, saved = self.forward(tensors)
-        self._backward = _compiled(backward, [*saved, *cotangents])
+        self._backward = compile_graph(backward, [*saved, *cotangents])
         gradients = self.backward(saved, cotangents)
         for name, found, wanted in zip(Traced._fields, (outputs, activations, guides, gradients), expected):
-            _compare(name, found, wanted)
+            compare(name, found, wanted)
+        self.logits = None if logits is None or not (self.reached[logits] and all(self.reached[logits])) else logits
+        if self.logits is not None:
+            self._of_classes = self._compiled_of_classes(backward, saved, outputs, margin_temperature)
         self.seconds = time.perf_counter() - start
+
+    def _compiled_of_classes(self, backward, saved, outputs, margin_temperature):
+        """The backward from class indices: its cotangents are made in the same program."""
+        logits, others = outputs[self.logits], [(each.shape, each.dtype) for each in outputs]
+
+        def run(*given):
+            *saved, logits, classes = given
+            cotangents = [torch.zeros(shape, dtype=dtype, device=logits.device) for shape, dtype in others]
+            cotangents[self.logits] = class_cotangents(logits, classes, margin_temperature)
+            return backward(*saved, *cotangents)
+
+        with plain_arithmetic(self._device):
+            given = *saved, logits, logits.argmax(1)
+            graph, expected = trace(run, given)
+            program = compile_graph(graph, given)
+            compare("gradients", program(*given), expected)
+        return program
 
     def forward(
         self, tensors: Sequence[torch.Tensor]
@@ -93,40 +120,47 @@ class Program:
         with plain_arithmetic(self._device):
             return tuple(self._backward(*saved, *[each.contiguous() for each in cotangents]))
 
+    def gradients_of_classes(
+        self, saved: Sequence[torch.Tensor], logits: torch.Tensor, classes: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of the activations, of the scores of class indices (B,) in their range."""
+        with plain_arithmetic(self._device):
+            return tuple(self._of_classes(*saved, logits, classes))
+
     def differentiable(
-        self, tensors: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Outputs with a graph, activations, guides, and the graph's leaves, which stand for the activations."""
-        outputs, activations, guides, saved = self.forward(tensors)
+        self,
+        outputs: Sequence[torch.Tensor],
+        activations: Sequence[torch.Tensor],
+        saved: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of what `forward` gave: outputs with a graph, and the graph's leaves, which stand for the activations."""
         leaves = [each.detach().requires_grad_() for each in activations]
         with torch.enable_grad():
-            return list(_Halves.apply(self, saved, outputs, *leaves)), activations, guides, leaves
+            return list(_Halves.apply(self, saved, outputs, *leaves)), leaves
 
 
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, program, saved, outputs, *leaves):
         ctx.program, ctx.saved = program, saved
+        ctx.set_materialize_grads(False)
         # Not the tensors themselves: where they are among those that are saved, the graph would hold itself.
-        found = tuple(each.detach() for each in outputs)
-        ctx.like = [
-            None if is_differentiable else each
-            for each, is_differentiable in zip(found, program.differentiable_outputs)
-        ]
-        ctx.mark_non_differentiable(*[each for each in ctx.like if each is not None])
+        ctx.like = found = tuple(each.detach() for each in outputs)
+        ctx.mark_non_differentiable(*[each for each, reached in zip(found, program.reached) if not reached])
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        given = [own if like is None else like for own, like in zip(cotangents, ctx.like)]  # the others are not read
-        return None, None, None, *ctx.program.backward(ctx.saved, given)
+        of_leaves = [reached for reached, own in zip(ctx.program.reached, cotangents) if own is not None and reached]
+        given = [torch.zeros_like(like) if own is None else own for own, like in zip(cotangents, ctx.like)]
+        gradients = ctx.program.backward(ctx.saved, given)
+        # None where no gradient flows, as autograd has it.
+        return None, None, None, *[each if any(of) else None for each, of in zip(gradients, zip(*of_leaves))]
 
 
 def _traced(run, tensors, cotangents):
     """The graph of a pass, and what it gave."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     expected: list[Traced] = []
 
     def traced(tensors, cotangents):
@@ -134,18 +168,32 @@ def _traced(run, tensors, cotangents):
         expected.append(found)
         return tuple(found)[:4]
 
-    try:
-        graph = make_fx(traced)(tensors, cotangents)
-    except (NotCompiled, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # the pass went well before: it cannot be noted, as where it depends on values
-        raise NotCompiled(_first_line(error)) from error
+    graph, _ = trace(traced, (tensors, cotangents))
     for node in graph.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             reason = why_not_replayed(node.target, *fx.map_arg((node.args, node.kwargs), _value))
             if reason is not None:
                 raise NotCompiled(reason)
     return graph, expected[0]
+
+
+def trace(run, given):
+    """The graph of ``run(*given)``, and what it gave: a tuple of tensors, or of sequences of them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    found: list[Any] = []
+
+    def noted(*given):
+        found[:] = run(*given)
+        return tuple(found)
+
+    try:
+        graph = make_fx(noted)(*given)
+    except (NotCompiled, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # the pass went well before: it cannot be noted, as where it depends on values
+        raise NotCompiled(_first_line(error)) from error
+    return graph, found
 
 
 def _value(node):
@@ -209,8 +257,8 @@ def _changed(node):
     return found
 
 
-def _compiled(graph, inputs):
-    """Inductor's program of a graph, with its constants frozen."""
+def compile_graph(graph, inputs):
+    """Inductor's program of a graph, with its constants frozen, for inputs like these."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -234,7 +282,8 @@ def _any_like(tensor):
     return torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
 
 
-def _compare(name, results, expected):
+def compare(name, results, expected):
+    """Refuses a program whose results differ from those of the code that it stands for."""
     for one, other in zip(results, expected):
         if other.numel() == 0 or not other.is_floating_point():
             continue

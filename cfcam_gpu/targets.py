@@ -187,7 +187,6 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
     outputs = find_logits(outputs, batch)
     logits = outputs.detach()
     classes = chosen_classes(logits, targets, top)
-    margin = margin_temperature > 0 and outputs.shape[1] > 1
     if classes.ndim == 1:
         found = scores_of_classes(outputs, classes, margin_temperature)
         if chosen_side and targets is None and outputs.shape[1] == 1:
@@ -197,10 +196,7 @@ def scores(outputs, targets, batch, margin_temperature=0.0, top=None, chosen_sid
     def cotangents(chosen):
         chosen = classes[:, chosen].T
         rows = logits.expand(len(chosen), -1, -1).flatten(0, 1)
-        if margin:
-            found = margin_cotangent(rows, chosen.flatten(), margin_temperature)
-        else:
-            found = torch.zeros_like(rows).scatter_(1, chosen.reshape(-1, 1), 1)
+        found = class_cotangents(rows, chosen.flatten(), margin_temperature)
         return found.view(len(chosen), *logits.shape)
 
     return Scores([outputs], classes, classes.shape[1], cotangents)
@@ -211,6 +207,13 @@ def scores_of_classes(outputs, classes, margin_temperature):
     if margin_temperature > 0 and outputs.shape[1] > 1:
         return (outputs * margin_cotangent(outputs.detach(), classes, margin_temperature)).sum(1)
     return outputs.gather(1, classes[:, None])[:, 0]
+
+
+def class_cotangents(logits, classes, margin_temperature):
+    """The gradient of `scores_of_classes` with respect to the logits, of which it has the shape and dtype."""
+    if margin_temperature > 0 and logits.shape[1] > 1:
+        return margin_cotangent(logits, classes, margin_temperature)
+    return torch.zeros_like(logits).scatter_(1, classes[:, None], 1)
 
 
 def scores_of_rows(outputs, chosen, n_rows, row=None):

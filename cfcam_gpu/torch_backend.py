@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
 from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
-from cfcam_gpu.constants import constant, has_symbolic_batch, has_symbols
+from cfcam_gpu.constants import constant, has_symbolic_batch, has_symbols, is_traced
 from cfcam_gpu.gaussian import (
     as_rows_and_columns,
     coverage,
@@ -336,8 +336,10 @@ def _block_of_cells(target_shape, shape, sigma, values):
     reach = rows_reach(shape, target_shape, sigma)
     on_cpu = values.device.type == "cpu"
     limit = (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // values.element_size() // width
-    # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways.
-    most = -(-height // 3) if on_cpu and height * width > 128 else height
+    # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways. Not in a graph that is
+    # for this batch alone, to be compiled: there each block is code of its own.
+    in_graph = is_traced() and not has_symbolic_batch(values)
+    most = -(-height // 3) if on_cpu and height * width > 128 and not in_graph else height
     fitting = [rows for rows in range(1, most + 1) if rows * width * min(rows + reach, height) <= limit]
     rows, columns = (fitting[-1], width) if fitting else (1, max(1, min(width, limit // (1 + reach))))
     return rows, columns, min(rows + reach, height) * width

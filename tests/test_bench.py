@@ -11,7 +11,7 @@ import torch
 for package in ("torchvision", "tqdm", "sklearn"):
     pytest.importorskip(package)
 
-from cfcam_gpu import bench, cli
+from cfcam_gpu import bench, cli, warm_up
 from cfcam_gpu.adapters import PEERS
 from cfcam_gpu.bench import compiling, providers, rows, run, timing
 from cfcam_gpu.bench.providers import CF_CAM, PROVIDERS, Provider
@@ -259,17 +259,16 @@ def test_compiled_networks(subject, monkeypatch):
         return graph
 
     monkeypatch.setattr(torch, "compile", as_it_is)
-    monkeypatch.setattr("cfcam_gpu.programs._compiled", as_it_is)
-    times = iter(range(10**6))  # what is timed last, the network itself, takes longer
-    quickest = lambda function, device: (function(), next(times))[1]
-    monkeypatch.setattr("cfcam_gpu.compiled._quickest", quickest)
+    monkeypatch.setattr("cfcam_gpu.programs.compile_graph", as_it_is)
+    takes = lambda ways, device: {name: name == warm_up.EAGER for name in ways}
+    monkeypatch.setattr(warm_up, "medians", takes)
     measured = measure(subject, "cfcam:compile", "forward:compile")
-    assert "ratio" in measured["cfcam:compile"] and "ratio" in measured["forward:compile"] and len(programs) == 3
+    assert "ratio" in measured["cfcam:compile"] and "ratio" in measured["forward:compile"] and len(programs) == 5
 
     def no_compiler(*args, **options):
         raise NotCompiled("no C++ compiler\nat all")
 
-    monkeypatch.setattr("cfcam_gpu.programs._compiled", no_compiler)
+    monkeypatch.setattr("cfcam_gpu.programs.compile_graph", no_compiler)
     row = measure(subject.with_batch(2), "cfcam:compile")["cfcam:compile"]
     assert row["not_measured"].startswith("compilation failed: ") and row["not_measured"].endswith(": no C++ compiler")
 

@@ -5,6 +5,8 @@ import threading
 import warnings
 from contextlib import contextmanager
 
+import torch
+
 COMPILE_BUDGET_S = 300
 """Longest time of a first call, in which a network is compiled."""
 
@@ -25,6 +27,21 @@ def compiled(run, budget_s=COMPILE_BUDGET_S):
         if "_OutOfTime" in f"{type(error).__name__} {error}":
             lines = [f"it took more than {budget_s:g} s"]
         raise Unavailable(f"compilation failed: {lines[0] or type(error).__name__}") from error
+
+
+def frozen(model):
+    """The model's plain forward, compiled by `torch.compile` with the weights frozen: a function of its inputs."""
+    from torch._inductor import config
+
+    run = torch.compile(model, dynamic=False)
+
+    def forward(*inputs):
+        # Not as an option of torch.compile: dynamo looks at the switch before options act, hands the weights in as
+        # inputs then, and nothing is frozen.
+        with config.patch(freezing=True), torch.no_grad():
+            return run(*inputs)
+
+    return forward
 
 
 class _OutOfTime(Exception):

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cfcam_gpu import CFCAM, accelerate, cf_cam, pipeline
-from cfcam_gpu.bench.compiling import Unavailable, compiled
+from cfcam_gpu.bench.compiling import Unavailable, compiled, frozen
 from cfcam_gpu.checks import needs
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.layers import get_layer
@@ -109,8 +109,8 @@ def _captured(subject):
 
 
 def _compiled_forward(subject):
-    model = torch.compile(copy.deepcopy(subject.model), options={"freezing": True}, dynamic=False)
-    return compiled(torch.no_grad()(lambda: model(subject.images)))
+    forward = frozen(copy.deepcopy(subject.model))
+    return compiled(lambda: forward(subject.images))
 
 
 def _compiled_maps(subject):

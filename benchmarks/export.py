@@ -3,10 +3,10 @@
     python benchmarks/export.py --build FOLDER      # exports the networks into FOLDER: minutes each
     python benchmarks/export.py --measure FOLDER    # measures what is there, each in a fresh process
 
-The networks have random weights, the images are noise. In one run, in turns: the exported file, `cam.maps`, the plain
-forward, and the plain forward by ``torch.compile``. Differences are against `cam.maps` with the engine for the CPU, of
-the maps' maximum, for the top class and for a class that is given. One row a network is appended to
-results/export.jsonl.
+The networks have random weights, the images are noise. In one run, in turns: the exported file, `cam.maps`, the same
+with the clustering that is in the file, the plain forward, and the plain forward by ``torch.compile``. Differences are
+against `cam.maps` with the engine for the CPU, of the maps' maximum, for the top class and for a class that is given.
+One row a network is appended to results/export.jsonl.
 """
 
 import argparse
@@ -33,6 +33,7 @@ NETWORKS = {
 PROVIDERS = {
     "file": "the file",
     "maps": "`cam.maps`",
+    "batched": '`cam.maps`, `clustering="batched"`',
     "forward": "plain forward",
     "compiled": "forward, `torch.compile`",
 }
@@ -68,6 +69,7 @@ def measure(name, folder):
     loaded_s = time.perf_counter() - start
     one = subject(name, batch=max(BATCHES))
     cam = CFCAM(one.model, [one.layer], one.reshape_transform)
+    batched = CFCAM(one.model, [one.layer], one.reshape_transform, clustering="batched")
     compiled = torch.compile(one.model, dynamic=True)  # for any batch, as the file
     differences, times = {}, {}
     for batch in BATCHES:
@@ -82,6 +84,7 @@ def measure(name, folder):
         runs = {
             "file": lambda images=images: loaded.maps(images),
             "maps": lambda images=images: cam.maps(images),
+            "batched": lambda images=images: batched.maps(images),
             "forward": lambda images=images: _forward(one.model, images),
             "compiled": lambda images=images: _forward(compiled, images),
         }

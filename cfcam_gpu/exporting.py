@@ -56,6 +56,9 @@ SIDES = (0.5, 2.0)
 N_SIZES = 300
 """Sizes, drawn at random, of which the branches that the model's code took are to be the same."""
 
+MOST_IMAGES = 64
+"""Of a batch that is drawn with them, where a branch asks for both."""
+
 
 def export(
     model: nn.Module,
@@ -246,7 +249,7 @@ def _trace(cam, images, n_classes, sides=None):
         # Static, or the other sizes would be symbols too.
         sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(tensor.ndim)]
         symbolic.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    symbols = [side.node.expr for side in symbolic[0].shape[2:] if isinstance(side, torch.SymInt)]
+    symbols = [n.node.expr for n in symbolic[0].shape if isinstance(n, torch.SymInt)]
     try:
         graph = make_fx(explain, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*symbolic)
     except Exception as error:  # the model's own code may raise anything on tensors without values
@@ -260,28 +263,31 @@ def _check_any_size(model, shapes, symbols, sides):
     """Refuse a model whose code compares sizes, where another size in the range would take another branch.
 
     The graph has the branches that were taken alone. What its operators ask of a size, `torch.export` finds out.
+
+    Args:
+        symbols: of (B, H, W).
     """
     import sympy
 
-    name = type(model).__name__
+    name, (batch, *symbols) = type(model).__name__, symbols
     for symbol in symbols:
-        if shapes.replacements.get(symbol, symbol).is_number:
-            raise ValueError(
-                f"dynamic_size: {name} takes images of one size alone: its code compares a side with"
-                f" {shapes.replacements[symbol]}"
-            )
+        other = shapes.replacements.get(symbol, symbol)
+        if other != symbol:
+            said = f"compares a side with {other}" if other.is_number else "wants one side to be as the other"
+            raise ValueError(f"dynamic_size: {name} takes images of one shape alone: its code {said}")
+    batch = shapes.replacements.get(batch, batch)
     draw = random.Random(0)
-    for guard in shapes.guards:
-        condition = guard.expr.xreplace(shapes.replacements)
-        if not condition.free_symbols <= set(symbols):
+    sizes = [*itertools.product(*sides), *(tuple(draw.randint(*side) for side in sides) for _ in range(N_SIZES))]
+    batches = [draw.randint(2, MOST_IMAGES) for _ in sizes]
+    for condition in {guard.expr.xreplace(shapes.replacements) for guard in shapes.guards}:
+        if not condition.free_symbols & set(symbols) or condition.free_symbols - {batch, *symbols}:
             continue
-        ends = list(itertools.product(*sides))
-        for size in [*ends, *([draw.randint(*of_axis) for of_axis in sides] for _ in range(N_SIZES))]:
-            if condition.xreplace(dict(zip(symbols, map(sympy.Integer, size)))) == sympy.false:
-                said = str(condition.xreplace(dict(zip(symbols, sympy.symbols("H W")))))
+        for number, size in zip(batches, sizes):
+            if condition.xreplace(dict(zip((batch, *symbols), map(sympy.Integer, (number, *size))))) != sympy.true:
+                said = condition.xreplace(dict(zip((batch, *symbols), sympy.symbols("B H W"))))
                 raise ValueError(
                     f"dynamic_size: {name} takes images of some sizes alone: its code, or the map of its layer, asks"
-                    f" {said}, which {tuple(size)} is not"
+                    f" {said}, which {size} is not"
                 )
 
 

@@ -283,9 +283,15 @@ PEERS = {
 """Method -> pytorch-grad-cam's class."""
 
 FIRST_DEFAULT = CFCAMConfig(
-    affinity_power=3.0, affinity_sigma=math.inf, affinity_steps=1, margin_temperature=0.0, guide_power=0.0
+    affinity_power=3.0,
+    affinity_sigma=math.inf,
+    affinity_steps=1,
+    margin_temperature=0.0,
+    guide_power=0.0,
+    frozen_norms=False,
 )
-"""The default of version 0.1: one average over all alike cells of the target layer's own grid, and the logit."""
+"""The default of version 0.1: one average over all alike cells of the target layer's own grid, the logit and its
+gradient."""
 
 METHODS = {
     **{name: from_grid(from_weights(WEIGHTS[name])) for name in PEERS if name in WEIGHTS},
@@ -347,8 +353,6 @@ CANDIDATES = {
         (25.0, 2.0, 2.0, 2, 1.5, 1.0),
         (25.0, 3.0, 2.0, 2, 1.5, 0.5),
         (25.0, 3.0, 1.5, 2, 1.5, 0.5),
-        (25.0, 3.0, 1.5, 2, 1.3, 0.5),
-        (25.0, 2.0, 1.5, 2, 1.5, 0.5),
     )
 }
 """Configurations that the default is chosen from, on the half "choose"; `affinity_steps` at most 2, each a launch."""

@@ -480,6 +480,7 @@ def datasets_table(results):
 
 DATASET_WAYS = {
     "network": "the network alone, pictures read before",
+    "network, memory kept": "the same in a process that keeps its memory, as the command does",
     "before": "overlays, one picture after the other, as before",
 }
 

@@ -19,10 +19,6 @@ class _KernelsBeside:
 if not (Path(__file__).parent / "kernels").is_dir():
     sys.meta_path.insert(0, _KernelsBeside)  # before another checkout's, which may be installed as editable
 
-from cfcam_gpu import waiting
-
-waiting.sleep_in_the_command()  # before torch is loaded
-
 from cfcam_gpu.adapters import accelerate
 from cfcam_gpu.cam import CFCAM
 from cfcam_gpu.config import CFCAMConfig

@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cfcam_gpu import __version__, datasets, doctor, exporting, layers, models, pipeline, volume_preprocess, web
+from cfcam_gpu import (
+    __version__,
+    datasets,
+    doctor,
+    exporting,
+    host_memory,
+    layers,
+    models,
+    pipeline,
+    volume_preprocess,
+    web,
+)
 from cfcam_gpu.checks import needs
 from cfcam_gpu.datasets import ray_data, reading, writing
 from cfcam_gpu.methods import METHODS
@@ -39,6 +50,8 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have characters that the terminal lacks
     try:
         args = _parser().parse_args(argv)
+        if argv is None and args.run is not run_bench:  # the process is the command's; others are timed as they are
+            host_memory.keep()
         return args.run(args)
     except (_Refused, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"cfcam: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

@@ -19,7 +19,7 @@ import torch
 Node = Any
 """torch.autograd.graph.Node, with the attributes of its kind."""
 
-DIVISION = "DivBackward0"
+DIVISION, INVERSE, POWER = "DivBackward0", "ReciprocalBackward0", "PowBackward0"
 
 STATISTICS = ("LinalgVectorNormBackward0", "NormBackward1", "SqrtBackward0", "StdBackward0")
 """What code of a model's own divides by to normalise."""
@@ -36,8 +36,8 @@ def frozen_norms(roots: Sequence[torch.Tensor]) -> Iterator[None]:
     """Backwards from ``roots`` inside hold the statistics of every normalisation in their graph constant.
 
     Of ``layer_norm``, ``group_norm``, ``instance_norm``, batch norm that takes the batch's statistics, ``rms_norm``,
-    ``normalize`` and ``cosine_similarity``, and of code that multiplies by a ``rsqrt`` or divides by a norm, a square
-    root or a standard deviation. Not of operators that bring a backward of their own.
+    ``normalize`` and ``cosine_similarity``, and of code that divides by a norm, a square root or a standard deviation,
+    or multiplies by the inverse. Not of operators that bring a backward of their own.
 
     Args:
         roots: tensors of any shape, with a graph or without.
@@ -73,13 +73,19 @@ def _rule(node) -> Callable | None:
         return RULES[name](node)
     if name == DIVISION and _is_statistic(node.next_functions[1][0]):
         return _only_of_numerator
+    if name == INVERSE and _is_statistic(node.next_functions[0][0]):
+        return _nothing
     return None
 
 
 def _is_statistic(node):
     while node is not None and node.name() in SHAPING:
         node = node.next_functions[0][0]
-    return node is not None and node.name() in STATISTICS
+    return node is not None and (node.name() in STATISTICS or (node.name() == POWER and node._saved_exponent == 0.5))
+
+
+def _nothing(*_):
+    return (None,)
 
 
 def _only_of_numerator(inputs, _):
@@ -87,7 +93,11 @@ def _only_of_numerator(inputs, _):
 
 
 def _constant(_):
-    return lambda inputs, _: (None,)
+    return _nothing
+
+
+def _power(node):
+    return _nothing if node._saved_exponent == -0.5 else None
 
 
 def _layer_norm(node):
@@ -141,4 +151,5 @@ RULES: dict[str, Callable[[Node], Callable | None]] = {
     "CudnnBatchNormBackward0": _batch_norm,
     "MiopenBatchNormBackward0": _batch_norm,
     "RsqrtBackward0": _constant,
+    POWER: _power,
 }

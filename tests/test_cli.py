@@ -19,7 +19,7 @@ for package in ("matplotlib", "tqdm", "efficientnet_lite_pytorch", "imagenet_cla
 data = pytest.importorskip("skimage.data")
 
 import cfcam_gpu
-from cfcam_gpu import cli, datasets, doctor, images, models, pipeline, waiting
+from cfcam_gpu import cli, datasets, doctor, images, models, pipeline
 from cfcam_gpu.clustering import ENGINES, host
 from cfcam_gpu.datasets import running, writing
 from cfcam_gpu.methods import METHODS
@@ -768,34 +768,18 @@ def test_doctor_names_what_is_missing(monkeypatch):
 
 def test_as_a_process_from_another_folder(tmp_path):
     command = [sys.executable, "-m", "cfcam_gpu"]
-    # GNU's OpenMP says how often its threads look again before they sleep.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "verbose"}
-    environment.pop("OMP_WAIT_POLICY", None)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     process = subprocess.run([*command, "--version"], **options)
     assert (process.returncode, process.stdout) == (0, f"cfcam_gpu {cfcam_gpu.__version__}\n")
-    assert "GOMP_SPINCOUNT = '0'" not in process.stderr
     process = subprocess.run([*command, "explain", "nowhere"], **options)
     assert process.returncode == 1 and process.stderr.splitlines()[-1] == "cfcam: nowhere: no such file"
-    if "GOMP_SPINCOUNT" in process.stderr:
-        assert "GOMP_SPINCOUNT = '0'" in process.stderr
 
 
-@pytest.mark.parametrize(
-    "argv, started, sleeps",
-    [
-        (["/usr/bin/cfcam", "explain", "photo.jpg"], ["python", "/usr/bin/cfcam", "explain", "photo.jpg"], True),
-        (["-m", "explain", "photo.jpg"], ["python", "-X", "dev", "-m", "cfcam_gpu", "explain", "photo.jpg"], True),
-        (["/usr/bin/cfcam", "bench"], ["python", "/usr/bin/cfcam", "bench"], False),
-        (["-m", "explain"], ["python", "-m", "another", "explain"], False),
-        (["another.py", "explain"], ["python", "another.py", "explain"], False),
-        ([""], ["python"], False),
-        ([], [], False),
-    ],
-)
-def test_the_threads_of_the_command_sleep_when_they_wait(monkeypatch, argv, started, sleeps):
-    asleep, chosen = {"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}
-    for given, expected in (({}, asleep if sleeps else {}), (chosen, chosen)):
-        monkeypatch.setattr(os, "environ", environment := dict(given))
-        waiting.sleep_in_the_command(argv, started)
-        assert environment == expected
+@pytest.mark.parametrize("argv, kept", [(["explain", "nowhere"], True), (["bench", "--model", "nothing"], False)])
+def test_a_process_of_the_command_keeps_its_memory(argv, kept, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(cli.host_memory, "keep", lambda: calls.append("keep"))
+    assert cli.main(argv) != 0 and not calls  # of a process that only calls it, nothing is changed
+    monkeypatch.setattr(sys, "argv", ["cfcam", *argv])
+    assert cli.main() != 0 and bool(calls) == kept

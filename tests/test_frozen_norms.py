@@ -103,7 +103,7 @@ NORMS = {
     "divided by a norm": (lambda x: x / x.norm(dim=1, keepdim=True).clamp_min(EPS).expand_as(x), unit, 0, True),
     "divided by a power": (lambda x: x / x.pow(2).sum(1, keepdim=True).pow(0.5), unit, 0, True),
     "times a power": (lambda x: x * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5, rms, 0, True),
-    "times an inverse": (lambda x: x * (1 / (x.norm(dim=1, keepdim=True) + EPS)), unit, 0, True),
+    "times an inverse": (lambda x: x * (1 / x.norm(dim=1, keepdim=True).clamp_min(EPS)), unit, 0, True),
     "divided by a deviation": (
         lambda x: x / (x.std(1, keepdim=True) + EPS),
         lambda x: x / (x.std(1, keepdim=True) + EPS).detach(),

@@ -17,7 +17,8 @@ status=0
   timeout 210 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_kernels.py tests/test_cam.py tests/test_capture.py \
     tests/test_pipeline.py tests/test_torch_backend.py tests/test_no_sync.py tests/test_cuml.py tests/test_arrays.py \
     tests/test_several_classes.py tests/test_notices.py tests/test_threads.py tests/test_methods.py \
-    tests/test_volumes.py tests/test_operators.py tests/test_guide_power.py || status=1
+    tests/test_volumes.py tests/test_operators.py tests/test_guide_power.py \
+    tests/test_frozen_norms.py || status=1
   timeout 40 "$python" -m pytest -q -p no:cacheprovider -rs tests/test_adapters_grad_cam.py \
     tests/test_adapters_torchcam.py tests/test_adapters_captum.py tests/test_adapters_captum_heads.py
   adapters=$?

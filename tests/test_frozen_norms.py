@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from torch import nn
 
 from cfcam_gpu import CFCAM, CFCAMConfig
@@ -53,7 +54,7 @@ def _made_of(norm, frozen, n_weights, pooled):
     for each in (norm, frozen):
         torch.manual_seed(0)
         weights = [torch.rand(8) + 0.5, torch.randn(8)][:n_weights]
-        models.append(Head(By(each, *weights), pooled).double())
+        models.append(Head(By(each, *weights), pooled).double().to(DEVICE))
     return models
 
 
@@ -111,12 +112,12 @@ NORMS = {
     ),
     "cosine": (
         lambda x: x + F.cosine_similarity(x, torch.arange(8.0, dtype=x.dtype, device=x.device)[None])[:, None],
-        lambda x: x + (unit(x) * unit(torch.arange(8.0, dtype=x.dtype)[None])).sum(1, keepdim=True),
+        lambda x: x + (unit(x) * unit(torch.arange(8.0, dtype=x.dtype, device=x.device)[None])).sum(1, keepdim=True),
         *(0, True),
     ),
 }
 
-IMAGES = torch.rand(3, 3, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+IMAGES = torch.rand(3, 3, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -147,7 +148,7 @@ def test_what_is_no_normalisation_stays():
             return (share * features.sqrt()).mean((2, 3)) / 8**0.5 + features.norm(dim=(2, 3))
 
     torch.manual_seed(0)
-    model = Model().double().eval()
+    model = Model().double().eval().to(DEVICE)
     frozen, plain = (
         HeadCapture(model, [model.conv], frozen_norms=which)(IMAGES, [0, 1, 2]).gradients[0] for which in (True, False)
     )
@@ -241,7 +242,8 @@ def test_pytorch_grad_cams_form(normalised):
     cam = pytorch_grad_cam.CFCAM(model, [model.conv], guide_layer=None, config=CONFIG)
     scaled = lambda maps: (maps - maps.amin((1, 2), True)) / (1e-7 + maps.amax((1, 2), True))
     expected = F.interpolate(scaled(sums.relu())[:, None], size=images.shape[2:], mode="bilinear")[:, 0]
-    torch.testing.assert_close(torch.from_numpy(cam(images, CLASSES)), scaled(expected), rtol=0, atol=1e-5)
+    maps = torch.from_numpy(cam(images, CLASSES))
+    torch.testing.assert_close(maps, scaled(expected).cpu(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to_input", [False, True], ids=["own pass", "captum's pass"])
@@ -252,7 +254,9 @@ def test_captums_form(normalised, to_input):
     model, images, sums = normalised
     layer = model.norm_input if to_input else model.conv
     attribution = captum.CFCAM(model, layer, guide_layer=None, config=CONFIG)
-    found = attribution.attribute(images, target=torch.tensor(CLASSES), attribute_to_layer_input=to_input)
+    found = attribution.attribute(
+        images, target=torch.tensor(CLASSES, device=DEVICE), attribute_to_layer_input=to_input
+    )
     torch.testing.assert_close(found[:, 0], sums)
 
 

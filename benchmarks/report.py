@@ -208,7 +208,8 @@ def methods_table(results):
     if not body:
         return NOT_MEASURED
     header = ["library", "method", "as it is", "accelerated", "", "largest difference"]
-    return f"{markdown(header, body)}\n\nResNet-50, one image of 224 pixels. {_about_methods(results)}"
+    measured = _about_methods(results, ["resnet50"])
+    return f"{markdown(header, body)}\n\nResNet-50, one image of 224 pixels. {measured}"
 
 
 def methods_in_short_table(results):
@@ -239,7 +240,7 @@ def methods_elsewhere_table(results):
             cells = [f"{_speed_up(row)}, {_difference(row)}" if "ratio" in row else "" for row in found]
             body.append([library, method, *cells])
     header = ["library", "method", *(METHODS_ELSEWHERE[model] for model in models)]
-    return f"{markdown(header, body)}\n\n{_about_methods(results)}"
+    return f"{markdown(header, body)}\n\n{_about_methods(results, models)}"
 
 
 METHODS_ELSEWHERE = {
@@ -264,10 +265,13 @@ def _difference(row):
     return text
 
 
-def _about_methods(results):
-    row = list(results.methods.values())[-1]
-    names = (f"{name} {row[name]}" for name in ("torch", "grad-cam", "torchcam", "captum") if name in row)
-    return f"{row['device']}; {', '.join(names)}; {row['date']}, commit {row['commit'] or 'unknown'}."
+def _about_methods(results, models):
+    """Devices, versions, dates and commits of the rows that were measured."""
+    found = [row for (_, _, model), row in results.methods.items() if model in models and "ratio" in row]
+    of = lambda field: list(dict.fromkeys(row[field] for row in found if row.get(field)))
+    names = [f"{name} {', '.join(of(name))}" for name in ("torch", "grad-cam", "torchcam", "captum") if of(name)]
+    parts = (*of("device"), ", ".join(names), ", ".join(of("date")), f"commit {', '.join(of('commit')) or 'unknown'}")
+    return f"{'; '.join(parts)}."
 
 
 def throughput_table(results):

@@ -16,6 +16,7 @@ from cfcam_gpu import warm_up
 from cfcam_gpu.calls import eager_without_grad, is_compiled
 from cfcam_gpu.capture import HeadCapture, _device, _Pass, _Tap
 from cfcam_gpu.compiled_pipeline import PipelinePrograms
+from cfcam_gpu.frozen_norms import graph_nodes
 from cfcam_gpu.guides import AUTO, Held
 from cfcam_gpu.inputs import Inputs
 from cfcam_gpu.outputs import all_tensors, find_logits, map_tensors
@@ -269,13 +270,8 @@ def _reached(tensor, edges):
     """To which of these places in the graph a gradient flows back from the tensor; () where it has none."""
     if not tensor.requires_grad:
         return ()
-    seen, left = set(), [tensor.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [other for other, _ in node.next_functions]
-    return tuple(edge.node in seen for edge in edges)
+    nodes = set(graph_nodes([tensor]))
+    return tuple(edge.node in nodes for edge in edges)
 
 
 class _CompiledPass(_Pass):

@@ -44,7 +44,7 @@ def frozen_norms(roots: Sequence[torch.Tensor]) -> Iterator[None]:
     """
     handles = []
     try:
-        for node in _nodes(roots):
+        for node in graph_nodes(roots):
             rule = _rule(node)
             if rule is not None:
                 handles.append(node.register_hook(rule))
@@ -54,7 +54,8 @@ def frozen_norms(roots: Sequence[torch.Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _nodes(roots) -> Iterator[Node]:
+def graph_nodes(roots: Sequence[torch.Tensor]) -> Iterator[Node]:
+    """Every node of the graph behind these tensors, each once."""
     waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(waiting)
     while waiting:

@@ -43,16 +43,17 @@ def medians(ways: Mapping[str, Callable[[], Any]], device: torch.device) -> dict
         if index >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
             break
         for name in names[:: -1 if index % 2 else 1]:
-            found[name].append(_seconds(ways[name], device))
+            found[name].append(seconds(ways[name], device))
     return {name: statistics.median(of_way) for name, of_way in found.items()}
 
 
-def _seconds(way, device):
-    on_gpu = device.type == "cuda"
+def seconds(function: Callable[[], Any], device: torch.device | str) -> float:
+    """The time of one call, with nothing left to do on the device before and after."""
+    on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    way()
+    function()
     if on_gpu:
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

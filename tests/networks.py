@@ -19,3 +19,12 @@ def vit(image_size, layers=4):
     """A ViT with patches of 16 pixels, a sixth as wide as ViT-B."""
     size = {"num_layers": layers, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 256}
     return models.VisionTransformer(image_size=image_size, patch_size=16, **size).eval()
+
+
+def whole_network(model, layer, images, activations):
+    """The outputs of the whole network, whose layer gives these activations."""
+    handle = layer.register_forward_hook(lambda *_: activations)
+    try:
+        return model(images)
+    finally:
+        handle.remove()

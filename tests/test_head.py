@@ -5,22 +5,13 @@ from collections import namedtuple
 
 import pytest
 import torch
-from networks import build, vit
+from networks import build, vit, whole_network
 from torch import nn
 from torch.nn import functional as F
 
 from cfcam_gpu.head import record_head
 
 pytestmark = pytest.mark.usefixtures("one_thread", "seed")
-
-
-def whole(model, layer, images, activations):
-    """The outputs of the whole network, whose layer gives these activations."""
-    handle = layer.register_forward_hook(lambda *_: activations)
-    try:
-        return model(images)
-    finally:
-        handle.remove()
 
 
 def networks():
@@ -47,7 +38,7 @@ def test_any_activations(network, batch):
     for times in (1, 3):
         activations = head.activations.repeat_interleave(times, 0)
         activations = (activations + 0.3 * torch.randn_like(activations)).requires_grad_()
-        expected = whole(model, layer, images.repeat_interleave(times, 0), activations)
+        expected = whole_network(model, layer, images.repeat_interleave(times, 0), activations)
         found = head(activations)
         assert found.shape == expected.shape == (batch * times, 1000)
         torch.testing.assert_close(found, expected)
@@ -77,15 +68,15 @@ def test_what_goes_around_the_layer_is_kept(batch):
     head = record_head(model, model.layer, images)
     assert head.reason is None
     activations = torch.randn(2 * batch, 4, 4, 4)
-    expected = whole(model, model.layer, images.repeat_interleave(2, 0), activations)
+    expected = whole_network(model, model.layer, images.repeat_interleave(2, 0), activations)
     torch.testing.assert_close(head(activations), expected)
     image = batch - 1
     torch.testing.assert_close(
-        head(activations[:2], image), whole(model, model.layer, images[[image, image]], activations[:2])
+        head(activations[:2], image), whole_network(model, model.layer, images[[image, image]], activations[:2])
     )
     others = torch.randn(batch, 3, 9, 9)
     renewed = head.renewed(model, others)
-    expected = whole(model, model.layer, others.repeat_interleave(2, 0), activations)
+    expected = whole_network(model, model.layer, others.repeat_interleave(2, 0), activations)
     torch.testing.assert_close(renewed(activations), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -122,7 +113,7 @@ def test_constants_are_computed_once():
     head = record_head(model, model.layer, images)
     activations = torch.randn(4, 3, 4, 4)
     for _ in range(2):
-        expected = whole(model, model.layer, images.repeat_interleave(2, 0), activations)
+        expected = whole_network(model, model.layer, images.repeat_interleave(2, 0), activations)
         torch.testing.assert_close(head(activations), expected)
         with torch.no_grad():
             model.scale.data.mul_(2)  # read anew, also where torch does not count the write
@@ -295,7 +286,9 @@ def test_otherwise_the_whole_network_runs(how, caplog):
     if how == "rows":
         assert found.shape == (4, 5)
     else:
-        torch.testing.assert_close(found, whole(model, model.layer, images.repeat_interleave(2, 0), activations))
+        torch.testing.assert_close(
+            found, whole_network(model, model.layer, images.repeat_interleave(2, 0), activations)
+        )
     assert not model.layer._forward_hooks
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import vit
+from networks import vit, whole_network
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -81,14 +81,6 @@ def encoder(pool=lambda tokens: tokens[:, 0]):
 
 def last_of_a_list():
     return encoder(lambda tokens: tokens[:, [-1]].squeeze(1))
-
-
-def whole_network(model, layer, images, activations):
-    handle = layer.register_forward_hook(lambda *_: activations)
-    try:
-        return model(images)
-    finally:
-        handle.remove()
 
 
 def multiplications(head, activations):

@@ -4,25 +4,14 @@ import ctypes
 import gc
 import re
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
+from cfcam_gpu.warm_up import seconds
+
 MIN_ROUNDS = 3
 """Rounds below which no median is reported."""
-
-
-def seconds(function, device):
-    """The time of one call, with nothing left to do on the device before and after."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def interleaved(functions, device, rounds, progress=None):

@@ -149,15 +149,19 @@ def by_hand(name, folder, photograph, index, **processing):
         activations, gradient = (each[n_prefix:].T.reshape(-1, n, n) for each in (activations, gradient))
     heat = (activations * gradient.mean((1, 2), keepdim=True)).sum(0).clamp_min(0)
     heat = F.interpolate(heat[None, None], tuple(pixels.shape[2:]), mode="bilinear", align_corners=False)[0, 0]
-    return ((heat - heat.min()) / (heat.max() - heat.min())).numpy()
+    return ((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)).numpy()  # 0 where nothing speaks for it
+
+
+def but_for_zero_maps(err):
+    """The lines of stderr, without those that a network with random weights brings about."""
+    return [line for line in err.splitlines() if "maps are zero everywhere" not in line]
 
 
 def explained(run, photograph, folder, out, *options, texts=()):
     """{index: map} of a run of the command line, and what it said."""
     text = [word for text in texts for word in ("--text", text)]
     status, said, err = run("explain", photograph, "--model", folder, "--out", out, "--raw", *text, *options)
-    lines = [line for line in err.splitlines() if "maps are zero everywhere" not in line]  # random networks
-    assert (status, lines) == (0, []), err
+    assert (status, but_for_zero_maps(err)) == (0, []), err
     assert "warning" not in said
     return {int(path.stem.rpartition("_")[2]): np.load(path) for path in out.glob("*.npy")}, said
 
@@ -171,11 +175,9 @@ def test_maps_are_those_made_by_hand(saved, run, photograph, tmp_path, capfd, na
     for index, heat in maps.items():
         assert f"{(TEXTS if texts else NAMES)[index]} 0." in said or f"{(TEXTS if texts else NAMES)[index]} 1." in said
         assert np.abs(heat - by_hand(name, folder, photograph, index)).max() < 1e-4
-        assert heat.std() > 0.05
+    assert max(heat.std() for heat in maps.values()) > 0.05
     wrong = [by_hand(name, folder, photograph, index, image_mean=[0.2, 0.5, 0.8]) for index in maps]
-    assert not all(
-        np.abs(heat - other).max() < 0.01 for heat, other in zip(maps.values(), wrong)
-    )  # NaN: no such pixels
+    assert not all(np.abs(heat - other).max() < 0.01 for heat, other in zip(maps.values(), wrong))
 
 
 def test_cf_cam_is_that_of_the_bare_model(saved, run, photograph, tmp_path, capfd):
@@ -231,7 +233,7 @@ def test_siglip_texts_do_not_compete(seed, run, photograph, tmp_path, capfd):
         out = tmp_path / f"out{len(texts)}"
         words = [word for text in texts for word in ("--text", text)]
         status, said, err = run("explain", photograph, "--model", folder, "--out", out, "--raw", *words)
-        assert (status, err) == (0, "")
+        assert (status, but_for_zero_maps(err)) == (0, [])
         for text, probability in zip(texts, expected[0].sigmoid().tolist()):
             assert f"{text} {probability:.2f}" in said
     assert sorted(path.name for path in (tmp_path / "out1").glob("*.npy")) == ["photo_positive.npy"]

@@ -14,7 +14,8 @@ from cfcam_gpu.config import CFCAMConfig
 CONFIG = (
     "float dominant_percentile, str descriptor, float eps_percentile, float min_samples_fraction, float[] sigma, "
     "str boundary, str weighting, str normalize, float affinity_power, float affinity_sigma, int affinity_steps, "
-    "float margin_temperature, float guide_power, bool frozen_norms"
+    "float margin_temperature, float guide_power, bool frozen_norms, "
+    "bool affinity_centred"
 )
 """The fields of `CFCAMConfig`; a sigma for all axes is a list of one."""
 
@@ -47,6 +48,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
         float(config.margin_temperature),
         float(config.guide_power),
         config.frozen_norms,
+        config.affinity_centred,
     )
 
 

@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-from cfcam_gpu.config import EPS_FLOOR, FLAT_RANGE, WITHOUT_FEATURES
+from cfcam_gpu.config import AS_THE_MEAN, EPS_FLOOR, FLAT_RANGE, WITHOUT_FEATURES
 from cfcam_gpu.gaussian import coverage, interpolation_matrix, window_reach
 from cfcam_gpu.labels import DOMINANT, NOISE
 
@@ -177,6 +177,9 @@ def average_alike_cells(grid, guide, config):
     shape = guide.shape[1:]
     values = resize(grid, shape).ravel()
     features = guide.reshape(len(guide), -1).T
+    if config.affinity_centred:
+        mean = np.where(np.isfinite(features), features, 0).mean(0)
+        features = np.where(abs(features - mean) <= AS_THE_MEAN * abs(mean), 0, features - mean)
     norms = np.linalg.norm(features, axis=1)
     has_features = (norms > 0) & np.isfinite(norms)
     features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)

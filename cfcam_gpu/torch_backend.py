@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from cfcam_gpu.clustering import ENGINES
 from cfcam_gpu.clustering.ranks import dominant_rank
-from cfcam_gpu.config import FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
+from cfcam_gpu.config import AS_THE_MEAN, FLAT_RANGE, GRAD_CAM_EPSILON, WITHOUT_FEATURES
 from cfcam_gpu.constants import constant, has_symbolic_batch, has_symbols, is_traced
 from cfcam_gpu.gaussian import (
     as_rows_and_columns,
@@ -255,7 +255,8 @@ def average_alike_cells(grids, guide, config):
     keep = config.affinity_steps > 1 and (has_symbols(shape) or images * n_bytes <= AFFINITY_BYTES)
     for image in (0,) if has_symbolic_batch(values) else range(0, batch, images):
         chunk = slice(None) if has_symbolic_batch(values) else slice(image, image + images)
-        arguments = guide[chunk], target_shape, config, values.dtype, rows, columns
+        cells = features_of_cells(guide[chunk], config, values.dtype)
+        arguments = cells, shape, target_shape, config, rows, columns
         kept = list(affinities(*arguments)) if keep else None
         for _ in range(config.affinity_steps):
             sums = torch.zeros_like(values[chunk])
@@ -268,31 +269,38 @@ def average_alike_cells(grids, guide, config):
             mass = sums[:, -1:]
             # 0 for a cell without features, which keeps its own value.
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
+        if config.guide_power > 0:
+            values[chunk] *= strengths(cells, config.guide_power)[:, None]
     values = values[:, :-1]
-    if config.guide_power > 0:
-        values = values * strengths(guide, config.guide_power, values.dtype)[:, None]
     values = values.unflatten(2, shape)
     return values if grids.ndim == values.ndim else values[:, 0]
 
 
-def strengths(guide, power, dtype):
-    """The power of the features' length at each cell of the guide (B, Cg, hg, wg): (B, hg * wg)."""
+def features_of_cells(guide, config, dtype):
+    """What says which cells of the guide (B, Cg, hg, wg) are alike: (B, Cg, hg * wg)."""
+    # No copy where the channels are the fastest axis: a product of matrices takes its factors either way.
     cells = guide.detach().to(dtype).flatten(2)
+    if not config.affinity_centred:
+        return cells
+    mean = cells.nan_to_num(0, 0, 0).mean(2, keepdim=True)
+    cells = cells - mean
+    return cells.masked_fill_(cells.abs() <= AS_THE_MEAN * mean.abs(), 0)
+
+
+def strengths(cells, power):
+    """The power of the length of the cells' features (B, Cg, N): (B, N)."""
     squares = (cells * cells).sum(1).nan_to_num_(0, 0, 0)  # NaN or infinite features are no features
     return squares.clamp_min_(WITHOUT_FEATURES).pow_(power / 2)
 
 
-def affinities(guide, target_shape, config, dtype, rows, columns):
-    """How much cells of the guide (B, Cg, hg, wg) count for each other, in blocks.
+def affinities(cells, shape, target_shape, config, rows, columns):
+    """How much cells of a guide count for each other, in blocks; of features (B, Cg, hg * wg) on a grid of that shape.
 
     Yields:
         start, (B, n, m): of n cells from ``start`` on, with themselves and the m - n cells behind them that the window
         reaches. A block has at most ``columns`` of ``rows`` rows, whole rows unless it has only one.
     """
-    shape = tuple(guide.shape[2:])
     height, width = as_rows_and_columns(shape)
-    # No copy where the channels are the fastest axis: a product of matrices takes its factors either way.
-    cells = guide.detach().to(dtype).flatten(2)
     # A third of the time of vector_norm, slow across rows. NaN or infinite features are no features.
     scale = (cells * cells).sum(1).rsqrt().nan_to_num_(0, 0, 0)
     sigma = config.affinity_sigma
@@ -302,8 +310,8 @@ def affinities(guide, target_shape, config, dtype, rows, columns):
         for top in _starts(height, rows):
             # In a plane, rows as far apart are as near: one window for all blocks.
             if not math.isinf(sigma) and (window is None or top == 0 or len(shape) > 2):
-                of_rows = constant(rows_window, (shape, target_shape, sigma), cells.device, dtype)
-                of_columns = constant(window_matrix, (width, target_shape[-1], sigma), cells.device, dtype)
+                of_rows = constant(rows_window, (shape, target_shape, sigma), cells.device, cells.dtype)
+                of_columns = constant(window_matrix, (width, target_shape[-1], sigma), cells.device, cells.dtype)
                 window = of_rows[top : top + rows, None, top : top + rows + reach, None]
                 window = window * of_columns[None, left : left + columns, None, :]
                 window = window.reshape(-1, window.shape[2] * width)[:, left:]

@@ -2,10 +2,12 @@
 
 import triton.language as tl
 
-from cfcam_gpu import labels
+from cfcam_gpu import config, labels
 
 DOMINANT = tl.constexpr(labels.DOMINANT)
 NOISE = tl.constexpr(labels.NOISE)
+
+AS_THE_MEAN = tl.constexpr(config.AS_THE_MEAN)
 
 LARGEST_INT32 = tl.constexpr(0x7FFFFFFF)
 

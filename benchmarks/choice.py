@@ -18,6 +18,9 @@ CLOSE = 0.9
 """Of the candidates that are not worse anywhere, those whose smallest gain, in units of what is asked, is at least this
 share of the best."""
 
+RANDOM = "random, another for each class"
+"""A control on the drawn pictures: what class sensitivity maps have that know nothing."""
+
 THEN = "average_drop"
 """And of those the one with the lowest mean of this is the default."""
 
@@ -30,6 +33,37 @@ def reaches_zero(row, measure):
     """Whether the paired 95 % interval of the difference from Grad-CAM does, from the worse side."""
     _, low, high = row["minus_grad_cam"][measure]
     return low <= 0 if measure in LOWER_IS_BETTER else high >= 0
+
+
+def lost_on(family, random):
+    """The measures in which a candidate is worse than Grad-CAM on networks of one family.
+
+    Mean over the networks, whose intervals are taken as independent. Class sensitivity counts up to that of random
+    maps: what Grad-CAM has above it is noise, not the class.
+
+    Args:
+        family: the candidate's rows of shapes.jsonl, one a network.
+        random: those of `RANDOM`.
+    """
+    lost = []
+    for measure in NOT_WORSE:
+        differences = [row["minus_grad_cam"][measure] for row in family]
+        gain = sum(each[0] for each in differences) / len(family)
+        width = sum(((high - low) / 2) ** 2 for _, low, high in differences) ** 0.5 / len(family)
+        if random and measure == "class_sensitivity" and _grad_cam(family, measure) >= _mean(random, measure):
+            continue
+        if (gain > width) if measure in LOWER_IS_BETTER else (gain < -width):
+            lost.append(measure)
+    return lost
+
+
+def _mean(rows, measure):
+    return sum(mean(row, measure) for row in rows) / len(rows)
+
+
+def _grad_cam(rows, measure):
+    """Grad-CAM's mean, from the rows of another method."""
+    return _mean(rows, measure) - sum(row["minus_grad_cam"][measure][0] for row in rows) / len(rows)
 
 
 def holds(row):

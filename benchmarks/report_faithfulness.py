@@ -23,6 +23,11 @@ MEASURES = {
 }
 """{measure: its column's title}."""
 
+FAMILIES = ("resnet", "convnext", "vit")
+"""Of shapes.py, which the rule asks too, at so many classes:"""
+
+DRAWN_CLASSES = 10
+
 WITH_SSIM = ("class_sensitivity", "gradient_noise_10", "input_noise")
 
 SHAPES = {
@@ -163,18 +168,42 @@ def number_rows(results):
     return [[f"**{mean:+.3f}**: {verdict[better(row, measure)]}", text]]
 
 
+def drawn(results, name):
+    """{family: the measures in which a candidate is worse there}, of the families that it was measured on."""
+    by_family = {}
+    for (family, classes, _, method), row in results.shapes.items():
+        if classes == DRAWN_CLASSES:
+            by_family.setdefault(family, {}).setdefault(method, []).append(row)
+    return {
+        family: choice.lost_on(of_family[name], of_family.get(choice.RANDOM, []))
+        for family, of_family in by_family.items()
+        if name in of_family
+    }
+
+
 def chosen(results):
-    """The rule's default, and what is missing: while anything is, the rule picks nothing."""
-    found = _of(results, CANDIDATES, "choose")
-    missing = [name for name, row in found.items() if row is None]
-    return (None, missing) if missing else (choice.pick(found), [])
+    """The rule's default, what is missing, and of candidates that Lite0 alone would have picked {name: where it lost}.
+
+    While anything is missing, the rule picks nothing.
+    """
+    left = _of(results, CANDIDATES, "choose")
+    missing, lost = [name for name, row in left.items() if row is None], {}
+    while not missing and (name := choice.pick(left)):
+        found = drawn(results, name)
+        lost[name] = {family: measures for family, measures in found.items() if measures}
+        if not lost[name]:
+            del lost[name]
+            missing = [f"{name} on drawn pictures of {family}" for family in FAMILIES if family not in found]
+            return None if missing else name, missing, lost
+        del left[name]
+    return None, missing, lost
 
 
 def candidates_table(results):
     found = _of(results, CANDIDATES, "choose")
     if not any(found.values()):
         return NOT_MEASURED
-    default, missing = chosen(results)
+    default, missing, lost = chosen(results)
     header = ["candidate", *(f"{title(measure)}, minus Grad-CAM's" for measure in choice.NOT_WORSE), "the rule"]
     body = []
     for name, row in found.items():
@@ -182,6 +211,11 @@ def candidates_table(results):
             body.append([name, NOT_MEASURED, *[""] * (len(header) - 2)])
             continue
         worse = [MEASURES[measure] for measure in choice.NOT_WORSE if not choice.reaches_zero(row, measure)]
+        worse += [
+            f"{SHAPES[measure]} on the drawn {family}s"
+            for family, measures in lost.get(name, {}).items()
+            for measure in measures
+        ]
         verdict = "**default**" if name == default else f"worse: {', '.join(worse)}" if worse else ""
         body.append([name, *(difference(row, measure) for measure in choice.NOT_WORSE), verdict])
     verdict = f"The rule picks as the default: {default or 'none'}."
@@ -274,7 +308,8 @@ def architectures_table(results):
 
 
 def shapes_table(results):
-    return _drawn_table(results.shapes, SHAPES, "pictures")
+    shown = {key: row for key, row in results.shapes.items() if key[3] not in CANDIDATES}
+    return _drawn_table(shown, SHAPES, "pictures")
 
 
 def volumes_table(results):

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import choice
 import faithfulness
 import rows
 import torch
@@ -370,6 +371,13 @@ def trained(name, family, n_classes, seed, folder):
 MASK = "the mask itself"
 """A control: what the measures give the truth."""
 
+
+def another_random_grid(activations, gradients):
+    """Another for other gradients, unlike `faithfulness.random_grid`: that of another class has nothing of it."""
+    generator = torch.Generator().manual_seed(int(gradients.abs().sum().view(torch.int32)))
+    return torch.rand(activations[:, 0].shape, generator=generator)
+
+
 FROZEN = {
     "Grad-CAM, frozen norms": faithfulness.from_grid(
         faithfulness.from_weights(faithfulness.WEIGHTS["Grad-CAM"]), frozen_norms=True
@@ -386,6 +394,7 @@ METHODS = {
 }
 METHODS.update(FROZEN)
 METHODS[MASK] = faithfulness.Method(None)
+METHODS[choice.RANDOM] = faithfulness.from_grid(another_random_grid)
 
 
 # Measures
@@ -474,7 +483,9 @@ def measured(subject, method):
         "average_drop": metrics.average_drop(*arguments),
         **{name: torch.stack(each).mean(0) for name, each in zip(Localisation._fields, zip(*found))},
     }
-    if len(size) == 2 and method.make is not None:  # structural similarity is of pictures
+    if len(size) == 2:  # structural similarity is of pictures
+        values["class_sensitivity"] = metrics.class_sensitivity(*pair_maps).ssim_distance
+    if len(size) == 2 and method.make is not None:
         stability = metrics.gradient_noise_stability(
             single.activations,
             single.gradients,
@@ -483,7 +494,6 @@ def measured(subject, method):
             draws=1,
             generator=torch.Generator().manual_seed(0),
         )
-        values["class_sensitivity"] = metrics.class_sensitivity(*pair_maps).ssim_distance
         values["gradient_noise_10"] = stability.ssim[:, 0]
         values["input_noise"] = metrics.ssim(maps, noisy_maps)
     return values, sum(int((of_one.flatten(1).amax(1) == 0).sum()) for of_one in (maps, *pair_maps))
@@ -568,7 +578,8 @@ def main(argv=None):
     parser.add_argument("--picture", type=Path, help="draw maps of the first seed's networks instead, into this file")
     args = parser.parse_args(argv)
     if not args.picture:
-        measure("shapes", FAMILIES, METHODS, args)
+        # Of the candidates those that are named.
+        measure("shapes", FAMILIES, {**METHODS, **(faithfulness.CANDIDATES if args.only else {})}, args)
         return 0
     subjects = {}
     for name in args.network:

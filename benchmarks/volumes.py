@@ -177,8 +177,8 @@ FAMILIES = {
 }
 
 
-LEFT_OUT = ("CF-CAM 0.1", *shapes.FROZEN)
-"""The first is of pictures; the network has batch norms alone, whose statistics are constants anyway."""
+LEFT_OUT = ("CF-CAM 0.1", choice.RANDOM, *shapes.FROZEN)
+"""The first two are of pictures; the network has batch norms alone, whose statistics are constants anyway."""
 
 METHODS = {
     **{name: method for name, method in shapes.METHODS.items() if name not in LEFT_OUT},

@@ -80,10 +80,11 @@ class CFCAMConfig:
             Without it (inf), time and memory traffic grow with the square of the grid's cells.
         affinity_steps: how many times the average is applied, each time to its own result; an integer in [0, 16],
             0 for no average.
-        affinity_centred: f are the features less their mean over the guide's cells, so that what all cells have in
-            common makes none of them alike. False: the features themselves.
+        affinity_centring: the share of the features' mean over the guide's cells that is taken off them to give f, in
+            [0, 1]. With 1, what all cells have in common makes none of them alike; with 0, f are the features
+            themselves.
         guide_power: the averaged sum is multiplied by |f_p|^guide_power, the length of f at each cell of the guide:
-            where an earlier layer sees nothing of its own, little can have spoken for the class; in [0, 2], 0 for no
+            where an earlier layer sees little of its own, little can have spoken for the class; in [0, 2], 0 for no
             such factor. Not published, and without the average it has no effect.
         margin_temperature: used by `CFCAM` alone, which chooses the score to differentiate; `cf_cam` is given
             gradients and ignores it. Above 0: the margin z_c - T logsumexp(z_k / T) over the other classes k, with
@@ -95,8 +96,8 @@ class CFCAMConfig:
             pooling, as in ConvNeXt and Swin. Without such layers there is no difference.
 
     Raises:
-        TypeError: a number is not a real number, affinity_steps not an integer, frozen_norms or affinity_centred not
-            a bool, or a choice not a string.
+        TypeError: a number is not a real number, affinity_steps not an integer, frozen_norms not a bool, or a choice
+            not a string.
         ValueError: a value is outside its range or not among the choices.
 
     Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652.
@@ -113,13 +114,13 @@ class CFCAMConfig:
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
-    affinity_power: float = 1.0
+    affinity_power: float = 1.5
     affinity_sigma: float = 2.0
     affinity_steps: int = 2
-    margin_temperature: float = 1.3
+    margin_temperature: float = 1.35
     guide_power: float = 0.5
     frozen_norms: bool = True
-    affinity_centred: bool = True
+    affinity_centring: float = 0.6
 
     def __post_init__(self) -> None:
         if isinstance(self.sigma, (tuple, list)):
@@ -134,6 +135,7 @@ class CFCAMConfig:
             ("affinity_steps", 0, MAX_AFFINITY_STEPS),
             ("margin_temperature", 0.0, MAX_MARGIN_TEMPERATURE),
             ("guide_power", 0.0, MAX_GUIDE_POWER),
+            ("affinity_centring", 0.0, 1.0),
         ):
             value: Any = getattr(self, name)
             kind: Any
@@ -145,9 +147,8 @@ class CFCAMConfig:
                     raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {each}")
                 if name in ("sigma", "affinity_sigma") and each <= 0:
                     raise ValueError(f"{name} must be above 0, got {each}")
-        for name in ("frozen_norms", "affinity_centred"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {type(getattr(self, name)).__name__}")
+        if not isinstance(self.frozen_norms, bool):
+            raise TypeError(f"frozen_norms must be a bool, got {type(self.frozen_norms).__name__}")
         for name, choices in (
             ("descriptor", DESCRIPTORS),
             ("boundary", BOUNDARIES),

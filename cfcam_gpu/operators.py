@@ -15,7 +15,7 @@ CONFIG = (
     "float dominant_percentile, str descriptor, float eps_percentile, float min_samples_fraction, float[] sigma, "
     "str boundary, str weighting, str normalize, float affinity_power, float affinity_sigma, int affinity_steps, "
     "float margin_temperature, float guide_power, bool frozen_norms, "
-    "bool affinity_centred"
+    "float affinity_centring"
 )
 """The fields of `CFCAMConfig`; a sigma for all axes is a list of one."""
 
@@ -48,7 +48,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
         float(config.margin_temperature),
         float(config.guide_power),
         config.frozen_norms,
-        config.affinity_centred,
+        float(config.affinity_centring),
     )
 
 

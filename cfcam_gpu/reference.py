@@ -177,9 +177,9 @@ def average_alike_cells(grid, guide, config):
     shape = guide.shape[1:]
     values = resize(grid, shape).ravel()
     features = guide.reshape(len(guide), -1).T
-    if config.affinity_centred:
-        mean = np.where(np.isfinite(features), features, 0).mean(0)
-        features = np.where(abs(features - mean) <= AS_THE_MEAN * abs(mean), 0, features - mean)
+    if config.affinity_centring > 0:
+        common = config.affinity_centring * np.where(np.isfinite(features), features, 0).mean(0)
+        features = np.where(abs(features - common) <= AS_THE_MEAN * abs(common), 0, features - common)
     norms = np.linalg.norm(features, axis=1)
     has_features = (norms > 0) & np.isfinite(norms)
     features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)

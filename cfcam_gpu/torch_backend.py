@@ -280,11 +280,11 @@ def features_of_cells(guide, config, dtype):
     """What says which cells of the guide (B, Cg, hg, wg) are alike: (B, Cg, hg * wg)."""
     # No copy where the channels are the fastest axis: a product of matrices takes its factors either way.
     cells = guide.detach().to(dtype).flatten(2)
-    if not config.affinity_centred:
+    if config.affinity_centring == 0:
         return cells
-    mean = cells.nan_to_num(0, 0, 0).mean(2, keepdim=True)
-    cells = cells - mean
-    return cells.masked_fill_(cells.abs() <= AS_THE_MEAN * mean.abs(), 0)
+    common = config.affinity_centring * cells.nan_to_num(0, 0, 0).mean(2, keepdim=True)
+    cells = cells - common
+    return cells.masked_fill_(cells.abs() <= AS_THE_MEAN * common.abs(), 0)
 
 
 def strengths(cells, power):

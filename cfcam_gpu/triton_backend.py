@@ -146,8 +146,8 @@ def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, 
     else:
         pooling = _pooling(gradients.shape[2:], gradients.device, config)
         planes = _as_planes(activations), _as_planes(gradients.detach()), pooling
-    centred = config.affinity_centred
-    transposed, squared_norm, *statistics = channel_statistics(*planes, guide, products, centred)
+    centring = config.affinity_centring
+    transposed, squared_norm, *statistics = channel_statistics(*planes, guide, products, centring)
     pooled = pooled if several else statistics
     summed = transposed if with_sums and not several else None
     labels, eps, weights, sums = _cluster(transposed, squared_norm, config, engine, pooled, summed, relu)
@@ -195,7 +195,7 @@ def _averaged(grid, guide, relu, config, products=None):
         grid = torch_backend.average_alike_cells(grid, guide, config)
         return grid.relu_() if relu else grid
     power, sigma, steps = config.affinity_power, config.affinity_sigma, config.affinity_steps
-    options = {"guide_power": config.guide_power, "centred": config.affinity_centred}
+    options = {"guide_power": config.guide_power, "centring": config.affinity_centring}
     return affinity_sum(grid, _as_read(guide), power, sigma, steps, relu, products, **options)
 
 

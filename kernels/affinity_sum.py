@@ -2,9 +2,9 @@
 
     k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
-with f_p = (F_1p ... F_Cp) the features of the guide's cell p, where it is centred less their mean over the cells, and q
-at most reach_y rows and reach_x columns away; a cell without features keeps S_p. What the last step leaves is
-multiplied by |f_p|^guide_power, where that is above 0.
+with f_p = (F_1p ... F_Cp) the features of the guide's cell p less a share of their mean over the cells, and q at most
+reach_y rows and reach_x columns away; a cell without features keeps S_p. What the last step leaves is multiplied by
+|f_p|^guide_power, where that is above 0.
 In the first step S is the signed sum over the channels on the target layer's coarser grid, of which each program takes
 the bilinear value at q for itself, its negative cells scaled down to what the positive ones amount to
 (`reference.balance`); later it is what the step before has left on the guide's own grid. A program owns a block of
@@ -93,7 +93,7 @@ def known(x):
 def less_mean(x, mean):
     """x - mean, and 0 where that is rounding."""
     difference = x - mean
-    return tl.where(tl.abs(difference) <= AS_THE_MEAN * tl.abs(mean), 0.0, difference)
+    return tl.where(tl.abs(difference) <= tl.abs(mean) * AS_THE_MEAN, 0.0, difference)
 
 
 @triton.jit
@@ -103,13 +103,14 @@ def mean_of_cells(
     in_channels,
     width,
     n_cells,
+    centring,
     f_stride_c,
     f_stride_y,
     f_stride_x,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The means of a block of channels over an image's cells: (BLOCK_C,)."""
+    """The share of the mean over an image's cells, of a block of channels: (BLOCK_C,)."""
     total = tl.zeros([BLOCK_C, BLOCK], tl.float32)
     first = 0
     while first < n_cells:
@@ -119,7 +120,7 @@ def mean_of_cells(
         f = tl.load(f_ptr + channel[:, None] * f_stride_c + of_cell[None, :], mask=inside, other=0.0)
         total += known(f.to(tl.float32))
         first += BLOCK
-    return tl.sum(total, axis=1) / n_cells
+    return centring * (tl.sum(total, axis=1) / n_cells)
 
 
 @triton.jit
@@ -129,6 +130,7 @@ def cell_means_kernel(
     n_channels,
     width,
     n_cells,
+    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
@@ -142,7 +144,7 @@ def cell_means_kernel(
     in_channels = channel < n_channels
     f_ptr += image * f_stride_b
     mean = mean_of_cells(
-        f_ptr, channel, in_channels, width, n_cells, f_stride_c, f_stride_y, f_stride_x, BLOCK_C, BLOCK
+        f_ptr, channel, in_channels, width, n_cells, centring, f_stride_c, f_stride_y, f_stride_x, BLOCK_C, BLOCK
     )
     tl.store(means_ptr + image * n_channels + channel, mean, mask=in_channels)
 
@@ -188,6 +190,7 @@ def product_of_cells(
     n_channels,
     width,
     n_cells,
+    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
@@ -220,7 +223,17 @@ def product_of_cells(
         b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & (q < n_cells)[None, :], other=0.0).to(tl.float32)
         if MEANS == "own":
             mean = mean_of_cells(
-                f_ptr, channel, in_channels, width, n_cells, f_stride_c, f_stride_y, f_stride_x, BLOCK_C, BLOCK
+                f_ptr,
+                channel,
+                in_channels,
+                width,
+                n_cells,
+                centring,
+                f_stride_c,
+                f_stride_y,
+                f_stride_x,
+                BLOCK_C,
+                BLOCK,
             )
             a = less_mean(a, mean[:, None])
             b = less_mean(b, mean[:, None])
@@ -244,6 +257,7 @@ def cell_products_kernel(
     n_channels,
     width,
     n_cells,
+    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
@@ -262,6 +276,7 @@ def cell_products_kernel(
         n_channels,
         width,
         n_cells,
+        centring,
         f_stride_b,
         f_stride_c,
         f_stride_y,
@@ -423,6 +438,8 @@ def affinity_sum_kernel(
                 other_squares += b * b
             own_square = tl.sum(squares, axis=1)
             exponent, alike = log2_likeness(product, own_square, tl.sum(other_squares, axis=0), power)
+            if CENTRED:  # beyond the grid 0 less the mean is not 0
+                alike = alike & in_others[None, :]
         apart_y = tl.abs(y[:, None] - other_y[None, :])
         apart_x = tl.abs(x[:, None] - other_x[None, :])
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
@@ -474,7 +491,7 @@ def affinity_sum_kernel(
     tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
-def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0, centred=False):
+def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0, centring=0.0):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
     A launch for the products of the cells, where they are stored and not there yet, and one a step, of many cells one
@@ -487,19 +504,19 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=Non
         steps: how often, at least 1.
         products: those of the guide's cells, where another launch has made them.
         guide_power: as in `CFCAMConfig`.
-        centred: its ``affinity_centred``.
+        centring: its ``affinity_centring``.
     """
     batch, _, height, width = guide.shape
     n_cells = height * width
     options = power, sigma_cells, steps, relu, guide_power
     if products is not None or n_cells > STORED_CELLS:
-        means = cell_means(guide) if centred and products is None else None
+        means = cell_means(guide, centring) if centring > 0 and products is None else None
         return _averaged(grid, guide, means, products, *options)
     at_once = max(1, STORED_BYTES // (4 * _shares(guide.shape) * n_cells**2))
     parts = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
-        products = cell_products(guide[part], _shares(guide.shape), centred)
+        products = cell_products(guide[part], _shares(guide.shape), centring)
         parts.append(_averaged(grid[part], guide[part], None, products, *options))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -521,8 +538,8 @@ def _shares(shape):
     return max(1, min(8, 256 // n_tiles, n_channels // 64))
 
 
-def cell_means(guide):
-    """The means over the cells of a guide (B, C, hg, wg): float32 (B, C). What is no number counts as 0."""
+def cell_means(guide, centring):
+    """That share of the means over the cells of a guide (B, C, hg, wg): float32 (B, C). What is no number is 0."""
     batch, n_channels, height, width = guide.shape
     means = torch.empty(batch, n_channels, dtype=torch.float32, device=guide.device)
     block_c = 8
@@ -532,6 +549,7 @@ def cell_means(guide):
         n_channels,
         width,
         height * width,
+        centring,
         *guide.stride(),
         BLOCK_C=block_c,
         BLOCK=128,
@@ -541,7 +559,7 @@ def cell_means(guide):
     return means
 
 
-def cell_products(guide, n_shares, centred=False):
+def cell_products(guide, n_shares, centring=0.0):
     """The products of the features of any two cells, over a share of the channels: float32 (B, n_shares, N, N).
 
     Args:
@@ -550,23 +568,21 @@ def cell_products(guide, n_shares, centred=False):
     """
     n_cells = guide.shape[2] * guide.shape[3]
     products = torch.empty(len(guide), n_shares, n_cells, n_cells, dtype=torch.float32, device=guide.device)
-    n_programs, arguments, options = product_launch(guide, products, centred)
+    n_programs, arguments, options = product_launch(guide, products, centring)
     cell_products_kernel[(n_programs,)](*arguments, **options)
     return products
 
 
-def product_launch(guide, products, centred):
+def product_launch(guide, products, centring):
     """Of a launch that makes the products: the number of programs, and the arguments and options of the kernel.
 
-    Of many cells, which are ``centred``, another launch makes the means first.
+    With ``centring``, of many cells another launch makes the means first.
     """
     batch, n_channels, height, width = guide.shape
     n_shares, n_cells = products.shape[1], height * width
     block, block_c = (32 if n_cells > 16 else 16), 32
     columns = cdiv(n_cells, block)
-    means = "own" if centred else "none"
-    if centred and n_cells > CELLS_OF_OWN_MEANS:
-        means = "given"
+    means = "none" if centring == 0 else "own" if n_cells <= CELLS_OF_OWN_MEANS else "given"
     options = {
         "MEANS": means,
         "SHARES": n_shares,
@@ -576,8 +592,8 @@ def product_launch(guide, products, centred):
         "num_warps": 2,
         "num_stages": 1,
     }
-    of_means = cell_means(guide) if means == "given" else guide  # which the kernel never follows
-    arguments = guide, of_means, products, n_channels, width, n_cells, *guide.stride()
+    of_means = cell_means(guide, centring) if means == "given" else guide  # which the kernel never follows
+    arguments = guide, of_means, products, n_channels, width, n_cells, centring, *guide.stride()
     return batch * n_shares * columns * (columns + 1) // 2, arguments, options
 
 

@@ -19,7 +19,7 @@ def test_the_map_counts_more_where_the_guide_is_strong(backend, guide_power):
     activations, gradients = torch.rand(2, 8, 3, 4), torch.rand(2, 8, 3, 4)  # all speaks for the class
     guide = torch.rand(2, 5, 6, 8)
     guide[0, :, 2, 3], guide[1] = 0, guide[1] * 1e3
-    config = CFCAMConfig(normalize="max", guide_power=0, affinity_centred=False)
+    config = CFCAMConfig(normalize="max", guide_power=0, affinity_centring=0)
     plain = cf_cam(
         activations, gradients, (6, 8), config, "reference" if backend == "reference" else "torch", guide=guide
     )
@@ -51,7 +51,7 @@ def test_features_that_are_not_finite_are_none(backend):
     tensors = torch.rand(1, 8, 3, 4).to(DEVICE), torch.rand(1, 8, 3, 4).to(DEVICE)
     guide = torch.rand(1, 5, 6, 8).to(DEVICE)
     guide[0, 1, 2, 3], guide[0, 2, 4, 4] = torch.nan, torch.inf
-    config = CFCAMConfig(normalize="max", affinity_centred=False)
+    config = CFCAMConfig(normalize="max", affinity_centring=0)
     maps = cf_cam(*tensors, (6, 8), config, backend, guide=guide, check_finite=False).maps
     assert maps.isfinite().all() and maps[0, 2, 3] < 1e-6 and maps[0, 4, 4] < 1e-6
     assert maps[0].gt(0.1).sum() > 30

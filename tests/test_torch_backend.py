@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from compare import assert_close, stretch_of_map
 from problems import activations_like, equal_labels
 from scipy.ndimage import correlate1d, gaussian_filter
-from sklearn import preprocessing
 from sklearn.metrics.pairwise import cosine_similarity
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
@@ -84,23 +83,21 @@ def everywhere(power):
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 4.0, 16.0])
 @pytest.mark.parametrize("shape", [(2, 40, 7, 7), (2, 16, 9, 14), (1, 5, 1, 2)])
-@pytest.mark.parametrize("centred", [True, False])
-def test_average_of_alike_cells_equals_scikit_learn(shape, power, centred, seed):
+@pytest.mark.parametrize("centring", [1, 0.3, 0])
+def test_average_of_alike_cells_equals_scikit_learn(shape, power, centring, seed):
     activations, grids, config = torch.randn(shape).relu(), torch.randn(shape[0], *shape[2:]), everywhere(power)
-    config = dataclasses.replace(config, guide_power=0, affinity_centred=centred)
+    config = dataclasses.replace(config, guide_power=0, affinity_centring=centring)
     activations[0, :, 0, 0] = 0  # a cell without features: it keeps its value
     average = torch_backend.average_alike_cells(grids.double(), activations.double(), config)
     for image in range(shape[0]):
         features = activations[image].flatten(1).T.double()
-        affinity = (
-            cosine_similarity(preprocessing.scale(features, with_std=False) if centred else features).clip(0) ** power
-        )
+        affinity = cosine_similarity(features - centring * features.mean(0)).clip(0) ** power
         mass, values = affinity.sum(1), grids[image].double().flatten().numpy()
         expected = np.where(mass > 0, affinity @ values / np.maximum(mass, 1e-30), values)
         assert_close(average[image].flatten(), expected, torch.float64)
     if power <= 4:  # the power multiplies the rounding of the cosine
         assert_close(torch_backend.average_alike_cells(grids, activations, config), average)
-    if power <= 1 and shape[1] > 10 and not centred:  # random features then have a cosine of about a third
+    if power <= 1 and shape[1] > 10 and centring == 0:  # random features then have a cosine of about a third
         assert (average - grids).abs().max() > 0.1 * grids.abs().max()
     constant = torch_backend.average_alike_cells(torch.ones_like(grids), activations + 1, config)
     assert_close(constant, torch.ones_like(grids))
@@ -120,19 +117,19 @@ GUIDES = [
 
 @pytest.mark.parametrize("grid, fine", GUIDES)
 @pytest.mark.parametrize(
-    "power, sigma, steps, guide_power, centred",
+    "power, sigma, steps, guide_power, centring",
     [
-        *((2, 2, 2, 0.5, centred) for centred in (True, False)),
-        *((0.5, 0.7, 1, 0, False), (3, math.inf, 3, 2, True), (1, 1e-20, 2, 1, False), (2, 1.4, 0, 1, True)),
+        *((2, 2, 2, 0.5, centring) for centring in (1, 0.75, 0)),
+        *((0.5, 0.7, 1, 0, 0), (3, math.inf, 3, 2, 1), (1, 1e-20, 2, 1, 0), (2, 1.4, 0, 1, 1)),
     ],
 )
-def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps, guide_power, centred, seed):
+def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps, guide_power, centring, seed):
     config = CFCAMConfig(
         affinity_power=power,
         affinity_sigma=sigma,
         affinity_steps=steps,
         guide_power=guide_power,
-        affinity_centred=centred,
+        affinity_centring=centring,
     )
     guide = torch.randn(4, 13, *fine).relu()
     guide[0, :, 0, 0] = 0  # without features
@@ -164,7 +161,7 @@ def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps
 @pytest.mark.parametrize("sigma", [0.4, 1.5, 2.0])
 def test_the_average_of_cells_all_alike_is_a_gaussian_filter(sigma, rng):
     grids, guide = rng.normal(size=(1, 6, 9)), torch.ones(1, 3, 12, 27).double()
-    config = CFCAMConfig(affinity_sigma=sigma, affinity_steps=1, guide_power=0, affinity_centred=False)
+    config = CFCAMConfig(affinity_sigma=sigma, affinity_steps=1, guide_power=0, affinity_centring=0)
 
     def filtered(image):  # truncated at three sigma of the grid's cells, each two or three of the guide's
         for axis, finer in ((0, 2), (1, 3)):
@@ -186,12 +183,12 @@ def test_the_average_of_cells_all_alike_is_a_gaussian_filter(sigma, rng):
 
 
 def test_what_all_cells_have_in_common_makes_none_alike(seed):
-    guide, grids = torch.randn(2, 8, 6, 5), torch.randn(2, 3, 5)
-    average = torch_backend.average_alike_cells(grids, guide, CFCAMConfig())
-    shifted = torch_backend.average_alike_cells(grids, guide + 10 * torch.randn(2, 8, 1, 1), CFCAMConfig())
+    guide, grids, config = torch.randn(2, 8, 6, 5), torch.randn(2, 3, 5), CFCAMConfig(affinity_centring=1)
+    average = torch_backend.average_alike_cells(grids, guide, config)
+    shifted = torch_backend.average_alike_cells(grids, guide + 10 * torch.randn(2, 8, 1, 1), config)
     torch.testing.assert_close(shifted, average, rtol=1e-4, atol=1e-4)
     # All of a cell in common: what is left is rounding, and the sum is as it was, wherever the mean was rounded to.
-    config = CFCAMConfig(guide_power=0)
+    config = CFCAMConfig(affinity_centring=1, guide_power=0)
     resized = torch_backend.resize(grids, (6, 5))
     for of_all in torch.rand(20, 1, 8, 1, 1):
         kept = torch_backend.average_alike_cells(grids, of_all.expand(2, 8, 6, 5), config)
@@ -204,7 +201,7 @@ def test_features_that_are_nan_are_none(seed):
     guide[0, 3, 2, 2], guide[1, 0, 0, 0] = torch.nan, torch.inf
     without = guide.clone()
     without[0, :, 2, 2] = without[1, :, 0, 0] = 0
-    plain = CFCAMConfig(affinity_centred=False)
+    plain = CFCAMConfig(affinity_centring=0)
     average = torch_backend.average_alike_cells(grids, guide, plain)
     assert torch.equal(average, torch_backend.average_alike_cells(grids, without, plain))
     for config in (plain, CFCAMConfig()):

@@ -10,6 +10,7 @@ rests on the structural similarity of pictures is left out.
 import math
 import sys
 
+import choice
 import shapes
 import torch
 import torch.nn.functional as F

@@ -386,7 +386,7 @@ def tradeoff(results):
     found = {name: row for name, row in _of(results, colours, "choose").items() if row}
     if "Grad-CAM" not in found:
         return None
-    default, _ = chosen(results)
+    default, *_ = chosen(results)
     colours["Grad-CAM"] = "black"
     if default:
         colours[default] = "tab:red"

@@ -302,20 +302,46 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
 
 
+def drawn_row(choice, method, family="resnet", seed=0, spread=0.01, **differences):
+    """A row of a network that differs from Grad-CAM by so much, each difference's interval as wide to both sides."""
+    row = {**faithfulness_row(method, spread=spread, **{name: 1.0 for name in choice.ASKED} | differences)}
+    return {**row, "network": family, "classes": 10, "seed": seed, "accuracy": [1.0, 1.0], "zero_maps": 0}
+
+
+def test_worse_on_a_family_is_worse_over_its_networks(choice):
+    lost = lambda *rows: choice.lost_on(list(rows), [])
+    of_seeds = lambda **differences: [drawn_row(choice, "a", seed=seed, **differences) for seed in range(4)]
+    assert lost(*of_seeds(energy=-0.0049)) == lost(*of_seeds(average_drop=0.0049)) == []  # a half of each width
+    assert lost(*of_seeds(energy=-0.0051)) == ["energy"] and lost(*of_seeds(average_drop=0.0051)) == ["average_drop"]
+    assert lost(*of_seeds(energy=-0.02)[:1], *of_seeds(energy=0.02)) == []
+    # Where Grad-CAM's class sensitivity (0.2 here) is no less than that of random maps, it is noise.
+    noisy = of_seeds(class_sensitivity=-0.1)
+    below, above = ([faithfulness_row(choice.RANDOM, class_sensitivity=by)] for by in (-0.01, 0.01))
+    assert choice.lost_on(noisy, below) == [] and choice.lost_on(noisy, above) == ["class_sensitivity"]
+
+
 def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, choice, tmp_path):
-    first, second, third, *_ = faithful.CANDIDATES
+    first, second, third, fourth, *_ = faithful.CANDIDATES
+    drawn = [drawn_row(choice, second, family) for family in faithful.FAMILIES]
+    worse = {measure: 1.1 * asked for measure, asked in choice.ASKED.items()}
+    list(rows.append(tmp_path / "shapes.jsonl", [*drawn[:2], drawn_row(choice, fourth, energy=-0.02)]))
     special = {
+        fourth: {**worse, "average_drop": -0.01},
         first: {"insertion_minus_deletion": 0.05, "class_sensitivity": -0.08},
         second: choice.ASKED,
         third: {"insertion_minus_deletion": 0.06, "energy": -0.02, "average_drop": 0.1},
     }
     write_every_method(tmp_path, faithful, **special)
     lines = faithful.TABLES["candidates"](report.Results(tmp_path)).splitlines()
+    assert f"The rule picks nothing yet; not measured: {second} on drawn pictures of vit." in lines
+    list(rows.append(tmp_path / "shapes.jsonl", drawn[2:]))
+    lines = faithful.TABLES["candidates"](report.Results(tmp_path)).splitlines()
     assert f"The rule picks as the default: {second}." in lines
     ends = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1] for line in lines if line.startswith("| ")}
     assert ends[first] == "worse: class sensitivity (1 - SSIM) |"
     assert ends[second] == "**default** |"
     assert ends[third] == "worse: average drop, energy in the right cell |"
+    assert ends[fourth] == "worse: energy in the mask on the drawn resnets |"
     assert faithful.CANDIDATES.keys() <= ends.keys()
 
 

@@ -49,18 +49,23 @@ def compare(model, layers, images, targets, **options):
     return sum(rows)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 100}, {"ratio_channels_to_ablate": 0.2, "batch_size": 7}])
-def test_grids(resnet18, images, options):
-    targets = [ClassifierOutputTarget(5), Softmaxed()]
-    n_run = compare(resnet18, [resnet18.layer3[0].conv1, resnet18.layer4], images, targets, **options)
-    n_passes = 3  # one, and one more for each layer
-    assert n_run == n_passes * len(images)
+@pytest.mark.parametrize(
+    "layers, options",
+    [
+        (["layer2.1.conv1", "layer3.0.conv1"], {"batch_size": 100}),
+        (["layer4"], {"ratio_channels_to_ablate": 0.2, "batch_size": 7}),
+    ],
+)
+def test_grids(resnet18, images, layers, options):
+    targets, layers = [ClassifierOutputTarget(5), Softmaxed()], [resnet18.get_submodule(layer) for layer in layers]
+    n_run = compare(resnet18, layers, images, targets, **options)
+    assert n_run == (1 + len(layers)) * len(images)  # one pass, and one more for each layer
 
 
 def test_data_parallel(resnet18, images):
     """Its forward calls the profiler, which leaves the numbers alone."""
     targets = [ClassifierOutputTarget(5), Softmaxed()]
-    n_run = compare(nn.DataParallel(resnet18), [resnet18.layer4[1].conv1], images, targets, batch_size=64)
+    n_run = compare(nn.DataParallel(resnet18), [resnet18.layer3[1].conv1], images, targets, batch_size=64)
     assert n_run == 2 * len(images)
 
 

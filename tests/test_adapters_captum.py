@@ -458,7 +458,7 @@ def test_the_device_path(resnet18, images, device_path):
 
 def test_cf_cam_on_the_device_path(images, device_path):
     model = Grid().to(device_path.device)
-    images = images[:, :, :40, :48].to(device_path.device)
+    images = images[:, :, :24, :48].to(device_path.device)
     for power, kernel in ((0.0, "weighted_sum_kernel"), (3.0, "affinity_sum_kernel")):
         attribution = adapter.CFCAM(model, model.convolution, config=CFCAMConfig(affinity_power=power))
         signed = attribution.attribute(images, (1, 2))

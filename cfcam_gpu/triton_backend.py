@@ -21,6 +21,7 @@ from cfcam_gpu.gaussian import as_rows_and_columns, pooling_weights
 from cfcam_gpu.kernels import launch
 from cfcam_gpu.kernels.adjacency import adjacency
 from cfcam_gpu.kernels.affinity_sum import affinity_sum, empty_products
+from cfcam_gpu.kernels.centred_features import centred_features
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.channel_statistics import pool_gradients as kernels_pool_gradients
 from cfcam_gpu.kernels.channel_weights import channel_weights
@@ -115,7 +116,7 @@ def _cf_cam(activations, gradients, output_size, config, engine, guide):
     guide = activations if guide is None else guide
     products = None
     if config.averages and in_planes:
-        guide = _as_read(guide)
+        guide = _features(guide, config)
         products = empty_products(guide)
     cells, labels, weights, eps, sums = _cluster_and_weigh(
         activations, gradients, config, engine, in_planes, relu, guide, products
@@ -146,8 +147,7 @@ def _cluster_and_weigh(activations, gradients, config, engine, with_sums=False, 
     else:
         pooling = _pooling(gradients.shape[2:], gradients.device, config)
         planes = _as_planes(activations), _as_planes(gradients.detach()), pooling
-    centring = config.affinity_centring
-    transposed, squared_norm, *statistics = channel_statistics(*planes, guide, products, centring)
+    transposed, squared_norm, *statistics = channel_statistics(*planes, guide, products)
     pooled = pooled if several else statistics
     summed = transposed if with_sums and not several else None
     labels, eps, weights, sums = _cluster(transposed, squared_norm, config, engine, pooled, summed, relu)
@@ -185,24 +185,32 @@ def class_grid(activations, weights, relu=True, skip_nan=False, config=None, gui
         weights = weights.flatten(2) if weights.ndim > 3 else weights[:, :, None].expand(-1, -1, cells.shape[2])
         grid = weighted_sum(cells, weights, relu and not averages, skip_nan)
     grid = grid.unflatten(-1, activations.shape[2:])
-    return _averaged(grid, (activations if guide is None else guide).detach(), relu, config) if averages else grid
+    if not averages:
+        return grid
+    guide = (activations if guide is None else guide).detach()
+    return _averaged(grid, _features(guide, config) if guide.ndim == 4 else guide, relu, config)
 
 
 def _averaged(grid, guide, relu, config, products=None):
-    """The sum averaged over the guide's alike cells, as the configuration says; ``products``: theirs, if made."""
+    """The sum averaged over the guide's alike cells, as the configuration says.
+
+    Args:
+        guide: in planes its `_features`.
+        products: those of its cells, if made.
+    """
     if guide.ndim != 4:
         grid = torch_backend.balance(grid, guide.shape[2:], config)
         grid = torch_backend.average_alike_cells(grid, guide, config)
         return grid.relu_() if relu else grid
     power, sigma, steps = config.affinity_power, config.affinity_sigma, config.affinity_steps
-    options = {"guide_power": config.guide_power, "centring": config.affinity_centring}
-    return affinity_sum(grid, _as_read(guide), power, sigma, steps, relu, products, **options)
+    return affinity_sum(grid, guide, power, sigma, steps, relu, products, config.guide_power)
 
 
-def _as_read(guide):
-    """The guide in a dtype that the kernels read."""
+def _features(guide, config):
+    """What of a guide (B, Cg, hg, wg) says which cells are alike, in a dtype that the kernels read."""
     guide = guide.detach()
-    return guide if guide.dtype in launch.DTYPES else guide.float()
+    guide = guide if guide.dtype in launch.DTYPES else guide.float()
+    return centred_features(guide, config.affinity_centring) if config.affinity_centring > 0 else guide
 
 
 def grad_cam_maps(grids, output_size, scale_mean=True):

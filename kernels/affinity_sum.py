@@ -2,9 +2,8 @@
 
     k_pq = max(0, cos(f_p, f_q))^power * 2^-(c_y (y_p - y_q)^2 + c_x (x_p - x_q)^2),   M_p = sum_q k_pq S_q / sum_q k_pq
 
-with f_p = (F_1p ... F_Cp) the features of the guide's cell p less a share of their mean over the cells, and q at most
-reach_y rows and reach_x columns away; a cell without features keeps S_p. What the last step leaves is multiplied by
-|f_p|^guide_power, where that is above 0.
+with f_p = (F_1p ... F_Cp) the features of the guide's cell p, and q at most reach_y rows and reach_x columns away; a
+cell without features keeps S_p. What the last step leaves is multiplied by |f_p|^guide_power, where that is above 0.
 In the first step S is the signed sum over the channels on the target layer's coarser grid, of which each program takes
 the bilinear value at q for itself, its negative cells scaled down to what the positive ones amount to
 (`reference.balance`); later it is what the step before has left on the guide's own grid. A program owns a block of
@@ -14,9 +13,6 @@ The products f_p . f_q of a guide of up to `STORED_CELLS` cells are stored, each
 halves, because every step needs them; where a batch has few tiles, several programs share the channels of one, and who
 reads the products adds their parts up in order. The products of more cells are computed in every step, as attention
 does it, together with the norms in one pass over the channels.
-
-The mean of a channel over up to `CELLS_OF_OWN_MEANS` cells each program takes for itself, in the place of a launch that
-would have to come first; of more cells that launch is the cheaper.
 
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
@@ -38,15 +34,11 @@ from cfcam_gpu.config import WITHOUT_FEATURES
 from cfcam_gpu.constants import constant
 from cfcam_gpu.gaussian import coverage, window_decay, window_reach
 from cfcam_gpu.kernels.class_map import bilinear, scaled_below_zero
-from cfcam_gpu.kernels.constants import AS_THE_MEAN
 from cfcam_gpu.kernels.launch import cdiv, next_power_of_2
 from cfcam_gpu.kernels.order_statistic import tile_of
 
 STORED_CELLS = 1024
 """Most cells of a guide whose products are stored: of more, an image's would take over 4 MiB."""
-
-CELLS_OF_OWN_MEANS = 256
-"""Most cells of a guide whose mean every program that needs it takes for itself."""
 
 STORED_CELLS_AT_ONCE = 2
 """Cells of a program where the products are stored: few, so that one image alone fills many multiprocessors."""
@@ -81,72 +73,6 @@ def log2_likeness(product, square, other_square, power):
     cosine = cosine / tl.sqrt(tl.where(other_square > 0, other_square, 1.0))[None, :]
     alike = cosine > 0
     return power * tl.log2(tl.where(alike, cosine, 1.0)), alike
-
-
-@triton.jit
-def known(x):
-    """The values that are numbers; 0 in the place of the others, which are no features."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
-def less_mean(x, mean):
-    """x - mean, and 0 where that is rounding."""
-    difference = x - mean
-    return tl.where(tl.abs(difference) <= tl.abs(mean) * AS_THE_MEAN, 0.0, difference)
-
-
-@triton.jit
-def mean_of_cells(
-    f_ptr,
-    channel,
-    in_channels,
-    width,
-    n_cells,
-    centring,
-    f_stride_c,
-    f_stride_y,
-    f_stride_x,
-    BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The share of the mean over an image's cells, of a block of channels: (BLOCK_C,)."""
-    total = tl.zeros([BLOCK_C, BLOCK], tl.float32)
-    first = 0
-    while first < n_cells:
-        cell = first + tl.arange(0, BLOCK)
-        of_cell = (cell // width).to(tl.int64) * f_stride_y + (cell % width) * f_stride_x
-        inside = in_channels[:, None] & (cell < n_cells)[None, :]
-        f = tl.load(f_ptr + channel[:, None] * f_stride_c + of_cell[None, :], mask=inside, other=0.0)
-        total += known(f.to(tl.float32))
-        first += BLOCK
-    return centring * (tl.sum(total, axis=1) / n_cells)
-
-
-@triton.jit
-def cell_means_kernel(
-    f_ptr,
-    means_ptr,
-    n_channels,
-    width,
-    n_cells,
-    centring,
-    f_stride_b,
-    f_stride_c,
-    f_stride_y,
-    f_stride_x,
-    BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    blocks = tl.cdiv(n_channels, BLOCK_C)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    channel = ((tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    in_channels = channel < n_channels
-    f_ptr += image * f_stride_b
-    mean = mean_of_cells(
-        f_ptr, channel, in_channels, width, n_cells, centring, f_stride_c, f_stride_y, f_stride_x, BLOCK_C, BLOCK
-    )
-    tl.store(means_ptr + image * n_channels + channel, mean, mask=in_channels)
 
 
 @triton.jit
@@ -185,17 +111,14 @@ def share_of_evidence(
 def product_of_cells(
     program,
     f_ptr,
-    means_ptr,
     products_ptr,
     n_channels,
     width,
     n_cells,
-    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
     f_stride_x,
-    MEANS: tl.constexpr,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -208,8 +131,7 @@ def product_of_cells(
     tile_row, tile_column = tile_of(program % n_tiles)
     p = tile_row * BLOCK + tl.arange(0, BLOCK)
     q = tile_column * BLOCK + tl.arange(0, BLOCK)
-    image = image_and_share // SHARES
-    f_ptr += image * f_stride_b
+    f_ptr += (image_and_share // SHARES) * f_stride_b
     of_p = (p // width).to(tl.int64) * f_stride_y + (p % width) * f_stride_x
     of_q = (q // width).to(tl.int64) * f_stride_y + (q % width) * f_stride_x
     first = (image_and_share % SHARES) * N_STEPS * BLOCK_C
@@ -221,26 +143,6 @@ def product_of_cells(
         b_offset = channel[:, None] * f_stride_c + of_q[None, :]
         a = tl.load(f_ptr + a_offset, mask=in_channels[:, None] & (p < n_cells)[None, :], other=0.0).to(tl.float32)
         b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & (q < n_cells)[None, :], other=0.0).to(tl.float32)
-        if MEANS == "own":
-            mean = mean_of_cells(
-                f_ptr,
-                channel,
-                in_channels,
-                width,
-                n_cells,
-                centring,
-                f_stride_c,
-                f_stride_y,
-                f_stride_x,
-                BLOCK_C,
-                BLOCK,
-            )
-            a = less_mean(a, mean[:, None])
-            b = less_mean(b, mean[:, None])
-        elif MEANS == "given":
-            mean = tl.load(means_ptr + image * n_channels + channel, mask=in_channels, other=0.0)
-            a = less_mean(a, mean[:, None])
-            b = less_mean(b, mean[:, None])
         product = add_product(tl.trans(a), b, product)
     products_ptr += image_and_share * n_cells * n_cells
     inside = (p < n_cells)[:, None] & (q < n_cells)[None, :]
@@ -252,17 +154,14 @@ def product_of_cells(
 @triton.jit
 def cell_products_kernel(
     f_ptr,
-    means_ptr,
     products_ptr,
     n_channels,
     width,
     n_cells,
-    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
     f_stride_x,
-    MEANS: tl.constexpr,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -271,17 +170,14 @@ def cell_products_kernel(
     product_of_cells(
         tl.program_id(0),
         f_ptr,
-        means_ptr,
         products_ptr,
         n_channels,
         width,
         n_cells,
-        centring,
         f_stride_b,
         f_stride_c,
         f_stride_y,
         f_stride_x,
-        MEANS,
         SHARES,
         N_STEPS,
         BLOCK_N,
@@ -322,7 +218,6 @@ def grid_value(
 @triton.jit
 def affinity_sum_kernel(
     f_ptr,
-    means_ptr,
     products_ptr,
     grid_ptr,
     rows_ptr,
@@ -351,7 +246,6 @@ def affinity_sum_kernel(
     STRENGTH: tl.constexpr,
     RESIZE: tl.constexpr,
     BALANCE: tl.constexpr,
-    CENTRED: tl.constexpr,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -372,7 +266,6 @@ def affinity_sum_kernel(
     y = cell // width
     x = cell % width
     f_ptr += image * f_stride_b
-    means_ptr += image * n_channels
     products_ptr += image * SHARES * n_cells * n_cells
     if SHARES > 0:
         own_square = squares_of(products_ptr, cell, in_cells, n_cells, SHARES)
@@ -429,17 +322,11 @@ def affinity_sum_kernel(
                 b_offset = channel[:, None] * f_stride_c + of_q[None, :]
                 a = tl.load(f_ptr + a_offset, mask=in_cells[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
                 b = tl.load(f_ptr + b_offset, mask=in_channels[:, None] & in_others[None, :], other=0.0).to(tl.float32)
-                if CENTRED:
-                    mean = tl.load(means_ptr + channel, mask=in_channels, other=0.0)
-                    a = less_mean(a, mean[None, :])
-                    b = less_mean(b, mean[:, None])
                 product = add_product(a, b, product)
                 squares += a * a
                 other_squares += b * b
             own_square = tl.sum(squares, axis=1)
             exponent, alike = log2_likeness(product, own_square, tl.sum(other_squares, axis=0), power)
-            if CENTRED:  # beyond the grid 0 less the mean is not 0
-                alike = alike & in_others[None, :]
         apart_y = tl.abs(y[:, None] - other_y[None, :])
         apart_x = tl.abs(x[:, None] - other_x[None, :])
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
@@ -491,11 +378,11 @@ def affinity_sum_kernel(
     tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
-def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0, centring=0.0):
+def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
-    A launch for the products of the cells, where they are stored and not there yet, and one a step, of many cells one
-    more for their mean; float32 (B, hg, wg), or (B, K, hg, wg).
+    A launch for the products of the cells, where they are stored and not there yet, and one a step; float32
+    (B, hg, wg), or (B, K, hg, wg).
 
     Args:
         grid: float32 (B, h, w), or of K classes an image (B, K, h, w); contiguous.
@@ -504,20 +391,17 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=Non
         steps: how often, at least 1.
         products: those of the guide's cells, where another launch has made them.
         guide_power: as in `CFCAMConfig`.
-        centring: its ``affinity_centring``.
     """
     batch, _, height, width = guide.shape
     n_cells = height * width
-    options = power, sigma_cells, steps, relu, guide_power
     if products is not None or n_cells > STORED_CELLS:
-        means = cell_means(guide, centring) if centring > 0 and products is None else None
-        return _averaged(grid, guide, means, products, *options)
+        return _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power)
     at_once = max(1, STORED_BYTES // (4 * _shares(guide.shape) * n_cells**2))
     parts = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
-        products = cell_products(guide[part], _shares(guide.shape), centring)
-        parts.append(_averaged(grid[part], guide[part], None, products, *options))
+        products = cell_products(guide[part], _shares(guide.shape))
+        parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu, guide_power))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -538,28 +422,7 @@ def _shares(shape):
     return max(1, min(8, 256 // n_tiles, n_channels // 64))
 
 
-def cell_means(guide, centring):
-    """That share of the means over the cells of a guide (B, C, hg, wg): float32 (B, C). What is no number is 0."""
-    batch, n_channels, height, width = guide.shape
-    means = torch.empty(batch, n_channels, dtype=torch.float32, device=guide.device)
-    block_c = 8
-    cell_means_kernel[(batch * cdiv(n_channels, block_c),)](
-        guide,
-        means,
-        n_channels,
-        width,
-        height * width,
-        centring,
-        *guide.stride(),
-        BLOCK_C=block_c,
-        BLOCK=128,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    return means
-
-
-def cell_products(guide, n_shares, centring=0.0):
+def cell_products(guide, n_shares):
     """The products of the features of any two cells, over a share of the channels: float32 (B, n_shares, N, N).
 
     Args:
@@ -568,23 +431,18 @@ def cell_products(guide, n_shares, centring=0.0):
     """
     n_cells = guide.shape[2] * guide.shape[3]
     products = torch.empty(len(guide), n_shares, n_cells, n_cells, dtype=torch.float32, device=guide.device)
-    n_programs, arguments, options = product_launch(guide, products, centring)
+    n_programs, arguments, options = product_launch(guide, products)
     cell_products_kernel[(n_programs,)](*arguments, **options)
     return products
 
 
-def product_launch(guide, products, centring):
-    """Of a launch that makes the products: the number of programs, and the arguments and options of the kernel.
-
-    With ``centring``, of many cells another launch makes the means first.
-    """
+def product_launch(guide, products):
+    """Of a launch that makes the products: the number of programs, and the arguments and options of the kernel."""
     batch, n_channels, height, width = guide.shape
     n_shares, n_cells = products.shape[1], height * width
     block, block_c = (32 if n_cells > 16 else 16), 32
     columns = cdiv(n_cells, block)
-    means = "none" if centring == 0 else "own" if n_cells <= CELLS_OF_OWN_MEANS else "given"
     options = {
-        "MEANS": means,
         "SHARES": n_shares,
         "N_STEPS": cdiv(n_channels, n_shares * block_c),
         "BLOCK_N": block,
@@ -592,12 +450,11 @@ def product_launch(guide, products, centring):
         "num_warps": 2,
         "num_stages": 1,
     }
-    of_means = cell_means(guide, centring) if means == "given" else guide  # which the kernel never follows
-    arguments = guide, of_means, products, n_channels, width, n_cells, centring, *guide.stride()
+    arguments = guide, products, n_channels, width, n_cells, *guide.stride()
     return batch * n_shares * columns * (columns + 1) // 2, arguments, options
 
 
-def _averaged(grid, guide, means, products, power, sigma_cells, steps, relu, guide_power):
+def _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power):
     batch, n_channels, *shape = guide.shape
     n_cells = shape[0] * shape[1]
     classes, target_shape = grid.shape[1:-2], grid.shape[-2:]
@@ -621,7 +478,6 @@ def _averaged(grid, guide, means, products, power, sigma_cells, steps, relu, gui
         averaged = torch.empty(batch, *classes, *shape, dtype=torch.float32, device=guide.device)
         affinity_sum_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
             guide,
-            guide if means is None else means,
             guide if products is None else products,
             grid,
             *weights,
@@ -642,7 +498,6 @@ def _averaged(grid, guide, means, products, power, sigma_cells, steps, relu, gui
             STRENGTH=guide_power > 0 and step == steps - 1,
             RESIZE=tuple(grid.shape[-2:]) != tuple(shape),
             BALANCE=step == 0,
-            CENTRED=means is not None,
             SHARES=0 if products is None else products.shape[1],
             N_STEPS=0 if products is not None else cdiv(n_channels, block_c),
             BLOCK_K=block_k,

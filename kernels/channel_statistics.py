@@ -116,12 +116,10 @@ def channel_statistics_kernel(
     g_stride_y,
     g_stride_x,
     f_ptr,
-    means_ptr,
     products_ptr,
     n_features,
     f_width,
     n_f_cells,
-    centring,
     f_stride_b,
     f_stride_c,
     f_stride_y,
@@ -130,7 +128,6 @@ def channel_statistics_kernel(
     HAS_GRADIENTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    MEANS: tl.constexpr,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -143,17 +140,14 @@ def channel_statistics_kernel(
             product_of_cells(
                 program,
                 f_ptr,
-                means_ptr,
                 products_ptr,
                 n_features,
                 f_width,
                 n_f_cells,
-                centring,
                 f_stride_b,
                 f_stride_c,
                 f_stride_y,
                 f_stride_x,
-                MEANS,
                 SHARES,
                 N_STEPS,
                 BLOCK_N,
@@ -262,7 +256,7 @@ def _blocks(n_cells):
     return max(8, VALUES_PER_STEP // block_p), block_p
 
 
-def channel_statistics(activations, gradients=None, pooling=None, guide=None, products=None, centring=0.0):
+def channel_statistics(activations, gradients=None, pooling=None, guide=None, products=None):
     """The statistics of a batch, in one pass; and the products of a guide's cells.
 
     Args:
@@ -271,7 +265,6 @@ def channel_statistics(activations, gradients=None, pooling=None, guide=None, pr
         guide: (B, Cg, hg, wg), likewise; needed with products.
         products: float32 (B, n_shares, N, N), N = hg * wg, written as `affinity_sum.cell_products` makes them; None:
             none are.
-        centring: the share of the features' mean that is taken off them first.
 
     Returns:
         transposed float32 (B, h * w, C), squared_norm (B, C), and plain, filtered (B, C) or None.
@@ -289,10 +282,10 @@ def channel_statistics(activations, gradients=None, pooling=None, guide=None, pr
         gradients, pooling = activations, squared_norm
     block_c, block_p = _blocks(n_cells)
     if products is None:
-        n_of_products, of_products = 0, (activations, squared_norm, squared_norm, 0, 0, 0, 0.0, 0, 0, 0, 0)
-        options = {"MEANS": "none", "SHARES": 0, "N_STEPS": 0, "BLOCK_N": 0, "BLOCK_F": 0, "num_warps": 4}
+        n_of_products, of_products = 0, (activations, squared_norm, 0, 0, 0, 0, 0, 0, 0)
+        options = {"SHARES": 0, "N_STEPS": 0, "BLOCK_N": 0, "BLOCK_F": 0, "num_warps": 4}
     else:
-        n_of_products, of_products, options = product_launch(guide, products, centring)
+        n_of_products, of_products, options = product_launch(guide, products)
     channel_statistics_kernel[(n_of_products + batch * cdiv(n_channels, block_c),)](
         activations,
         gradients,

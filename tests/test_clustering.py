@@ -63,7 +63,7 @@ def batched(rows, config):
     return labels[0, : len(rows)].numpy(), float(eps), distances.numpy()
 
 
-@pytest.mark.parametrize("path, problems", [(compiled, 2100), (in_numpy, 1050), (batched, 350)])
+@pytest.mark.parametrize("path, problems", [(compiled, 1400), (in_numpy, 500), (batched, 350)])
 def test_labels_equal_scikit_learn(path, problems, rng):
     n_clusters = set()
     for problem in range(problems):

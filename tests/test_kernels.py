@@ -21,6 +21,7 @@ from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_ba
 from cfcam_gpu.config import BOUNDARIES, FLAT_RANGE, GRAD_CAM_EPSILON
 from cfcam_gpu.gaussian import filter_matrix
 from cfcam_gpu.kernels import connected_components, launch
+from cfcam_gpu.kernels.centred_features import centred_features
 from cfcam_gpu.kernels.channel_statistics import channel_statistics
 from cfcam_gpu.kernels.class_map import resize_as_grad_cam, resize_normalize
 from cfcam_gpu.kernels.dominant_channels import dominant_channels
@@ -367,7 +368,6 @@ def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps,
     monkeypatch.setattr(f"cfcam_gpu.kernels.affinity_sum.STORED_{'BYTES' if stored else 'CELLS'}", 1)
     if shape == GRIDS[0][0]:
         monkeypatch.setattr("cfcam_gpu.kernels.affinity_sum.STORED_CELLS_AT_ONCE", 2)
-        monkeypatch.setattr("cfcam_gpu.kernels.affinity_sum.CELLS_OF_OWN_MEANS", 1)
     config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps, affinity_centring=centring)
     activations = torch.randn(shape).relu()
     guide = fine and torch.randn(shape[0], *fine).relu()
@@ -385,6 +385,25 @@ def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps,
     size = (activations.double() * of_cells).abs().sum(1).max()
     assert (signed.cpu() - expected).abs().max() <= 1e-6 * size
     assert torch.equal(positive, signed.relu())
+
+
+# One cell, a prime, a block of 256 cells and one more, a row of several blocks; one channel, and more than a block.
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 300, 1, 7), (2, 9, 16, 16), (1, 17, 1, 257), (1, 1, 3, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_centred_features(shape, dtype, seed, poisoned):
+    guide = (torch.randn(shape) + 1).to(dtype)
+    guide[:, 0] = 0.1  # all that is left of it is rounding
+    guide[0, -1, 0, 0] = torch.inf
+    layout = strided(guide).to(DEVICE)
+    for centring in (0.3, 1.0):
+        features = centred_features(layout, centring).cpu()
+        assert features.dtype == torch.float32 and features.is_contiguous()
+        exact = guide.double()
+        known = exact.masked_fill(~exact.isfinite(), 0)
+        expected = exact - centring * known.mean((2, 3), keepdim=True)
+        assert torch.allclose(features.double(), expected, rtol=1e-6, atol=1e-6)
+        if centring == 1 and shape[1] > 1:
+            assert not features[:, 0].any()
 
 
 def strided(guide):
@@ -512,13 +531,16 @@ def test_one_launch_a_layer(seed, monkeypatch):
         assert names == ["resize_normalize_kernel"] * layers
 
 
-@pytest.mark.parametrize("batch, steps", [(1, 0), (1, 2), (4, 3)])
-def test_eight_launches_a_batch_and_for_the_average_one_a_step(batch, steps, seed, monkeypatch):
+@pytest.mark.parametrize("batch, steps, centring", [(1, 0, 1), (1, 2, 0), (4, 3, 0.5)])
+def test_eight_launches_a_batch_and_for_the_average_one_a_step(batch, steps, centring, seed, monkeypatch):
+    """And one for features that are centred."""
     names = launched(monkeypatch)
-    shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_steps=steps)
+    shape, config = (batch, 20, 3, 3), CFCAMConfig(affinity_steps=steps, affinity_centring=centring)
     activations, gradients = activations_like(shape).to(DEVICE), torch.randn(shape).to(DEVICE)
     guide = torch.rand(batch, 7, 5, 6, device=DEVICE)
     triton_backend.cf_cam(activations, gradients, (9, 9), config, "batched", guide)
+    if steps and centring:
+        assert names.pop(0) == "centred_features_kernel"
     assert len(names) == 8 + steps, names
     assert names.count("affinity_sum_kernel") == steps
     with_maps = names.copy()

@@ -323,7 +323,7 @@ def undisturbed(photos, out, batch_size, address):
 
 
 def row_of_kills(photos, n_kills, seed, batch_size):
-    """Kill drivers and workers in turns, at random moments; each driver's run is gone on with by the next."""
+    """Kill drivers and workers at random moments, several a run; each driver's run is gone on with by the next."""
     import ray
 
     draw, kills, n_writing, ended_before = random.Random(seed), {"driver": 0, "worker": 0}, 0, 0
@@ -343,17 +343,18 @@ def row_of_kills(photos, n_kills, seed, batch_size):
             while sum(kills.values()) < n_kills:
                 n_before = files_of(out)
                 process, n_runs = started(photos, out, "ray", batch_size, address, **silent), n_runs + 1
-                moment = draw.uniform(-0.25, 1)
-                for kind in draw.choice((["worker"], ["driver"], ["worker", "worker"], ["worker", "driver"])):
+                kinds = ["worker"] * draw.randint(1, 4) + ["driver"] * draw.randint(0, 1)
+                for kind, moment in zip(kinds, sorted(draw.uniform(-0.25, 1) for _ in kinds)):
+                    if sum(kills.values()) == n_kills:
+                        break
                     killed.wait(process, out, n_before, moment, draw)
                     victims = [process.pid] if kind == "driver" else workers_of(raylet)
-                    if process.poll() is None and victims and sum(kills.values()) < n_kills:
+                    if process.poll() is None and victims:
                         os.kill(draw.choice(victims), signal.SIGKILL)
                         kills[kind] += 1
                         n_files = files_of(out)
                         n_writing += n_files > n_before
                         print(f"a {kind} is killed, {n_before} + {n_files - n_before} files are written", flush=True)
-                    moment = draw.uniform(moment, 1)
                 if process.wait() != -signal.SIGKILL:
                     ended_before += 1
                     equal &= process.returncode == 0 and rows_of(out) == expected

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -151,7 +152,6 @@ def test_pictures_that_fail_are_named_and_the_others_explained(photos, two_threa
     assert summary.explained == N_PHOTOS - 5 and used()[1] == 2
 
 
-@pytest.mark.filterwarnings("always:maps are zero everywhere")
 def test_notices_are_given_once(photos, two_threads):
     told = []
 
@@ -162,7 +162,9 @@ def test_notices_are_given_once(photos, two_threads):
     for path in photos.iterdir():
         Image.new("RGB", (90, 70), (9, 9, 9)).save(path)
     options = datasets.Options(photos.parent / "out", "noting_net:build", write=["maps"], batch_size=BATCH)
-    datasets.explain(options, datasets.find_sources([str(photos)]), Report())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        datasets.explain(options, datasets.find_sources([str(photos)]), Report())
     assert used()[1] == 2 and sum("zero everywhere" in each for each in told) == 1
 
 

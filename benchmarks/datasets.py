@@ -41,6 +41,8 @@ WAYS = {
     "network, memory kept": None,
     "before": [],
     "maps": ["--write", "maps"],
+    "maps, channels first": ["--write", "maps"],
+    "maps, one part": ["--write", "maps"],
     "maps as zarr": ["--write", "maps", "--maps-format", "zarr"],
     "maps as parquet": ["--write", "maps", "--maps-format", "parquet"],
     "scores": ["--write", "scores"],
@@ -49,7 +51,8 @@ WAYS = {
     "overlays as jpeg": ["--write", "overlay", "--overlay-format", "jpeg"],
     "everything": ["--write", "overlay,maps,scores", "--overlay-format", "jpeg", "--maps-format", "parquet"],
 }
-"""{way: options of `cfcam explain`}; None is the network alone. The first is what the others are compared with."""
+"""{way: options of `cfcam explain`}; None is the network alone. The first is what the others are compared with. What is
+behind a comma switches off one of the command's means (`without`)."""
 
 
 def peak_mib():
@@ -116,11 +119,26 @@ def measure(way, inputs, first, batch_size, checkout=ROOT):
         return json.loads(process.stdout.splitlines()[-1])
 
 
+def without(mean):
+    """Switch off a mean of the command: images that are channels last, or parts of a batch side by side."""
+    import torch
+
+    from cfcam_gpu import memory_format
+    from cfcam_gpu.datasets import running
+
+    if mean == "channels first":
+        memory_format.of_images = lambda model, image: torch.contiguous_format
+    elif mean == "one part":
+        running.ROWS_OF_PART = sys.maxsize
+
+
 def child(args):
     if args.way not in ("network", "before"):  # by itself the command does; here main() is called
         from cfcam_gpu import host_memory
 
         host_memory.keep()
+    if WAYS[args.way] is not None and args.way != "before":
+        without(args.way.partition(", ")[2])
     if WAYS[args.way] is None:
         found = run_network(sorted(Path(args.inputs[0]).iterdir()), args.batch_size)
     else:

@@ -92,9 +92,10 @@ def ray_table(results):
         )
         pictures, batches = (" and ".join(str(each[name]) for each in kills) for name in ("photos", "batch"))
         parts.append(
-            f"{workers} workers and {drivers} drivers killed at random moments, {writing} of them after their run had begun"
-            f" to write files, of runs over {pictures} pictures in batches of {batches}: in the end every row was"
-            f" {'' if all(each['equal'] for each in kills) else 'NOT '}the same as without, bit for bit, and there once."
+            f"{workers} workers and {drivers} drivers killed at random moments, {writing} of them after their run had"
+            f" begun to write files, of runs over {pictures} pictures in batches of {batches}: in the end every row was"
+            f" {'' if all(each['equal'] for each in kills) else 'NOT '}the same as without, bit for bit, and there"
+            " once."
         )
     return "\n\n".join([*parts, _about(row)])
 

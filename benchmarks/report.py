@@ -457,11 +457,14 @@ def datasets_table(results):
     body, found = [], {row["way"]: row for row in of["explain"]}
     networks = [found[way] for way in ("network", "network, memory kept") if way in found]
     for row in sorted(of["explain"], key=lambda row: row not in networks):
-        shares = [f"{100 * row['per_s'] / each['per_s']:.0f} %" for each in networks]
+        shares = ["" if row["of_network"] is None else f"{100 * row['of_network']:.0f} %"]
+        for kept in networks[1:]:  # another commit's would be another day's machine
+            of_kept = row["per_s"] / kept["per_s"]
+            shares.append(f"{100 * of_kept:.0f} %" if row["commit"] == kept["commit"] else "")
         spread = f"{number(row['per_s'])} ({number(row['lowest_per_s'])} to {number(row['highest_per_s'])})"
         once = ", one run" if row["rounds"] == 1 < of["explain"][-1]["rounds"] else ""
         body.append([DATASET_WAYS.get(row["way"], row["way"]) + once, spread, *shares, number(row["peak_mib"])])
-    header = ["", "pictures a second", *("of the network's", "and with memory kept")[: len(networks)], "peak MiB"]
+    header = ["", "pictures a second", "of the network's", *["and with memory kept"] * (len(networks) > 1), "peak MiB"]
     parts = [markdown(header, body) if body else f"Pictures a second: {NOT_MEASURED}."]
     if of["memory"]:
         found = (f"{row['peak_mib']} MiB for {row['photos']} pictures" for row in of["memory"])

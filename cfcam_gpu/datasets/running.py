@@ -441,11 +441,14 @@ class Explaining:
             yield from self._settled(part, found, fail)
 
     def attempted(self, parts: list[Batch]) -> Iterator[tuple[Batch, Any]]:
-        """Each part with what `_attempt` gives of it, in their order."""
-        return ((part, self._attempt(self.cam, part)) for part in parts)
+        """Each part with what `attempt` gives of it, in their order."""
+        return ((part, self.attempt(part)) for part in parts)
+
+    def attempt(self, part: Batch) -> Any:
+        """(classes, scores, maps) of a part of a batch; or the error of the network's."""
+        return self._attempt(self.cam, part)
 
     def _attempt(self, cam, part):
-        """(classes, scores, maps) of a part of a batch; or the error of the network's."""
         n, rows = len(part.pictures), max(len(part.pictures), self.fill)
         try:
             which = torch.arange(rows).clamp(max=n - 1)
@@ -466,7 +469,7 @@ class Explaining:
             fail(part.pictures[0], found)
         else:
             for single in part.parts(1):
-                yield from self._settled(single, self._attempt(self.cam, single), fail)
+                yield from self._settled(single, self.attempt(single), fail)
 
     def as_taken(self, inputs: torch.Tensor) -> torch.Tensor:
         """The images in the memory format that the network takes."""
@@ -692,10 +695,11 @@ class _Run(Explaining):
         while parts and (self.rows is None or self._is_new):  # the first says which the guide is
             yield from super().attempted(parts[:1])
             parts = parts[1:]
-        yield from zip(parts, self.explainers.map(self._attempt_beside, parts))
+        yield from zip(parts, self.explainers.map(self.attempt, parts))
 
-    def _attempt_beside(self, part):
-        """In an explainer's thread."""
+    def attempt(self, part):
+        if self.rows is None or self._is_new:  # nobody else is at work
+            return super().attempt(part)
         cam = self.free_cams.get()
         try:
             return self._attempt(cam, part)

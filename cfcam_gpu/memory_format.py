@@ -9,6 +9,9 @@ from cfcam_gpu.outputs import find_logits
 TOLERANCE = 1e-3
 """By how much outputs may differ, as a share of the largest, before they are not the same: far more than rounding."""
 
+FEW = 4
+"""Images that make up for what a ResNet-50 loses with one: a tenth (benchmarks/memory_formats.py)."""
+
 
 def of_images(model: nn.Module, image: torch.Tensor) -> torch.memory_format:
     """`torch.channels_last` where a network of two-dimensional convolutions on a CPU takes images in it, else
@@ -34,6 +37,12 @@ def of_images(model: nn.Module, image: torch.Tensor) -> torch.memory_format:
     except Exception:  # of the network's own code, such as a view that there is not
         return torch.contiguous_format
     return torch.channels_last if _are_alike(found, expected) else torch.contiguous_format
+
+
+def pays(model: nn.Module, n: int) -> bool:
+    """Whether so many images at once take less time channels last: of a network with grouped convolutions, as depthwise
+    ones, any number, of others `FEW` or more."""
+    return n >= FEW or any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules())
 
 
 def _are_alike(found, expected):

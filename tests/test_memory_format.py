@@ -148,6 +148,13 @@ def test_a_network_takes_what_it_can(kind, expected, rng, seed):
         assert torch.isfinite(model(image)).all()
 
 
+def test_when_it_pays():
+    plain, grouped = nn.Sequential(nn.Conv2d(4, 4, 3)), nn.Sequential(nn.Conv2d(4, 4, 3, groups=4))
+    few = memory_format.FEW
+    assert [memory_format.pays(plain, n) for n in (1, few - 1, few, 16)] == [False, False, True, True]
+    assert memory_format.pays(grouped, 1)
+
+
 def test_in_python_the_format_is_the_callers(rng):
     seen = []
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()

@@ -472,9 +472,11 @@ class Explaining:
                 yield from self._settled(single, self.attempt(single), fail)
 
     def as_taken(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The images in the memory format that the network takes."""
+        """The images in the memory format in which the network takes them in least time."""
         channels_last = self.memory_format == torch.channels_last
-        return inputs.contiguous(memory_format=self.memory_format) if channels_last else inputs
+        if not (channels_last and memory_format.pays(self.loaded.model, len(inputs))):
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def prepare(self, image):
         """Look at the model with a first image (1, C, H, W) or volume: its layer, and what its outputs are."""

@@ -5,6 +5,7 @@
     python benchmarks/datasets.py PHOTOS --kills 20       # and that runs which are killed end as if they were not
     python benchmarks/datasets.py PHOTOS --ray --kills 20 # Ray Data instead: the same maps, what it costs, and kills
     python benchmarks/datasets.py PHOTOS --ray --rounds 0 --many 1000  # its memory alone
+    python benchmarks/datasets.py PHOTOS --ray --rounds 0 --kills 20 --photos 100 --batch-size 2  # its kills alone
 
 The clock begins when the model is there and ends when the command does: it contains finding the layer, reading,
 computing and writing. Of the network alone it contains the forward passes of pictures that were read before. Each
@@ -40,6 +41,8 @@ WAYS = {
     "network, memory kept": None,
     "before": [],
     "maps": ["--write", "maps"],
+    "maps, channels first": ["--write", "maps"],
+    "maps, one part": ["--write", "maps"],
     "maps as zarr": ["--write", "maps", "--maps-format", "zarr"],
     "maps as parquet": ["--write", "maps", "--maps-format", "parquet"],
     "scores": ["--write", "scores"],
@@ -48,7 +51,8 @@ WAYS = {
     "overlays as jpeg": ["--write", "overlay", "--overlay-format", "jpeg"],
     "everything": ["--write", "overlay,maps,scores", "--overlay-format", "jpeg", "--maps-format", "parquet"],
 }
-"""{way: options of `cfcam explain`}; None is the network alone. The first is what the others are compared with."""
+"""{way: options of `cfcam explain`}; None is the network alone. The first is what the others are compared with. What is
+behind a comma switches off one of the command's means (`without`)."""
 
 
 def peak_mib():
@@ -115,16 +119,31 @@ def measure(way, inputs, first, batch_size, checkout=ROOT):
         return json.loads(process.stdout.splitlines()[-1])
 
 
+def without(mean):
+    """Switch off a mean of the command: images that are channels last, or parts of a batch side by side."""
+    import torch
+
+    from cfcam_gpu import memory_format
+    from cfcam_gpu.datasets import running
+
+    if mean == "channels first":
+        memory_format.of_images = lambda model, image: torch.contiguous_format
+    elif mean == "one part":
+        running.ROWS_OF_PART = sys.maxsize
+
+
 def child(args):
     if args.way not in ("network", "before"):  # by itself the command does; here main() is called
         from cfcam_gpu import host_memory
 
         host_memory.keep()
+    if WAYS[args.way] is not None and args.way != "before":
+        without(args.way.partition(", ")[2])
     if WAYS[args.way] is None:
         found = run_network(sorted(Path(args.inputs[0]).iterdir()), args.batch_size)
     else:
         options = WAYS[args.way]
-        common = ["explain", *args.inputs, "--out", args.out, "--batch-size", str(args.batch_size)]
+        common = ["explain", *args.inputs, "--out", str(args.out), "--batch-size", str(args.batch_size)]
         found = run_command([*common, *options], args.first)
     print(json.dumps(found | {"peak_mib": peak_mib()}))
 
@@ -229,36 +248,56 @@ def main(argv=None):
     add("--rounds", type=int, default=3)
     add("--batch-size", type=int, default=16)
     add("--many", type=int, help="pictures over which the memory is measured too")
+    add("--photos", type=int, metavar="N", help="the first N photographs alone")
     add("--kills", type=int, help="kills of a run that is to end as if there were none")
     add("--ray", action="store_true", help="measure Ray Data against a run on one machine, not the ways")
     add("--seed", type=int, default=0, help="of the moments of the kills")
+    add("--out", type=Path, help="folder of the rows; default: that of the committed ones")
     add("--way", help=argparse.SUPPRESS)
-    add("--out", help=argparse.SUPPRESS)
     add("--first", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.way:
         return child(args)
+    with of_photos(Path(args.inputs[0]).resolve(), args.photos) as photos:
+        measured(photos, args)
+
+
+@contextlib.contextmanager
+def of_photos(photos, n):
+    """The folder, or one with links to the first so many of its files."""
+    if n is None:
+        yield photos
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(photos.iterdir())[:n]:
+            (Path(folder) / path.name).symlink_to(path)
+        yield Path(folder)
+
+
+def measured(photos, args):
+    """What the arguments ask for, into rows."""
     import rows
 
-    photos = Path(args.inputs[0]).resolve()
     about = rows.about("numpy", "pillow", "pyarrow", "zarr", *(["ray"] if args.ray else []), device="cpu")
+    out, size = args.out or rows.RESULTS, args.batch_size
+    write = lambda found: rows.write("datasets", (row | about for row in found), out)
     if args.ray:
         import datasets_ray
 
         if args.rounds:
-            rows.write("datasets", [datasets_ray.row_of_terms(photos, args.batch_size) | about])
-            rows.write("datasets", [datasets_ray.row_of_overhead(photos, args.rounds, args.batch_size) | about])
+            write([datasets_ray.row_of_terms(photos, size)])
+            write([datasets_ray.row_of_overhead(photos, args.rounds, size)])
         if args.many:
-            found = datasets_ray.rows_of_memory(photos, args.many, args.batch_size)
-            rows.write("datasets", (row | about for row in found))
+            write(datasets_ray.rows_of_memory(photos, args.many, size))
         if args.kills:
-            rows.write("datasets", [datasets_ray.row_of_kills(photos, args.kills, args.seed, args.batch_size) | about])
-        return 0
-    rows.write("datasets", (row | about for row in rows_of_ways(photos, args.ways, args.rounds, args.batch_size)))
+            write([datasets_ray.row_of_kills(photos, args.kills, args.seed, size)])
+        return
+    if args.rounds:
+        write(rows_of_ways(photos, args.ways, args.rounds, size))
     if args.many:
-        rows.write("datasets", (row | about for row in rows_of_memory(photos, args.many, args.batch_size)))
+        write(rows_of_memory(photos, args.many, size))
     if args.kills:
-        rows.write("datasets", [row_of_kills(photos, args.kills, args.seed, args.batch_size) | about])
+        write([row_of_kills(photos, args.kills, args.seed, size)])
 
 
 if __name__ == "__main__":

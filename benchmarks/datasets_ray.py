@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 TIMES = 3
-KILLED_PHOTOS, ROWS_PER_FILE = 40, 8
+ROWS_PER_FILE = 8
 CHILD = """
 import json, resource, sys, time
 from cfcam_gpu import datasets, models
@@ -276,62 +276,107 @@ def workers_of(raylet):
     return found
 
 
+def files_of(out):
+    """How many files a run and those before it have written into a folder, or are writing."""
+    while True:
+        try:
+            return len([*out.rglob("*.parquet")])
+        except FileNotFoundError:  # a folder has just been removed
+            continue
+
+
+class Killed:
+    """Runs into a folder that are to be killed, and how far undisturbed ones are when.
+
+    Ray and its workers take most of a run to begin, so moments drawn from all of it would seldom meet a file that is
+    being written: a fifth of them are before the first file, the others are drawn from what is written after it.
+    """
+
+    def __init__(self, begin_s, seconds, n_files):
+        self.begin_s, self.n_files = begin_s, n_files
+        self.file_s = (seconds - begin_s) / n_files
+
+    def wait(self, process, out, n_before, moment, draw):
+        """Until a moment in [-0.25, 1] of a run, or its end: from -0.25 to 0 of the time to the first file, else the
+        share of the files that ``n_before`` leaves, and at random between one file and the next."""
+        n_wanted = n_before + moment * (self.n_files - n_before) if moment > 0 else 0
+        seconds = draw.uniform(0, self.file_s) if moment > 0 else (1 + moment / 0.25) * self.begin_s
+        while process.poll() is None and files_of(out) < n_wanted:
+            time.sleep(0.02)
+        until = time.perf_counter() + seconds
+        while process.poll() is None and time.perf_counter() < until:
+            time.sleep(0.01)
+
+
+def undisturbed(photos, out, batch_size, address):
+    """Seconds to the first file of a run, and to its end."""
+    begun, first = time.perf_counter(), None
+    process = started(photos, out, "ray", batch_size, address, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None:
+        if first is None and files_of(out):
+            first = time.perf_counter() - begun
+        time.sleep(0.02)
+    seconds = time.perf_counter() - begun
+    if process.returncode:
+        raise RuntimeError(process.stderr.read().decode())
+    return first, seconds
+
+
 def row_of_kills(photos, n_kills, seed, batch_size):
-    """Kill drivers and workers in turns, at random moments; each driver's run is gone on with by the next."""
+    """Kill drivers and workers at random moments, several a run; each driver's run is gone on with by the next."""
     import ray
 
-    draw, kills, ended_before = random.Random(seed), {"driver": 0, "worker": 0}, 0
+    draw, kills, n_writing, ended_before = random.Random(seed), {"driver": 0, "worker": 0}, 0, 0
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     context = ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
     try:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            few = folder / "photos"
-            few.mkdir()
-            for path in sorted(photos.iterdir())[:KILLED_PHOTOS]:
-                (few / path.name).symlink_to(path)
             address, out = context.address_info["gcs_address"], folder / "out"
             for name in ("undisturbed", "again"):  # the second one begins as those that are killed
-                begun = time.perf_counter()
-                run(few, folder / name, "ray", batch_size, address)
-                seconds = time.perf_counter() - begun
+                begin_s, seconds = undisturbed(photos, folder / name, batch_size, address)
             expected = rows_of(folder / "undisturbed")
             equal, n_runs = rows_of(folder / "again") == expected, 0
-            print(f"undisturbed: {seconds:.1f} s", flush=True)
+            killed = Killed(begin_s, seconds, files_of(folder / "again"))
+            print(f"undisturbed: {begin_s:.1f} s to the first of {killed.n_files} files, {seconds:.1f} s", flush=True)
             while sum(kills.values()) < n_kills:
-                process, n_runs = started(few, out, "ray", batch_size, address, **silent), n_runs + 1
-                wait = draw.uniform(0.3, 1) * seconds
-                for kind in draw.choice((["worker"], ["driver"], ["worker", "worker"], ["worker", "driver"])):
-                    moment = time.perf_counter() + wait
-                    while process.poll() is None and time.perf_counter() < moment:
-                        time.sleep(0.01)
+                n_before = files_of(out)
+                process, n_runs = started(photos, out, "ray", batch_size, address, **silent), n_runs + 1
+                kinds = ["worker"] * draw.randint(1, 4) + ["driver"] * draw.randint(0, 1)
+                for kind, moment in zip(kinds, sorted(draw.uniform(-0.25, 1) for _ in kinds)):
+                    if sum(kills.values()) == n_kills:
+                        break
+                    killed.wait(process, out, n_before, moment, draw)
                     victims = [process.pid] if kind == "driver" else workers_of(raylet)
                     if process.poll() is None and victims:
                         os.kill(draw.choice(victims), signal.SIGKILL)
                         kills[kind] += 1
-                        n_files = len([*out.rglob("*.parquet")])
-                        print(f"a {kind} is killed, {n_files} files are written", flush=True)
-                    wait = draw.uniform(0, 0.5) * seconds
+                        n_files = files_of(out)
+                        n_writing += n_files > n_before
+                        print(f"a {kind} is killed, {n_before} + {n_files - n_before} files are written", flush=True)
                 if process.wait() != -signal.SIGKILL:
                     ended_before += 1
                     equal &= process.returncode == 0 and rows_of(out) == expected
                     print(f"a run has ended: {'equal' if equal else 'DIFFERENT'}", flush=True)
                     out = folder / f"out{n_runs}"
             if not out.exists() or rows_of(out) != expected:
-                run(few, out, "ray", batch_size, address)
+                run(photos, out, "ray", batch_size, address)
             equal &= rows_of(out) == expected
     finally:
         ray.shutdown()
-    print(f"{kills}: {'equal' if equal else 'DIFFERENT'}")
+    print(f"{kills}, {n_writing} of them while files were written: {'equal' if equal else 'DIFFERENT'}")
     return {
         "op": "ray kill",
         "way": f"seed {seed}",
-        "photos": KILLED_PHOTOS,
+        "photos": len(expected),
         "batch": batch_size,
         "killed_drivers": kills["driver"],
         "killed_workers": kills["worker"],
-        "ended_before": ended_before,
+        "killed_while_writing": n_writing,
+        "ended": ended_before,
+        "files": killed.n_files,
         "undisturbed_s": round(seconds, 2),
+        "first_file_s": round(begin_s, 2),
         "equal": equal,
     }

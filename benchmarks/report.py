@@ -454,13 +454,17 @@ def numbers_table(results):
 def datasets_table(results):
     """Pictures a second of whole runs, beside the network alone; the memory of longer ones; and kills."""
     of = {op: [row for key, row in results.datasets.items() if key[0] == op] for op in ("explain", "memory", "kill")}
-    body = []
-    for row in of["explain"]:
-        share = "" if row["of_network"] is None else f"{100 * row['of_network']:.0f} %"
+    body, found = [], {row["way"]: row for row in of["explain"]}
+    networks = [found[way] for way in ("network", "network, memory kept") if way in found]
+    for row in sorted(of["explain"], key=lambda row: row not in networks):
+        shares = ["" if row["of_network"] is None else f"{100 * row['of_network']:.0f} %"]
+        for kept in networks[1:]:  # another commit's would be another day's machine
+            of_kept = row["per_s"] / kept["per_s"]
+            shares.append(f"{100 * of_kept:.0f} %" if row["commit"] == kept["commit"] else "")
         spread = f"{number(row['per_s'])} ({number(row['lowest_per_s'])} to {number(row['highest_per_s'])})"
         once = ", one run" if row["rounds"] == 1 < of["explain"][-1]["rounds"] else ""
-        body.append([DATASET_WAYS.get(row["way"], row["way"]) + once, spread, share, number(row["peak_mib"])])
-    header = ["", "pictures a second", "of the network's", "peak MiB"]
+        body.append([DATASET_WAYS.get(row["way"], row["way"]) + once, spread, *shares, number(row["peak_mib"])])
+    header = ["", "pictures a second", "of the network's", *["and with memory kept"] * (len(networks) > 1), "peak MiB"]
     parts = [markdown(header, body) if body else f"Pictures a second: {NOT_MEASURED}."]
     if of["memory"]:
         found = (f"{row['peak_mib']} MiB for {row['photos']} pictures" for row in of["memory"])
@@ -482,9 +486,41 @@ def datasets_table(results):
     return "\n\n".join(parts)
 
 
+def formats_table(results):
+    """What networks take with images that are channels last, beside channels first."""
+    found = [row for key, row in results.datasets.items() if key[0] == "format"]
+    if not found:
+        return NOT_MEASURED
+    body = [
+        [
+            f"{FORMAT_MODELS.get(row['way'], row['way'])}, batch {row['photos']}",
+            *(
+                f"{number(row[f'{what}_first_ms'])}, {number(row[f'{what}_last_ms'])}"
+                for what in ("forward", "explain")
+            ),
+            f"{row['difference']:.0e}",
+        ]
+        for row in found
+    ]
+    header = ["ms of one core an image: channels first, channels last", "forward", "two maps", "maps differ by"]
+    row = found[-1]
+    return (
+        f"{markdown(header, body)}\n\nMedian of {row['rounds']} rounds; {row['device']}; torch {row['torch']};"
+        f" {row['date']}, commit {row['commit'] or 'unknown'}."
+    )
+
+
+FORMAT_MODELS = {
+    "demo": "EfficientNet-Lite0",
+    "torchvision:resnet50:random": "ResNet-50",
+    "torchvision:convnext_tiny:random": "ConvNeXt-Tiny",
+}
+
 DATASET_WAYS = {
     "network": "the network alone, pictures read before",
     "network, memory kept": "the same in a process that keeps its memory, as the command does",
+    "maps, channels first": "maps, with images that are channels first",
+    "maps, one part": "maps, with threads that share each operation instead of the pictures",
     "before": "overlays, one picture after the other, as before",
 }
 
@@ -506,6 +542,7 @@ TABLES = {
     "compiled-first-call": first_call_table,
     "compiled-bfloat16": bfloat16_table,
     "datasets": datasets_table,
+    "formats": formats_table,
     **report_faithfulness.TABLES,
     **report_scale.TABLES,
     **report_serving.TABLES,
@@ -531,7 +568,7 @@ PAGES = {
         *("resnet50", "latency.svg", "models", "compiled", "compiled-bfloat16", "compiled-first-call"),
         *("memory", "gates"),
     ),
-    "docs/datasets.md": ("datasets",),
+    "docs/datasets.md": ("datasets", "formats"),
     "docs/servers.md": tuple(report_serving.TABLES),
     "docs/exporting.md": ("export",),
     "docs/scale.md": ("ray", "ray terms", "assumptions", "cost"),

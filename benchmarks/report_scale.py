@@ -87,11 +87,15 @@ def ray_table(results):
         parts.append(f"Peak memory of all of Ray's processes together: {said}.")
     kills = _rows(results, "ray kill")
     if kills:
-        workers, drivers = (sum(each[f"killed_{who}"] for each in kills) for who in ("workers", "drivers"))
+        workers, drivers, writing = (
+            sum(each.get(f"killed_{who}", 0) for each in kills) for who in ("workers", "drivers", "while_writing")
+        )
+        pictures, batches = (" and ".join(str(each[name]) for each in kills) for name in ("photos", "batch"))
         parts.append(
-            f"{workers} workers and {drivers} drivers killed at random moments, of runs over {kills[-1]['photos']}"
-            f" pictures: in the end every row was {'' if all(each['equal'] for each in kills) else 'NOT '}the same as"
-            " without, bit for bit, and there once."
+            f"{workers} workers and {drivers} drivers killed at random moments, {writing} of them after their run had"
+            f" begun to write files, of runs over {pictures} pictures in batches of {batches}: in the end every row was"
+            f" {'' if all(each['equal'] for each in kills) else 'NOT '}the same as without, bit for bit, and there"
+            " once."
         )
     return "\n\n".join([*parts, _about(row)])
 

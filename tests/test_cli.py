@@ -146,7 +146,7 @@ def test_one_pass_a_batch_explains_every_class(run, folder, tiny, tmp_path, monk
     inputs = [folder / "b_cat.png", folder / "c_cup.JPG", folder / "sub" / "deep.png"]
     common = ["explain", *inputs, "--model", tiny, "--raw"]
     status, out, _ = run(*common, *which, "--batch-size", 2, "--out", tmp_path / "all")
-    assert status == 0 and batches == [1, 2, 2]  # the search for the layer, then two batches, the second filled up
+    assert status == 0 and batches == [1, 1, 1, 2, 2]  # three looks at one, then two batches, the second filled up
     if which[0] == "--classes":
         assert all(found in out for found in (": cup 0.", ", cat 0.", ", dog 0."))
     for index in range(3):

@@ -1,5 +1,6 @@
 """A run over many pictures: reading, network and writing at the same time, picture by picture into the journal."""
 
+import copy
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from cfcam_gpu import (
     hugging_face,
     images,
     layers,
+    memory_format,
     models,
     pipeline,
     volumes,
@@ -50,6 +53,13 @@ OWN_SCORE = {
 
 GIVE_UP = 3
 """Images that the model fails on, before any has been explained, until it is the model's or the arguments' fault."""
+
+ROWS_OF_PART = 4
+"""Images at least that a thread explains at once, of a batch that several share: what Python does does not depend on
+how many there are, and no two threads do it at the same time."""
+
+COPIES_BYTES = 2**30
+"""What the networks of such threads may take together."""
 
 BATCHES_WAITING = 4
 """As many images as in these may wait for others of their size, or be read ahead."""
@@ -337,6 +347,11 @@ class Batch(NamedTuple):
     def part(self, images):
         return Batch(*(each[images] for each in self))
 
+    def parts(self, rows: int | None) -> "list[Batch]":
+        """Batches of so many images at most; None: the batch, unless it is empty."""
+        starts = range(0, len(self.pictures), rows or max(1, len(self.pictures)))
+        return [self.part(slice(start, start + (rows or len(self.pictures)))) for start in starts]
+
 
 class _Outcome(NamedTuple):
     """What became of a picture when it was written."""
@@ -382,6 +397,10 @@ class Explaining:
         fill: the rows of every forward pass, the last picture repeated where a batch has fewer, so that which
             algorithms a network's operations take, and with them its last bits, do not depend on the batch. 0: as
             many as the batch has.
+
+    Attributes:
+        rows: the most rows of a forward pass; a batch of more is explained in parts. None: any number.
+        memory_format: of the network's images.
     """
 
     def __init__(
@@ -395,6 +414,8 @@ class Explaining:
         self.transfer = Transfer(options.where)
         self.cam: Any = None
         self.versus = False
+        self.rows: int | None = None
+        self.memory_format = torch.contiguous_format
 
     def note(self, text: str) -> None:
         """Something about the model, for the user."""
@@ -416,25 +437,46 @@ class Explaining:
             except Exception as error:  # of the user's network
                 fail(batch.pictures[0], error)
                 batch = batch.part(slice(1, None))
-        parts = [batch] if batch.pictures else []
-        while parts:
-            part = parts.pop(0)
-            n, rows = len(part.pictures), max(len(part.pictures), self.fill)
-            to_find = isinstance(self.cam, CFCAM) and self.cam.guide_names is None
-            try:
-                which = torch.arange(rows).clamp(max=n - 1)
-                inputs = part.inputs if rows == n else part.inputs[which.to(part.inputs.device)]
-                targets = [part.pictures[image].source.target for image in which.tolist()]
-                found = tuple(each[:n] for each in _explain_batch(self, inputs, targets))
-            except Exception as error:
-                if n == 1:
-                    fail(part.pictures[0], error)
-                else:
-                    parts = [part.part(slice(image, image + 1)) for image in range(n)]
-                continue
-            if to_find and self.cam.guide_names != self.cam.target_names:
+        for part, found in self.attempted(batch.parts(self.rows)):
+            yield from self._settled(part, found, fail)
+
+    def attempted(self, parts: list[Batch]) -> Iterator[tuple[Batch, Any]]:
+        """Each part with what `attempt` gives of it, in their order."""
+        return ((part, self.attempt(part)) for part in parts)
+
+    def attempt(self, part: Batch) -> Any:
+        """(classes, scores, maps) of a part of a batch; or the error of the network's."""
+        return self._attempt(self.cam, part)
+
+    def _attempt(self, cam, part):
+        n, rows = len(part.pictures), max(len(part.pictures), self.fill)
+        try:
+            which = torch.arange(rows).clamp(max=n - 1)
+            inputs = part.inputs if rows == n else part.inputs[which.to(part.inputs.device)]
+            targets = [part.pictures[image].source.target for image in which.tolist()]
+            return tuple(each[:n] for each in _explain_batch(self, cam, self.as_taken(inputs), targets))
+        except Exception as error:
+            return error
+
+    def _settled(self, part, found, fail):
+        """What there is to yield of a part; where it has failed, of each of its pictures on its own."""
+        if not isinstance(found, Exception):
+            if self._is_new and self.cam.guide_names != self.cam.target_names:
                 self.note(f"guide layer: {self.cam.guide_names[0]}")
+            self._is_new = False
             yield part.pictures, found, self.transfer.mark()
+        elif len(part.pictures) == 1:
+            fail(part.pictures[0], found)
+        else:
+            for single in part.parts(1):
+                yield from self._settled(single, self.attempt(single), fail)
+
+    def as_taken(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The images in the memory format in which the network takes them in least time."""
+        channels_last = self.memory_format == torch.channels_last
+        if not (channels_last and memory_format.pays(self.loaded.model, len(inputs))):
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def prepare(self, image):
         """Look at the model with a first image (1, C, H, W) or volume: its layer, and what its outputs are."""
@@ -487,6 +529,12 @@ class Explaining:
             self.cam = METHODS[options.method](model, backend=options.backend)
             note(f"method: {self.cam.name}")
         self.cam._take(target, tuple(image.shape[1:]))
+        self._is_new = isinstance(self.cam, CFCAM)
+        self.memory_format = self.find_memory_format(image)
+
+    def find_memory_format(self, image: torch.Tensor) -> torch.memory_format:
+        """In which one the network takes its images, by a look at one (1, C, H, W)."""
+        return memory_format.of_images(self.loaded.model, image)
 
     def named(self, classes, scores, maps):
         """An `Explained`, the captions of its maps, what is said of the picture, and what two maps are compared as."""
@@ -521,10 +569,13 @@ class _Run(Explaining):
         self.resumed = self.n_explained = len(journal.done) - len(self.lost)
         self.n_computed = 0
         self.unsettled = deque()
+        self.free_cams = SimpleQueue()
+        self.n_threads = torch.get_num_threads()
         self.started = time.perf_counter()
         self.n_ahead = options.batch_size + options.workers
-        self.pools = self.readers, self.writers, self.keeper = (
+        self.pools = self.readers, self.explainers, self.writers, self.keeper = (
             ThreadPoolExecutor(options.workers, "cfcam-read"),
+            ThreadPoolExecutor(options.batch_size, "cfcam-explain"),
             ThreadPoolExecutor(options.workers, "cfcam-write"),
             ThreadPoolExecutor(1, "cfcam-journal"),
         )
@@ -553,6 +604,7 @@ class _Run(Explaining):
         finally:
             for pool in self.pools:
                 pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.n_threads)
 
     def summary(self):
         unread = [record for record in self.lost if record.index not in self.journal.done]
@@ -603,6 +655,58 @@ class _Run(Explaining):
     def prepare(self, image):
         super().prepare(image)
         self.writer.versus = self.versus
+        self._divide()
+
+    def find_memory_format(self, image):
+        # Of a batch or less the look would take longer than what it saves.
+        return super().find_memory_format(image) if self.fill else self.memory_format
+
+    def _divide(self):
+        """Have batches explained in parts, side by side, if that may be.
+
+        On a CPU threads that compute parts of one operation wait for each other after each, and for those that read and
+        write; threads with pictures of their own do not. Each has a copy of the network, whose code may note in it what
+        it computes. All have one size of picture: where the guide is depends on it.
+        """
+        n_parts = self._n_parts()
+        try:
+            # Notices are given once, by whomever.
+            shared = {id(self.cam._notices): self.cam._notices}
+            cams = [copy.deepcopy(self.cam, dict(shared)) for _ in range(n_parts - 1)]
+        except Exception:  # of the user's network
+            return
+        if not cams:
+            return
+        for cam in (self.cam, *cams):
+            self.free_cams.put(cam)
+        self.rows = self.fill = -(-self.options.batch_size // n_parts)
+        # Of this thread, and of those that torch has not seen yet.
+        torch.set_num_threads(self.n_threads // n_parts)
+
+    def _n_parts(self):
+        """As many as the threads can be shared out to, with enough pictures each, and copies that are not too large."""
+        options, model = self.options, self.loaded.model
+        plain = isinstance(self.cam, CFCAM) and not options.compile and options.where.type == "cpu"
+        if not (plain and self.fill and getattr(self.loaded.preprocess, "size", None)):
+            return 1
+        n_bytes = sum(each.nbytes for each in model.state_dict().values() if isinstance(each, torch.Tensor))
+        most = min(options.batch_size // ROWS_OF_PART, 1 + COPIES_BYTES // max(1, n_bytes))
+        return max(n for n in range(1, max(1, most) + 1) if self.n_threads % n == 0)
+
+    def attempted(self, parts):
+        while parts and (self.rows is None or self._is_new):  # the first says which the guide is
+            yield from super().attempted(parts[:1])
+            parts = parts[1:]
+        yield from zip(parts, self.explainers.map(self.attempt, parts))
+
+    def attempt(self, part):
+        if self.rows is None or self._is_new:  # nobody else is at work
+            return super().attempt(part)
+        cam = self.free_cams.get()
+        try:
+            return self._attempt(cam, part)
+        finally:
+            self.free_cams.put(cam)
 
     def explain(self, batch):
         """Explain a batch and have it written; where one image fails, the others."""
@@ -720,13 +824,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _explain_batch(run, inputs, targets):
+def _explain_batch(run, cam, inputs, targets):
     """Classes (B, K), their scores (B, K) and their maps (B, K, H, W), of volumes (B, K, D, H, W), on the host when the
     device has come so far.
 
     Of a model with one output a class is the side that is explained, True or False, and the score that side's.
     """
-    cam, one_output = run.cam, run.n_classes == 1
+    one_output = run.n_classes == 1
     classes = run.options.classes and [run.options.classes] * len(inputs)
     if targets[0] is not None:
         classes = [[target] for target in targets]

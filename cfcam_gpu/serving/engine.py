@@ -154,6 +154,7 @@ class Engine:
     def _run(self, works):
         explaining, kind = self._explaining, works[0].kind
         inputs = explaining.transfer.to_device(torch.stack([work.pixels for work in works]))
+        inputs = explaining.as_taken(inputs)
         maps: Any = [None] * len(works)
         explained = maps
         if kind.maps:

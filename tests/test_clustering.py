@@ -224,18 +224,6 @@ def test_images_of_a_batch_do_not_touch_each_other(threads, rng):
             assert (labels[image, members[image]] == -1).all() and eps[image] == np.float32(EPS_FLOOR)
 
 
-def test_threads_share_the_distances_of_one_image(rng):
-    rows, found, before = rng.standard_normal((403, 50), np.float32), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(host_engine.pairwise_distances(rows))
-    finally:
-        torch.set_num_threads(before)
-    assert all(np.array_equal(found[0], each) for each in found[1:])
-    np.testing.assert_allclose(squareform(found[0]), cdist(rows, rows), rtol=1e-5, atol=1e-5)
-
-
 def test_no_memory_is_an_error_in_python():
     nothing = np.zeros((1, 1), np.float32)
     with pytest.raises(MemoryError, match="no memory for the distances"):

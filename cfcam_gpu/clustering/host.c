@@ -27,8 +27,6 @@ enum {
     ROWS = 4, COLUMNS = 16, /* of a tile: its sums stay in registers, twice as many would not */
     LINE = 64,              /* bytes that the memory is read in */
     TERMS = 64,             /* of a partial sum: one sum over everything would round more the longer it is */
-    SHARED = 1 << 22,       /* n * n * length of one image from which on threads share its distances */
-    AT_ONCE = 8,            /* rows of tiles that one of them takes */
     BLOCK = 1 << 20,        /* values counted in 32 bits */
     SAMPLE = 2048           /* size of the sample that brackets an order statistic; so few are selected from directly */
 };
@@ -88,8 +86,8 @@ int pairwise_distances(const float *rows, ptrdiff_t n, ptrdiff_t length, float *
                 ptrdiff_t i = s * COLUMNS + c;
                 strips[(s * length + d) * COLUMNS + c] = i < n ? rows[i * length + d] : 0;
             }
-    /* Of several images the threads are taken, and this is one of them; of few pairs the others would come too late. */
-#pragma omp parallel for schedule(dynamic, AT_ONCE) if (n * n * length >= SHARED)
+    /* One image is one thread's. Behind a network two take longer, twice the time for 512 channels: the other has to
+       wake, and what it writes has to come from its cache. */
     for (ptrdiff_t top = 0; top < n; top += ROWS) distances_of_rows(rows, strips, n, length, top, distances);
     free(strips);
     return 0;

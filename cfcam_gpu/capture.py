@@ -243,11 +243,13 @@ class HeadCapture:
         with torch.inference_mode(False), torch.no_grad():
             targets, top = check_targets(targets, batch, several), check_top(top, targets)
         while True:
-            compiled = self._compiled or is_compiled(self._modules)
+            one_pass = begin(self)
+            # Programs have no hooks, which compiled code would pass by; and a look at all modules takes its time.
+            compiled = one_pass.built is None and (self._compiled or is_compiled(self._modules))
             weights = _normal_weights() if self._inference_weights else nullcontext()
             try:
                 with eager_without_grad(fused=self._fused, compiled=compiled), weights:
-                    captured = begin(self).run(inputs, targets, batch, top, pool)
+                    captured = one_pass.run(inputs, targets, batch, top, pool)
                 if captured is not None:
                     return captured
             except _DidNotRun as error:
@@ -377,7 +379,7 @@ class _DidNotRun(ValueError):
 class _Pass:
     """One forward and one backward of a `HeadCapture`: its hooks, and what they keep."""
 
-    _built: Any = None
+    built: Any = None
 
     def __init__(self, capture: HeadCapture) -> None:
         self._of, self._call = capture, Call()
@@ -432,7 +434,7 @@ class _Pass:
             return Capture(outputs, activations, (None,) * len(taps), guides, classes, self._order())
         gradients, classes = self._differentiated(outputs, targets, batch, top, pool, activations)
         outputs = map_tensors(torch.Tensor.detach, outputs)
-        return Capture(outputs, activations, gradients, guides, classes, self._order(), self._built)
+        return Capture(outputs, activations, gradients, guides, classes, self._order(), self.built)
 
     def _differentiated(self, outputs, targets, batch, top, pool, activations):
         """Per target layer the gradients, or what ``pool`` keeps of them; and the classes that are explained."""

@@ -89,11 +89,12 @@ class CompiledCapture(HeadCapture):
         self._built: dict[Any, Built | None] = {}  # by the kind of inputs; None where they are explained eagerly
         self._seen: set[Any] = set()  # once
         self._watch: Watch | None = None
+        self._device: torch.device | None = None  # of a model that is watched and has tensors
         self._told: set[str] = set()
         self.choices: list[Choice] = []
 
     def __getstate__(self):
-        own = ("_warming", "_built", "_seen", "_watch", "_told", "choices")  # a copy compiles for itself
+        own = ("_warming", "_built", "_seen", "_watch", "_device", "_told", "choices")  # a copy compiles for itself
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state):
@@ -126,6 +127,10 @@ class CompiledCapture(HeadCapture):
             self._told.add(reason)
             warnings.warn(f"{type(self.model).__name__} runs uncompiled: {reason}", UserWarning, stacklevel=7)
 
+    def _where(self, images):
+        """The model's device; of one without tensors that of the images."""
+        return self._device or _device(self.model, images)
+
     def _kind(self, inputs):
         """What a program is for, beside the model."""
         leaves, structure = tree_flatten((inputs.args, inputs.kwargs))
@@ -137,7 +142,7 @@ class CompiledCapture(HeadCapture):
                 of_leaves.append((type(leaf), leaf))
             else:
                 raise NotCompiled(f"its arguments hold a {type(leaf).__name__}")
-        device = _device(self.model, inputs.images).type
+        device = self._where(inputs.images).type
         return (
             structure,
             tuple(of_leaves),
@@ -161,7 +166,7 @@ class CompiledCapture(HeadCapture):
         if any(module.training for module in self._modules):
             raise ValueError("model must be in eval mode to be compiled: call model.eval() first")
         start, times, reason = time.perf_counter(), {}, None
-        device = _device(self.model, inputs.images)
+        device = self._where(inputs.images)
         try:
             self._built[kind] = self._quicker(inputs, explain, device, times)
         except NotCompiled as error:
@@ -206,11 +211,13 @@ class CompiledCapture(HeadCapture):
         if best == warm_up.EAGER:
             raise NotCompiled(f"that is quicker for {size}, or as quick")
         self._watch = later
+        has_tensors = next(chain(self.model.parameters(), self.model.buffers()), None) is not None
+        self._device = device if has_tensors else None
         return built
 
     def _build(self, inputs, outputs):
         found: list[tuple] = []
-        device = _device(self.model, inputs.images)
+        device = self._where(inputs.images)
 
         def run(tensors, cotangents):
             compiled = self._compiled or is_compiled(self._modules)
@@ -279,12 +286,12 @@ class _CompiledPass(_Pass):
 
     def __init__(self, built, capture):
         super().__init__(capture)
-        self._built = built
+        self.built = built
 
     def _forward(self, inputs):
         self._begin()
-        built = self._built
-        tensors = _on(_device(self._of.model, inputs.images), inputs)
+        built = self.built
+        tensors = _on(self._of._where(inputs.images), inputs)
         self._found, activations, of_guides, self._saved = built.program.forward(tensors)
         if self._guides is not None and built.guides is not None:
             each = iter(of_guides)
@@ -296,10 +303,10 @@ class _CompiledPass(_Pass):
     def _outputs(self, tensors):
         """The model's, of these tensors."""
         each = iter(tensors)
-        return map_tensors(lambda _: next(each), self._built.outputs)
+        return map_tensors(lambda _: next(each), self.built.outputs)
 
     def _differentiated(self, outputs, targets, batch, top, pool, activations):
-        program, of = self._built.program, self._of
+        program, of = self.built.program, self._of
         of_image = targets is None or (isinstance(targets, torch.Tensor) and targets.ndim == 1)
         if program.logits is not None and top is None and of_image:
             logits = self._found[program.logits]

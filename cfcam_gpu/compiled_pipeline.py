@@ -4,6 +4,7 @@ The clustering is compiled C already, and depends on data. On other devices the 
 """
 
 import logging
+import math
 import threading
 from functools import partial
 from typing import Any
@@ -84,25 +85,31 @@ class _Program:
         self._engine = pipeline.choose("torch", clustering, given[0])[1]
         self._checked = check_finite is not False
 
-        def rest(labels, activations, gradients, guide=None):
+        def rest(labels, norms, activations, gradients, guide=None):
             activations = torch_backend.as_computed(activations)
             weights = torch_backend.channel_weights(gradients, labels, config)
             maps = torch_backend.class_map(activations, weights, tuple(output_size), config, guide)
-            # Of what may not be NaN or infinite, as `checks.check_values` looks at it.
-            total = sum(each.sum() for each in (activations, gradients, guide) if each is not None)
+            # Finite only if all values are: sums that are made anyway, over rows that are read once.
+            of_cells = [torch_backend.as_computed(each).flatten(2) for each in (gradients, guide) if each is not None]
+            total = norms.sum() + of_cells[0].mean(-1).sum()
+            for cells in of_cells[1:]:
+                total = total + (cells * cells).sum(1).sum()
             return maps, weights, total
 
-        graph, _ = programs.trace(rest, (labels, *given))
+        norms = torch_backend.channel_norms(torch_backend.as_computed(given[0]))
+        graph, _ = programs.trace(rest, (labels, norms, *given))
         n_nodes = len(graph.graph.nodes)
         if n_nodes > MOST_NODES:
             raise NotCompiled(f"it has {n_nodes} operations for so many images, above {MOST_NODES}")
-        self._rest = programs.compile_graph(graph, [labels, *given])
+        self._rest = programs.compile_graph(graph, [labels, norms, *given])
 
     def __call__(self, given):
         """The `pipeline.CFCAMResult`; None of tensors that are not, or seem not to be, finite."""
         with pipeline.plain_arithmetic(given[0].device):
-            labels, eps = torch_backend.cluster_channels(given[0], self._config, self._engine)
-            maps, weights, total = self._rest(labels, *given)
-        if self._checked and not total.isfinite():
+            activations = torch_backend.as_computed(given[0])
+            norms = torch_backend.channel_norms(activations)
+            labels, eps = torch_backend.cluster_computed(activations, norms, self._config, self._engine)
+            maps, weights, total = self._rest(labels, norms, *given)
+        if self._checked and not math.isfinite(total):
             return None
         return pipeline.CFCAMResult(maps, labels, weights, eps)

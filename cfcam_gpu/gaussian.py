@@ -111,6 +111,12 @@ def interpolation_matrix(old, new):
     return matrix
 
 
+def interpolation_matrices(shape, new_shape):
+    """`interpolation_matrix` of the rows and of the columns of a grid, for another shape."""
+    *first, last = map(interpolation_matrix, shape, new_shape)
+    return of_rows(first), last
+
+
 @lru_cache(maxsize=256)
 def coverage(target_size, size, sigma_cells):
     """How much a cell of the target layer's grid counts along an axis in all averages of ``size`` cells together, were

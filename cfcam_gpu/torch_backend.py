@@ -21,6 +21,7 @@ from cfcam_gpu.gaussian import (
     as_rows_and_columns,
     coverage,
     filter_matrices,
+    interpolation_matrices,
     pooling_weights,
     rows_reach,
     rows_window,
@@ -91,7 +92,11 @@ def as_computed(tensor):
 def cluster_channels(activations, config, engine):
     """Labels int32 (B, C) and eps (B,) of activations (B, C, h, w)."""
     activations = as_computed(activations)
-    norms = channel_norms(activations)
+    return cluster_computed(activations, channel_norms(activations), config, engine)
+
+
+def cluster_computed(activations, norms, config, engine):
+    """`cluster_channels` of what `as_computed` and `channel_norms` gave."""
     dominant = dominant_channels(norms, config)
     clustered = ~dominant if config.descriptor == "raw" else ~dominant & (norms > 0)
     rows = descriptors(activations, norms, config)
@@ -151,6 +156,10 @@ def filter_gradients(gradients, labels, config, filter_grids=filter_grids):
     filtered = filter_grids(mean.view(-1, *as_rows_and_columns(shape)), rows, columns).view_as(gradients)
     dominant, noise = (per_cell(labels == label, gradients) for label in (DOMINANT, NOISE))
     return torch.where(dominant, gradients, torch.where(noise, 0, filtered))
+
+
+def _interpolation_matrix(shape, new_shape, axis):
+    return interpolation_matrices(shape, new_shape)[axis]
 
 
 def _filter_matrix(shape, sigmas, boundary, axis):
@@ -344,10 +353,9 @@ def _block_of_cells(target_shape, shape, sigma, values):
     reach = rows_reach(shape, target_shape, sigma)
     on_cpu = values.device.type == "cpu"
     limit = (AFFINITY_BYTES_ON_CPU if on_cpu else AFFINITY_BYTES) // values.element_size() // width
-    # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways. Not in a graph that is
-    # for this batch alone, to be compiled: there each block is code of its own.
-    in_graph = is_traced() and not has_symbolic_batch(values)
-    most = -(-height // 3) if on_cpu and height * width > 128 and not in_graph else height
+    # Thirds on a CPU: two thirds of the pairs are then computed, as they are the same both ways. Not where it is to be
+    # compiled: there each block is code of its own.
+    most = -(-height // 3) if on_cpu and height * width > 128 and not is_for_this_batch(values) else height
     fitting = [rows for rows in range(1, most + 1) if rows * width * min(rows + reach, height) <= limit]
     rows, columns = (fitting[-1], width) if fitting else (1, max(1, min(width, limit // (1 + reach))))
     return rows, columns, min(rows + reach, height) * width
@@ -409,6 +417,11 @@ def of_images_on_cpu(tensor):
     return tensor.device.type == "cpu" and not has_symbolic_batch(tensor)
 
 
+def is_for_this_batch(tensor):
+    """Whether a graph is traced that is for these sizes alone, to be compiled."""
+    return is_traced() and not has_symbolic_batch(tensor)
+
+
 def row_products(rows, matrix):
     """``rows @ matrix``, each row rounded on a CPU as if it were alone; (..., K, N) and (..., N, M).
 
@@ -426,6 +439,11 @@ def row_products(rows, matrix):
 
 def resize(grid, output_size):
     """Linear resize (half-pixel centres, align_corners=False, no antialias) of (B, h, w) to (B, H, W)."""
+    if is_for_this_batch(grid):
+        # Compiled, the look-ups of an interpolation take ten times as long as two products with its matrices.
+        shapes = tuple(grid.shape[1:]), tuple(output_size)
+        rows, columns = (constant(_interpolation_matrix, (*shapes, axis), grid.device, grid.dtype) for axis in (0, 1))
+        return filter_grids(grid.reshape(-1, *as_rows_and_columns(shapes[0])), rows, columns).view(-1, *shapes[1])
     mode = ("linear", "bilinear", "trilinear")[grid.ndim - 2]
     return F.interpolate(grid[:, None], tuple(output_size), mode=mode, align_corners=False)[:, 0]
 

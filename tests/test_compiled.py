@@ -16,7 +16,8 @@ from networks import vit
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from cfcam_gpu import CFCAM, CFCAMConfig, compiled, programs, warm_up
+from cfcam_gpu import CFCAM, CFCAMConfig, compiled, programs, torch_backend, unchanged, warm_up
+from cfcam_gpu.compiled_pipeline import PipelinePrograms
 from cfcam_gpu.cuda_graph import CapturedCFCAM
 from cfcam_gpu.programs import NotCompiled
 from cfcam_gpu.unchanged import Watch
@@ -192,6 +193,34 @@ def test_values_that_are_not_finite_are_refused(no_inductor):
         cam.maps(some)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["activations", "gradients", "guide"])
+def test_a_pipeline_looks_at_each_value(no_inductor, name, value):
+    shapes = {"activations": (2, 6, 4, 5), "gradients": (2, 6, 4, 5), "guide": (2, 3, 8, 10)}
+    given, made = {each: torch.randn(shape) for each, shape in shapes.items()}, PipelinePrograms()
+
+    def maps():
+        activations, gradients, guide = given.values()
+        return made.cf_cam(activations, gradients, (16, 20), CFCAMConfig(), "auto", "auto", None, guide).maps
+
+    assert maps().isfinite().all() and len(no_inductor) == 1 and all(made._programs.values())
+    place = tuple(int(torch.randint(side, ())) for side in shapes[name])
+    given[name][place] = value
+    with pytest.raises(ValueError, match=f"{name} must be finite, got 1 NaN or infinite"):
+        maps()
+
+
+@pytest.mark.parametrize("shape, size", [((7,), (50,)), ((7, 9), (64, 30)), ((5, 1), (5, 4)), ((2, 3, 4), (5, 7, 6))])
+def test_a_resize_in_a_graph_is_torchs_interpolation(shape, size):
+    grids, mode = torch.randn(3, *shape, dtype=torch.float64), {1: "linear", 2: "bilinear", 3: "trilinear"}[len(shape)]
+    graph, (found,) = programs.trace(lambda each: [torch_backend.resize(each, size)], (grids,))
+    expected = nn.functional.interpolate(grids[:, None], size, mode=mode, align_corners=False)[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert not [
+        node for node in graph.graph.nodes if "interpolate" in str(node.target) or "upsample" in str(node.target)
+    ]
+
+
 def test_what_was_chosen_is_told(no_inductor, monkeypatch):
     model = NETWORKS["residual"]()
     cam = CFCAM(model, compile=True)
@@ -284,8 +313,18 @@ CHANGES = {
 }
 
 
+@pytest.fixture(params=["counted", "compared"])
+def looked_at(request, monkeypatch):
+    """With what torch has for its own compiler, and without it."""
+    if request.param == "compared":
+        monkeypatch.setattr(unchanged, "dict_version", None)
+        monkeypatch.setattr(unchanged, "equal_addresses", None)
+    else:
+        assert unchanged.dict_version and unchanged.equal_addresses  # else both would be one
+
+
 @pytest.mark.parametrize("said", CHANGES)
-def test_a_changed_model_is_refused(no_inductor, said):
+def test_a_changed_model_is_refused(no_inductor, looked_at, said):
     model, some = NETWORKS["residual"](), images()
     cam = CFCAM(model, compile=True)
     expected = cam.maps(some)
@@ -484,6 +523,18 @@ def test_a_watch_of_what_a_program_has_read():
     watch = Watch(model, [model.scale])
     model.scale = torch.ones(2)
     assert watch.change() == "scale of Sequential is Tensor, and was Tensor"
+
+
+def test_a_watch_of_what_is_equal_and_may_change_on_its_own():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.sizes = ([1],)
+    watch = Watch(model)
+    model.sizes = ([1],)
+    assert watch.change() is None and watch.change() is None
+    model.sizes[0].append(2)
+    assert watch.change() == "sizes of Sequential is ([1, 2],), and was ([1],)"
+    model.sizes[0].pop()
+    assert watch.change() is None
 
 
 def test_command_line(no_inductor, run, tmp_path):

@@ -25,6 +25,7 @@ spin for milliseconds after each operator: with Clang's OpenMP, eight images tak
 
 enum {
     ROWS = 4, COLUMNS = 16, /* of a tile: its sums stay in registers, twice as many would not */
+    LINE = 64,              /* bytes that the memory is read in */
     TERMS = 64,             /* of a partial sum: one sum over everything would round more the longer it is */
     BLOCK = 1 << 20,        /* values counted in 32 bits */
     SAMPLE = 2048           /* size of the sample that brackets an order statistic; so few are selected from directly */
@@ -75,12 +76,18 @@ static void distances_of_rows(const float *rows, const float *strips, ptrdiff_t 
    (n * (n - 1) / 2). Returns 0, or -1 without memory. */
 int pairwise_distances(const float *rows, ptrdiff_t n, ptrdiff_t length, float *distances)
 {
-    /* The last strip is filled up with zeros. */
-    float *strips = calloc((n + COLUMNS) * length + 1, sizeof(float));
+    /* A row of a strip is a line of the memory. The last strip is filled up with zeros. */
+    ptrdiff_t n_strips = (n + COLUMNS - 1) / COLUMNS;
+    float *strips = aligned_alloc(LINE, (n_strips + 1) * length * COLUMNS * sizeof(float));
     if (!strips) return -1;
-    for (ptrdiff_t i = 0; i < n; i++)
+    for (ptrdiff_t s = 0; s < n_strips; s++)
         for (ptrdiff_t d = 0; d < length; d++)
-            strips[(i / COLUMNS * length + d) * COLUMNS + i % COLUMNS] = rows[i * length + d];
+            for (ptrdiff_t c = 0; c < COLUMNS; c++) {
+                ptrdiff_t i = s * COLUMNS + c;
+                strips[(s * length + d) * COLUMNS + c] = i < n ? rows[i * length + d] : 0;
+            }
+    /* One image is one thread's. Behind a network two take longer, twice the time for 512 channels: the other has to
+       wake, and what it writes has to come from its cache. */
     for (ptrdiff_t top = 0; top < n; top += ROWS) distances_of_rows(rows, strips, n, length, top, distances);
     free(strips);
     return 0;

@@ -179,7 +179,8 @@ def average_alike_cells(grid, guide, config):
     features = guide.reshape(len(guide), -1).T
     if config.affinity_centring > 0:
         common = config.affinity_centring * np.where(np.isfinite(features), features, 0).mean(0)
-        features = np.where(abs(features - common) <= AS_THE_MEAN * abs(common), 0, features - common)
+        is_rounding = (config.affinity_centring == 1) & (abs(features - common) <= AS_THE_MEAN * abs(common))
+        features = np.where(is_rounding, 0, features - common)
     norms = np.linalg.norm(features, axis=1)
     has_features = (norms > 0) & np.isfinite(norms)
     features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)

@@ -293,7 +293,9 @@ def features_of_cells(guide, config, dtype):
         return cells
     common = config.affinity_centring * cells.nan_to_num(0, 0, 0).mean(2, keepdim=True)
     cells = cells - common
-    return cells.masked_fill_(cells.abs() <= AS_THE_MEAN * common.abs(), 0)
+    if config.affinity_centring == 1:  # of less, much more than rounding is left of what is the same everywhere
+        cells.masked_fill_(cells.abs() <= AS_THE_MEAN * common.abs(), 0)
+    return cells
 
 
 def strengths(cells, power):

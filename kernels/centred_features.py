@@ -3,7 +3,7 @@
     f_cp = F_cp - c / N sum_q F_cq
 
 A program owns some channels of an image and reads them twice, the second time from the cache. What is no number counts
-as 0 in the mean. A difference that is rounding is 0: a channel that is the same everywhere then sets no cell apart.
+as 0 in the mean. With c = 1 what is but rounding is 0: a channel that is the same everywhere sets no cell apart.
 
 Written once instead of subtracted where the products of cells are made: there each value is read by several programs,
 and the subtraction was simulated to treble their time.
@@ -58,7 +58,8 @@ def centred_features_kernel(
         of_cell = (cell // width).to(tl.int64) * stride_y + (cell % width) * stride_x
         inside = in_channels[:, None] & (cell < n_cells)[None, :]
         value = tl.load(of_channel[:, None] + of_cell[None, :], mask=inside, other=0.0).to(tl.float32) - common
-        value = tl.where(tl.abs(value) <= tl.abs(common) * AS_THE_MEAN, 0.0, value)
+        is_rounding = (tl.abs(value) <= tl.abs(common) * AS_THE_MEAN) & (centring == 1.0)
+        value = tl.where(is_rounding, 0.0, value)
         tl.store(to_channel[:, None] + cell[None, :], value, mask=inside)
         first += BLOCK_P
 

@@ -33,6 +33,7 @@ def centred_features_kernel(
     stride_c,
     stride_y,
     stride_x,
+    WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -58,8 +59,8 @@ def centred_features_kernel(
         of_cell = (cell // width).to(tl.int64) * stride_y + (cell % width) * stride_x
         inside = in_channels[:, None] & (cell < n_cells)[None, :]
         value = tl.load(of_channel[:, None] + of_cell[None, :], mask=inside, other=0.0).to(tl.float32) - common
-        is_rounding = (tl.abs(value) <= tl.abs(common) * AS_THE_MEAN) & (centring == 1.0)
-        value = tl.where(is_rounding, 0.0, value)
+        if WHOLE:
+            value = tl.where(tl.abs(value) <= tl.abs(common) * AS_THE_MEAN, 0.0, value)
         tl.store(to_channel[:, None] + cell[None, :], value, mask=inside)
         first += BLOCK_P
 
@@ -81,8 +82,9 @@ def centred_features(guide, centring):
         n_channels,
         width,
         height * width,
-        centring,
+        float(centring),
         *guide.stride(),
+        WHOLE=centring == 1,
         BLOCK_C=block_c,
         BLOCK_P=block_p,
         num_warps=4,

@@ -86,7 +86,7 @@ def both(method, model, images, arguments, layer="trunk", **options):
         torch.testing.assert_close(a, b)
     for a, b in zip(theirs, ours):
         assert a.shape == b.shape and a.dtype == b.dtype and a.abs().max() > 0
-        assert (a - b).abs().max() <= 2e-6 * a.abs().max()
+        assert (a - b).abs().max() <= 5e-6 * a.abs().max()  # mostly 1e-6: rounding of scores, through their softmax
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return images_run
 

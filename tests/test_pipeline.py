@@ -118,8 +118,8 @@ def test_configuration():
     published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
     without = {"affinity_power": 0.0, "margin_temperature": 0.0, "frozen_norms": False}
     assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, **without)
-    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 2, 1.3)
-    assert CFCAMConfig.stable() == CFCAMConfig(25.0, *ours, "signed", "minmax", 2.0, 2.0, 3, 1.5)
+    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 1.5, 2.0, 2, 1.35, 0.5, True, 0.6)
+    assert CFCAMConfig.stable() == CFCAMConfig(25.0, *ours, "signed", "minmax", 1.5, 2.0, 3, 1.5)
     assert CFCAMConfig().averages
     for off in ({"affinity_power": 0}, {"affinity_steps": 0}):
         assert not CFCAMConfig(**off).averages

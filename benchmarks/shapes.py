@@ -514,7 +514,7 @@ def picture(subjects, path, n=2):
     from cfcam_gpu.images import overlay
 
     lines = [(name, index, side) for name in subjects for index in range(n) for side in (0, 1)]
-    methods = {name: method for name, method in METHODS.items() if name != MASK}
+    methods = {name: method for name, method in METHODS.items() if name not in (MASK, choice.RANDOM)}
     figure = Figure(figsize=(1.25 * (len(methods) + 1), 1.3 * len(lines)))
     axes = figure.subplots(len(lines), len(methods) + 1)
     for axis, title in zip(axes[0], ("", *methods)):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._C._dynamo import guards
 from torch.nn.modules import module as of_all_modules
 
 from cfcam_gpu.calls import is_of_call
@@ -31,10 +30,9 @@ def _dict_version():
 
     It is that of torch's compiler, which no interface promises; so whether it counts is looked at.
     """
-    count, probe = getattr(guards, "dict_version", None), nn.Module()
-    if count is None:
-        return None
+    probe = nn.Module()
     try:
+        count = torch._C._dynamo.guards.dict_version
         counted = [count(vars(probe)), count(probe._forward_hooks)]
         probe.training = False
         probe._forward_hooks[0] = None
@@ -42,7 +40,7 @@ def _dict_version():
         probe._forward_hooks.clear()
         vars(probe)["training"] = True
         counted += [count(vars(probe)), count(probe._forward_hooks)]
-    except Exception:  # of another signature, or of a Python whose dictionaries it does not know
+    except Exception:  # not there, of another signature, or of a Python whose dictionaries it does not know
         return None
     return count if len(set(counted)) == len(counted) else None
 

@@ -80,12 +80,33 @@ def device_path(monkeypatch, poisoned):
 
 
 @pytest.fixture
-def one_thread():
+def use_threads():
+    """``use_threads(n)``: torch's threads until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(use_threads):
     """For small inputs: threads that wait for a busy core would take many times longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    use_threads(1)
+
+
+@pytest.fixture
+def a_module(tmp_path, monkeypatch):
+    """``a_module(name, source)``: a module in the test's folder, which it can import, and in which it works."""
+    written = []
+
+    def write(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        written.append(name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

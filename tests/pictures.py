@@ -3,6 +3,8 @@
 import struct
 import zlib
 
+import numpy as np
+
 
 def network_source(names):
     """The code of a module whose ``build`` makes a network of four classes for pictures of any size."""
@@ -15,6 +17,17 @@ def build():
     layers = nn.Conv2d(3, 12, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)
     return nn.Sequential(*layers), Preprocess((64, 64)), {names!r}
 """
+
+
+def random_photographs(folder, n, rng):
+    """The folder, with so many random smooth pictures."""
+    from PIL import Image
+
+    folder.mkdir()
+    for index in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"p{index:02}.png")
+    return folder
 
 
 def bomb(side, bits=8, colour=0, rows=99):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
+
+from pictures import random_photographs
 
 from cfcam_gpu import CFCAM, datasets, memory_format
 from cfcam_gpu.datasets import running
@@ -44,22 +46,13 @@ def build():
 
 
 @pytest.fixture(autouse=True)
-def network(tmp_path, monkeypatch):
-    (tmp_path / "conv_net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    yield
-    sys.modules.pop("conv_net", None)
+def network(a_module):
+    a_module("conv_net", NETWORK)
 
 
 @pytest.fixture
 def photos(rng, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for index in range(N_PHOTOS):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"p{index}.png")
-    return folder
+    return random_photographs(tmp_path / "photos", N_PHOTOS, rng)
 
 
 def explained(photos, out, model, **how):

@@ -12,6 +12,8 @@ Image = pytest.importorskip("PIL.Image")
 for package in ("matplotlib", "tqdm"):
     pytest.importorskip(package)
 
+from pictures import random_photographs
+
 from cfcam_gpu import cli, datasets
 from cfcam_gpu.datasets import journal, running
 
@@ -71,38 +73,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:maps are zero everywhere")
 
 
 @pytest.fixture(autouse=True)
-def network(tmp_path, monkeypatch):
-    (tmp_path / "noting_net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    yield
-    sys.modules.pop("noting_net", None)
+def network(a_module):
+    a_module("noting_net", NETWORK)
 
 
 @pytest.fixture
 def photos(rng, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for index in range(N_PHOTOS):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-        coarse.resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"p{index:02}.png")
-    return folder
+    return random_photographs(tmp_path / "photos", N_PHOTOS, rng)
 
 
 @pytest.fixture(params=[2, 3, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def threads(request, use_threads):
+    use_threads(request.param)
+    return request.param
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(use_threads):
+    use_threads(2)
 
 
 def explained(photos, out, model="build", **how):

@@ -6,6 +6,7 @@ before Inductor, run node by node: what is noted of a network, where it is cut, 
 
 import copy
 import pickle
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -324,22 +325,28 @@ def looked_at(request, monkeypatch):
 
 
 @pytest.mark.parametrize("said", CHANGES)
-def test_a_changed_model_is_refused(no_inductor, looked_at, said):
+def test_a_change_is_seen(looked_at, said):
     model, some = NETWORKS["residual"](), images()
-    cam = CFCAM(model, compile=True)
-    expected = cam.maps(some)
+    watch = Watch(model)
     model.eval().requires_grad_(False)  # no change
     model.zero_grad()
     with torch.no_grad():
         model(some)
-        CFCAM(model).maps(some)
-        assert torch.equal(cam.maps(some), expected)
+        CFCAM(model, [model.head]).maps(some)
+        assert watch.change() is None
         CHANGES[said](model)
-    with (
-        pytest.raises(ValueError, match=f"model must be as it was when it was compiled, but .*{said}"),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", ".* is in training mode")
+    assert re.search(said, watch.change())
+
+
+@pytest.mark.parametrize("said", ["'fc' has been replaced", "'body' has a hook"])
+def test_a_changed_model_is_refused(no_inductor, said):
+    model, some = NETWORKS["residual"](), images()
+    cam = CFCAM(model, [model.head], compile=True)
+    expected = cam.maps(some)
+    model.eval().zero_grad()  # no change
+    assert torch.equal(cam.maps(some), expected)
+    CHANGES[said](model)
+    with pytest.raises(ValueError, match=f"model must be as it was when it was compiled, but .*{said}"):
         cam.maps(some)
 
 

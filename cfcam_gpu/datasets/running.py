@@ -413,7 +413,11 @@ class Explaining:
         self.options, self.loaded, self.earlier, self.fill = options, loaded, earlier, fill
         self.transfer = Transfer(options.where)
         self.cam: Any = None
+        self.knowing: Any = None
+        """One that has explained a batch, as ``cam`` or a copy of it: it knows where its guide is."""
         self.versus = False
+        self._is_new = False
+        """Whether the user has yet to be told where its guide is."""
         self.rows: int | None = None
         self.memory_format = torch.contiguous_format
 
@@ -422,13 +426,19 @@ class Explaining:
 
     def found_layers(self) -> dict[str, Any]:
         """The layers that are explained, once a batch has been."""
-        return {"layer": self.cam.target_names, "guide": getattr(self.cam, "guide_names", None)}
+        cam = self.knowing or self.cam
+        return {"layer": cam.target_names, "guide": getattr(cam, "guide_names", None)}
 
     def explained(self, batch: Batch, fail: Callable[[Picture, Exception], None]) -> Iterator[tuple[Any, Any, Any]]:
         """Parts of a batch: the pictures, their (classes, scores, maps), and the mark after which these may be read.
 
         Where the network fails on a picture, ``fail`` is called, and the others are explained.
         """
+        for part, found in self.begun(batch, fail):
+            yield from self.settled(part, found, fail)
+
+    def begun(self, batch: Batch, fail: Callable[[Picture, Exception], None]) -> Iterator[tuple[Batch, Any]]:
+        """What `attempted` gives of the parts of a batch, once a picture has shown what the network is."""
         while self.cam is None and batch.pictures:
             try:
                 self.prepare(batch.inputs[:1])
@@ -437,8 +447,7 @@ class Explaining:
             except Exception as error:  # of the user's network
                 fail(batch.pictures[0], error)
                 batch = batch.part(slice(1, None))
-        for part, found in self.attempted(batch.parts(self.rows)):
-            yield from self._settled(part, found, fail)
+        return self.attempted(batch.parts(self.rows))
 
     def attempted(self, parts: list[Batch]) -> Iterator[tuple[Batch, Any]]:
         """Each part with what `attempt` gives of it, in their order."""
@@ -454,22 +463,26 @@ class Explaining:
             which = torch.arange(rows).clamp(max=n - 1)
             inputs = part.inputs if rows == n else part.inputs[which.to(part.inputs.device)]
             targets = [part.pictures[image].source.target for image in which.tolist()]
-            return tuple(each[:n] for each in _explain_batch(self, cam, self.as_taken(inputs), targets))
+            found = tuple(each[:n] for each in _explain_batch(self, cam, self.as_taken(inputs), targets))
+            self.knowing = self.knowing or cam
+            return found
         except Exception as error:
             return error
 
-    def _settled(self, part, found, fail):
-        """What there is to yield of a part; where it has failed, of each of its pictures on its own."""
+    def settled(
+        self, part: Batch, found: Any, fail: Callable[[Picture, Exception], None]
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """What `explained` yields of a part; where it has failed, of each of its pictures on its own."""
         if not isinstance(found, Exception):
-            if self._is_new and self.cam.guide_names != self.cam.target_names:
-                self.note(f"guide layer: {self.cam.guide_names[0]}")
+            if self._is_new and self.knowing.guide_names != self.knowing.target_names:
+                self.note(f"guide layer: {self.knowing.guide_names[0]}")
             self._is_new = False
             yield part.pictures, found, self.transfer.mark()
         elif len(part.pictures) == 1:
             fail(part.pictures[0], found)
         else:
             for single in part.parts(1):
-                yield from self._settled(single, self.attempt(single), fail)
+                yield from self.settled(single, self.attempt(single), fail)
 
     def as_taken(self, inputs: torch.Tensor) -> torch.Tensor:
         """The images in the memory format in which the network takes them in least time."""
@@ -573,12 +586,12 @@ class _Run(Explaining):
         self.n_threads = torch.get_num_threads()
         self.started = time.perf_counter()
         self.n_ahead = options.batch_size + options.workers
-        self.pools = self.readers, self.explainers, self.writers, self.keeper = (
+        self.explainers = None
+        self.pools = self.readers, self.writers, self.keeper = [
             ThreadPoolExecutor(options.workers, "cfcam-read"),
-            ThreadPoolExecutor(options.batch_size, "cfcam-explain"),
             ThreadPoolExecutor(options.workers, "cfcam-write"),
             ThreadPoolExecutor(1, "cfcam-journal"),
-        )
+        ]
 
     def warn(self, message, category, filename, lineno, file=None, line=None):
         text = " ".join(str(message).split())
@@ -592,13 +605,19 @@ class _Run(Explaining):
             what = f"{len(done)} of {len(self.sources)} images are done"
             self.report.note(f"going on with the unfinished run in {self.options.out}: {what}")
         todo = ((index, source) for index, source in enumerate(self.sources) if index not in done)
+        begun = deque()
         try:
             read = reading.ahead(self.readers, self._read, todo, self.n_ahead)
             key = lambda picture: (picture.pixels.shape, picture.pixels.dtype, picture.source.target is None)
             for pictures in reading.grouped(self._that_were_read(read), key, size, BATCHES_WAITING * size):
                 inputs = torch.stack([picture.pixels for picture in pictures])
-                self.explain(Batch(pictures, self.transfer.to_device(inputs)))
+                begun.append(self.begin(Batch(pictures, self.transfer.to_device(inputs))))
+                # Where parts are explained side by side, the next batch's are there when the first thread is free.
+                while len(begun) > (self.rows is not None):
+                    self.end(*begun.popleft())
                 self._settle(BATCHES_WRITTEN)
+            for each in begun:
+                self.end(*each)
             self._settle(0)
             self.check()
         finally:
@@ -655,13 +674,13 @@ class _Run(Explaining):
     def prepare(self, image):
         super().prepare(image)
         self.writer.versus = self.versus
-        self._divide()
+        self._divide(image)
 
     def find_memory_format(self, image):
         # Of a batch or less the look would take longer than what it saves.
         return super().find_memory_format(image) if self.fill else self.memory_format
 
-    def _divide(self):
+    def _divide(self, image):
         """Have batches explained in parts, side by side, if that may be.
 
         On a CPU threads that compute parts of one operation wait for each other after each, and for those that read and
@@ -669,16 +688,21 @@ class _Run(Explaining):
         it computes. All have one size of picture: where the guide is depends on it.
         """
         n_parts = self._n_parts()
+        if n_parts == 1:
+            return
         try:
+            # The copies shall know where the guide is: a pass that looks for it holds more, here of one picture alone.
+            self.cam.maps(self.as_taken(image))
             # Notices are given once, by whomever.
             shared = {id(self.cam._notices): self.cam._notices}
             cams = [copy.deepcopy(self.cam, dict(shared)) for _ in range(n_parts - 1)]
         except Exception:  # of the user's network
             return
-        if not cams:
-            return
         for cam in (self.cam, *cams):
             self.free_cams.put(cam)
+        # No more threads than networks: each keeps the memory of its own passes.
+        self.explainers = ThreadPoolExecutor(n_parts, "cfcam-explain")
+        self.pools.append(self.explainers)
         self.rows = self.fill = -(-self.options.batch_size // n_parts)
         # Of this thread, and of those that torch has not seen yet.
         torch.set_num_threads(self.n_threads // n_parts)
@@ -694,13 +718,13 @@ class _Run(Explaining):
         return max(n for n in range(1, max(1, most) + 1) if self.n_threads % n == 0)
 
     def attempted(self, parts):
-        while parts and (self.rows is None or self._is_new):  # the first says which the guide is
-            yield from super().attempted(parts[:1])
-            parts = parts[1:]
-        yield from zip(parts, self.explainers.map(self.attempt, parts))
+        if self.rows is None:
+            return super().attempted(parts)
+        futures = [self.explainers.submit(self.attempt, part) for part in parts]
+        return ((part, future.result()) for part, future in zip(parts, futures))
 
     def attempt(self, part):
-        if self.rows is None or self._is_new:  # nobody else is at work
+        if self.rows is None:
             return super().attempt(part)
         cam = self.free_cams.get()
         try:
@@ -708,16 +732,22 @@ class _Run(Explaining):
         finally:
             self.free_cams.put(cam)
 
-    def explain(self, batch):
-        """Explain a batch and have it written; where one image fails, the others."""
-        failed, explained = [], []
+    def begin(self, batch):
+        """Have a batch explained, at once where threads do it, else by `end`, which takes what is returned."""
+        failed = []
 
         def fail(picture, error):
             failed.append(self._lose(_failed(picture, f"{picture.source.label}: {reason_of(error)}"), error))
 
-        for part in self.explained(batch, fail):
-            explained.append(part)
-            self.n_computed += len(part[0])
+        return self.begun(batch, fail), fail, failed
+
+    def end(self, begun, fail, failed):
+        """Have a batch written that was begun; where one image fails, the others."""
+        explained = []
+        for part, found in begun:
+            for each in self.settled(part, found, fail):
+                explained.append(each)
+                self.n_computed += len(each[0])
         if explained:
             self.journal_found()
         self._hand_over(explained, failed)

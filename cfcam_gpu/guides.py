@@ -90,6 +90,7 @@ class Guides:
         self._copies = copies
         self._copied: set[nn.Module] = set()
         self._holds_all = copies
+        self._undecided: set[int] = set()  # of one cell so far: images of another size may have a guide
 
     def names(self, target_names: Sequence[str]) -> list[str] | None:
         """Per target layer the guide's name, its own where it guides itself; None before they have been found."""
@@ -109,7 +110,9 @@ class GuidesOfPass:
     def __init__(self, guides: Guides) -> None:
         self._known = guides
         # As it is known now: another thread's pass may find, or lose, a guide meanwhile.
-        self._found, self._readings = list(guides._found), list(guides._readings)
+        self._undecided = frozenset(guides._undecided)
+        self._found = [AUTO if index in self._undecided else found for index, found in enumerate(guides._found)]
+        self._readings = list(guides._readings)
         self._runs: Counter[nn.Module] = Counter()
         self._latest: dict[nn.Module, _Kept] = {}
         self._seen: dict[tuple, list[_Candidate]] = {}  # the latest two of every size and depth
@@ -143,7 +146,8 @@ class GuidesOfPass:
     def held(self) -> "Held":
         """What the guides returned, of a pass in which every target layer has run."""
         kept = [self._guides.get(index) for index in range(len(self._found))]
-        return Held(self._found, self._readings, [each and each.tensor for each in kept])
+        found = [None if index in self._undecided else each for index, each in enumerate(self._found)]
+        return Held(found, self._readings, [each and each.tensor for each in kept])
 
     def hold(self, held: "Held") -> None:
         """Instead of hooks: the guides of another pass, with what they returned in this one."""
@@ -215,6 +219,13 @@ class GuidesOfPass:
             ValueError: a guide that was asked for did not run before the target layer, or gives no such map.
         """
         found, sides = self._found[index], tuple(activations.shape[2:])
+        if prod(sides) == 1 and self._known._asked[index] == AUTO:
+            # Whatever else the object has seen: one cell has no finer grid, and says nothing about other images.
+            if found == AUTO:
+                self._known._found[index] = None
+                self._known._undecided.add(index)
+            return None
+        self._known._undecided.discard(index)
         if found == AUTO:
             found = self._choose(index, len(activations), sides)
             self._found[index], self._known._readings[index] = found, self._readings[index]
@@ -292,7 +303,7 @@ def _fits(grid, sides):
     """
     least, most = FINER
     *depths, rows, columns = zip(grid, sides) if len(sides) > 1 else ((1, 1), (grid[0], sides[0]), (grid[0], sides[0]))
-    if any(not side <= cells <= most * side for cells, side in depths) or prod(sides) == 1:  # nothing to make finer
+    if any(not side <= cells <= most * side for cells, side in depths):
         return False
     # A side of 2 n - 1 cells too is halved to n.
     is_finer = all(least * (side - 1) < cells <= most * side for cells, side in (rows, columns))

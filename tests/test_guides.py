@@ -161,6 +161,21 @@ def test_a_guide_that_does_not_fit_other_inputs_is_found_again(seed):
     assert hooks_on(model) == 0
 
 
+def test_one_cell_says_nothing_of_other_images(seed):
+    """What guides an image does not depend on the images that came before it."""
+    model = initialised(Stages(*(conv(3 if not n else 4, 4, 2) for n in range(4))))
+    small, large = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 64, 64)
+    expected = outputs_of(model, model.stages[2], large)[0]
+    for order in ((small, large, small), (large, small, large)):
+        capture = HeadCapture(model, [model.stages[3]], guide_layer="auto")
+        for images in order:
+            (guide,) = capture(images).guides
+            if images is small:
+                assert guide is None
+            else:
+                assert torch.equal(guide, expected) and capture.guide_names == ["stages.2"]
+
+
 def test_a_guide_that_was_not_held(seed, monkeypatch):
     """The pass is repeated for it, once in the object's life, with the same result."""
     model = initialised(Stages(conv(3, 4), conv(4, 8), conv(8, 8, 2), conv(8, 8, 2), conv(8, 8, 2)))

@@ -1,24 +1,40 @@
-"""Whether a model is as it was: its modules, weights, buffers, plain attributes, mode and hooks.
+"""Whether a model is as it was: its modules, weights, buffers, plain attributes and containers of such, mode and hooks.
 
 A compiled program holds a copy of the weights, so a change of the model would go unseen. `Watch` looks at every call,
 without reading a value: at identities, torch's version counters and addresses. A write that torch does not count is not
 seen: ``weight.data.mul_(2)``, or one through NumPy.
 """
 
+import copy
+from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from itertools import chain
-from operator import attrgetter, is_
-from types import BuiltinFunctionType, FunctionType
+from operator import attrgetter, eq, is_
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as of_all_modules
 
 from cfcam_gpu.calls import is_of_call
 
-PLAIN = (type(None), bool, int, float, str, tuple, FunctionType, BuiltinFunctionType, type)
+CONSTANT = (
+    *(type(None), bool, int, float, complex, str, bytes, Enum, np.generic, torch.dtype, torch.device),
+    *(torch.memory_format, FunctionType, BuiltinFunctionType, type),
+)
+
+PLAIN = (*CONSTANT, tuple, np.ndarray)
 """Attributes of modules that are constants in a program."""
+
+CONTAINERS = (list, dict, set, tuple, SimpleNamespace, Namespace)
+"""And dataclasses: attributes in which constants may change. An adapter's scale lies in a dictionary."""
+
+OF_TORCH = frozenset(vars(nn.Module()))
+"""Attributes of every module, which are looked at by themselves."""
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -59,6 +75,14 @@ class _Attribute(NamedTuple):
 
     def __str__(self):
         return f"{self.name} of {self.of}"
+
+
+class _Container(NamedTuple):
+    owner: dict[str, Any]
+    name: str
+    value: Any
+    contents: Any
+    of: str
 
 
 class Watch:
@@ -102,6 +126,19 @@ class Watch:
             for name, value in vars(module).items()
             if isinstance(value, PLAIN) or id(value) in others
         ]
+        containers = [
+            _Container(vars(module), name, value, _contents(value, others), of)
+            for module, of in self._modules.items()
+            for name, value in vars(module).items()
+            if name not in OF_TORCH and _is_container(value)
+        ]
+        self._containers = [each for each in containers if not isinstance(each.value, tuple) or _may_change(each.value)]
+        values = {id(each.value): each for each in self._containers}.values()
+        # Those of constants alone are compared in C.
+        self._flat = [each.value for each in values if _is_flat(each.value)]
+        self._flat_before = list(map(copy.copy, self._flat))
+        self._nested = [each for each in values if not _is_flat(each.value)]
+        self._constants = others
         self._held_before, self._owners_before = list(map(dict, self._held)), list(map(dict, self._owners))
         # One element may be equal, and yet another tensor.
         single = [
@@ -118,6 +155,7 @@ class Watch:
             self._are_where_they_were()
             and list(map(version, self._tensors)) == self._versions
             and not any(self._hooks)
+            and self._have_their_contents()
             and self._is_equal()
         ):
             return None
@@ -127,6 +165,11 @@ class Watch:
         if equal_addresses is None:
             return list(map(address, self._tensors)) == self._addresses
         return equal_addresses(self._tensors, self._addresses, self._indices)
+
+    def _have_their_contents(self):
+        return all(map(eq, self._flat, self._flat_before)) and all(
+            _contents(each.value, self._constants) == each.contents for each in self._nested
+        )
 
     def _is_equal(self):
         """Whether all that the modules hold is what it was, or equal.
@@ -164,6 +207,9 @@ class Watch:
             now = attribute.owner.get(attribute.name)
             if now is not attribute.value and not _equal(now, attribute.value):
                 return f"{attribute} is {_shown(now)}, and was {_shown(attribute.value)}"
+        for container in self._containers:
+            if _contents(container.owner.get(container.name), self._constants) != container.contents:
+                return f"{container.name} of {container.of} has other contents"
         parts = set(map(id, _parts(self._held)))
         for part in self._parts:
             if id(part) not in parts:
@@ -193,6 +239,48 @@ class Watch:
         if isinstance(part, nn.Module):
             return self._modules.get(part, _type(part))
         return self._names.get(id(part), "a tensor that it uses")
+
+
+def _is_container(value):
+    return isinstance(value, CONTAINERS) or (is_dataclass(value) and not isinstance(value, type))
+
+
+def _values(container):
+    """Of a container what it holds, by their places."""
+    if isinstance(container, dict):
+        return container
+    if isinstance(container, (list, tuple)):
+        return dict(enumerate(container))
+    if isinstance(container, set):
+        return dict.fromkeys(container)
+    if is_dataclass(container):
+        return {each.name: getattr(container, each.name, None) for each in fields(container)}
+    return vars(container)
+
+
+def _is_flat(container):
+    return isinstance(container, (list, dict, set)) and all(
+        isinstance(value, CONSTANT) for value in _values(container).values()
+    )
+
+
+def _may_change(value):
+    """Whether there is something in the value that may change while it is the same object."""
+    if not _is_container(value):
+        return False
+    return not isinstance(value, tuple) or any(map(_may_change, value))
+
+
+def _contents(value, constants, within=()):
+    """What is compared of a value: its constants, which of a program's tensors it holds, and the types of the rest."""
+    if isinstance(value, CONSTANT):
+        return value
+    if id(value) in constants or isinstance(value, np.ndarray):
+        return "the object", id(value)
+    if not _is_container(value) or id(value) in within:
+        return type(value)
+    within = (*within, id(value))
+    return type(value), {key: _contents(each, constants, within) for key, each in _values(value).items()}
 
 
 def _parts(held):

@@ -9,8 +9,10 @@ import pickle
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from networks import vit
@@ -542,6 +544,52 @@ def test_a_watch_of_what_is_equal_and_may_change_on_its_own():
     assert watch.change() == "sizes of Sequential is ([1, 2],), and was ([1],)"
     model.sizes[0].pop()
     assert watch.change() is None
+
+
+@dataclass
+class Settings:
+    scale: float = 1.0
+
+
+WITHIN = {
+    "factors": lambda module: module.factors.update(adapter=2.0),
+    "sides": lambda module: module.sides.append(3),
+    "names": lambda module: module.names.add("other"),
+    "nested": lambda module: module.nested["inner"].append(1),
+    "pair": lambda module: module.pair[1].clear(),
+    "space": lambda module: setattr(module.space, "scale", 2.0),
+    "settings": lambda module: setattr(module.settings, "scale", 2.0),
+    "held": lambda module: module.held.__setitem__(0, torch.ones(2)),
+    "kind": lambda module: setattr(module, "kind", torch.float64),
+    "array": lambda module: setattr(module, "array", np.zeros(2)),
+    "replaced": lambda module: setattr(module, "replaced", [2]),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_a_watch_of_what_containers_hold(looked_at, name):
+    """Adapters keep their scales in dictionaries, and configurations are objects."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    vars(model[0]).update(
+        factors={"adapter": 1.0},
+        sides=[1, 2],
+        names={"one"},
+        nested={"inner": [0], "cache": torch.ones(2)},
+        pair=(1, [2]),
+        space=SimpleNamespace(scale=1.0),
+        settings=Settings(),
+        held=[torch.ones(2)],
+        kind=torch.float32,
+        array=np.ones(2),
+        replaced=[1],
+    )
+    watch = Watch(model, [model[0].held[0]])
+    model[0].sides = [1, 2]  # equal
+    model[0].nested["cache"] = torch.zeros(2)  # which no program has read
+    model[0].settings = Settings()
+    assert watch.change() is None and watch.change() is None
+    WITHIN[name](model[0])
+    assert f"{name} of '0'" in watch.change()
 
 
 def test_command_line(no_inductor, run, tmp_path):

@@ -696,6 +696,7 @@ def test_an_earlier_run_had_the_same_weights_and_size(run, photos, monkeypatch):
     for change, message in (
         (("manual_seed(0)", "manual_seed(1)"), "had a model with other weights"),
         (("(64, 64)", "(72, 72)"), "had size 64,64, this one has 72,72"),
+        (("(64, 64)", "(64, 64), squash=True"), "had another preprocess"),
     ):
         sys.modules.pop("small_net")
         __import__("importlib").invalidate_caches()
@@ -712,6 +713,21 @@ def test_the_fingerprint_of_weights():
     with torch.no_grad():
         model[0].weight[1, 2] += 1e-6
     assert running.fingerprint(model) != first
+    for layer in (model[0], model[2]):  # classes in another order are another model
+        before = running.fingerprint(model)
+        layer.load_state_dict({name: tensor.flip(0) for name, tensor in layer.state_dict().items()})
+        assert running.fingerprint(model) != before
+
+
+def test_the_fingerprint_of_a_preprocess():
+    def of(preprocess, n_axes=2):
+        loaded = models.LoadedModel(nn.Identity(), preprocess, None, n_axes=n_axes)
+        return running.fingerprint_of_preprocess(loaded)
+
+    plain = of(models.Preprocess((64, 64)))
+    assert plain == of(models.Preprocess((64, 64))) != of(models.Preprocess((64, 64), std=(0.5,) * 3))
+    assert of(lambda image: torch.rand(3, 8, 8)) is None and of(lambda image: 1 / 0) is None
+    assert of(lambda volume: volume[:, :4], 3) != of(lambda volume: volume[:, 4:], 3)
 
 
 def test_two_runs_at_once(run, photos, tmp_path):

@@ -218,6 +218,7 @@ SAID = {
     "inputs": "other images, or in another order",
     "weights": "a model with other weights",
     "class_names": "other class names",
+    "preprocess": "another preprocess",
 }
 """Parameters of which a hash is kept."""
 

@@ -18,9 +18,10 @@ from cfcam_gpu.capture import HeadCapture, _device, _Pass, _Tap
 from cfcam_gpu.compiled_pipeline import PipelinePrograms
 from cfcam_gpu.frozen_norms import graph_nodes
 from cfcam_gpu.guides import AUTO, Held
+from cfcam_gpu.head import ValuesTaken
 from cfcam_gpu.inputs import Inputs
 from cfcam_gpu.outputs import all_tensors, find_logits, map_tensors
-from cfcam_gpu.programs import NotCompiled, Program, Traced
+from cfcam_gpu.programs import NotCompiled, Program, Traced, compare
 from cfcam_gpu.targets import chosen_classes
 from cfcam_gpu.unchanged import Watch
 
@@ -217,17 +218,22 @@ class CompiledCapture(HeadCapture):
 
     def _build(self, inputs, outputs):
         found: list[tuple] = []
+        reasons: list[str] = []
         device = self._where(inputs.images)
 
         def run(tensors, cotangents):
             compiled = self._compiled or is_compiled(self._modules)
-            with eager_without_grad(fused=self._fused, compiled=compiled):
+            with eager_without_grad(fused=self._fused, compiled=compiled), ValuesTaken(self.model, reasons.append):
                 traced, *rest = _TracedPass(self).traced(_with_tensors(inputs, tensors), cotangents)
+            if reasons:
+                raise NotCompiled(reasons[0])
             found[:] = rest
             return traced
 
-        logits = _index_of_logits(outputs, inputs.images.shape[0])
-        program = Program(run, _on(device, inputs), all_tensors(outputs), logits, self.margin_temperature)
+        logits, tensors = _index_of_logits(outputs, inputs.images.shape[0]), _on(device, inputs)
+        program = Program(run, tensors, all_tensors(outputs), logits, self.margin_temperature)
+        # Of another pass, which shows chance that torch does not know of.
+        compare("outputs", program.forward(tensors)[0], all_tensors(outputs))
         return Built(program, *found, PipelinePrograms())
 
     def _backward_of_several(self, root, edges, cotangents):

@@ -9,11 +9,13 @@ bit, or it is not used.
 
 import logging
 from collections import Counter
-from itertools import count
+from collections.abc import Callable
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -402,7 +404,12 @@ class _Recording(_Observation, TorchDispatchMode):
 
     def run(self, model, args, kwargs):
         map_tensors(self._known, (args, kwargs))
-        super().run(model, args, kwargs)
+        with ValuesTaken(model, self._are_taken):
+            super().run(model, args, kwargs)
+
+    def _are_taken(self, reason):
+        if self.leaf is not None and self.reason is None:
+            self.reason = reason
 
     def _modules(self, model):
         return list(model.modules())
@@ -427,6 +434,25 @@ class _Recording(_Observation, TorchDispatchMode):
             self.reason = why_not_replayed(function, args, kwargs)
             self.steps.append((function, leaves, spec, all_tensors(result)))
         return result
+
+
+HANDS_OUT = {getattr(torch.Tensor, name): name for name in ("numpy", "tolist", "__array__", "__dlpack__")}
+
+
+class ValuesTaken(TorchFunctionMode):
+    """Calls ``tell`` with the reason where a model's own code takes values out of a tensor: what it makes of them torch's
+    dispatcher does not see, so that a replay would have them as constants. Of the model's weights and buffers they are.
+    """
+
+    def __init__(self, model: nn.Module, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+        self._tell = tell
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in HANDS_OUT and id(args[0]) not in self._own:
+            self._tell(f"its code takes values out of a tensor, by {HANDS_OUT[function]}")
+        return function(*args, **(kwargs or {}))
 
 
 def why_not_replayed(function: Any, args: Any, kwargs: Any) -> str | None:

@@ -6,6 +6,7 @@ before Inductor, run node by node: what is noted of a network, where it is cut, 
 
 import copy
 import pickle
+import random
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -416,6 +417,9 @@ def keeps(model, images):
 
 ODD = {
     "depends on the values|value out of": lambda model, images: images if images.max() > 0 else -images,
+    "takes values out of a tensor, by numpy": lambda model, images: images * float(images.numpy().std()),
+    "takes values out of a tensor, by tolist": lambda model, images: images * images.std().tolist(),
+    "takes values out of a tensor, by __array__": lambda model, images: images * np.asarray(images).std(),
     "aten.nonzero": lambda model, images: images + images.mean((1, 2, 3)).nonzero().sum(),
     "aten.index": lambda model, images: images + images[images > 0].mean(),
     "is random": lambda model, images: images + 1e-9 * torch.randn_like(images),
@@ -432,6 +436,21 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_why(no_inductor, said):
         found = cam.maps(some)
     torch.testing.assert_close(found, CFCAM(model, [model[1]]).maps(some), atol=1e-4, rtol=0)
     cam.maps(some)  # once is enough
+
+
+def test_chance_that_torch_does_not_know_of(no_inductor):
+    model = Odd(lambda model, images: images * random.random()).eval()
+    with pytest.warns(UserWarning, match="Odd runs uncompiled: the program's outputs differ from the network's"):
+        CFCAM(model, [model[1]], compile=True).maps(images())
+
+
+def test_values_of_the_models_own_are_constants(no_inductor):
+    model, some = Odd(lambda model, images: images * (1 + model.seen.tolist()[0])).eval(), images()
+    cam = CFCAM(model, [model[1]], compile=True)
+    torch.testing.assert_close(cam.maps(some), CFCAM(model, [model[1]]).maps(some), atol=1e-4, rtol=0)
+    model.seen += 1
+    with pytest.raises(ValueError, match="'seen' has been changed in place"):
+        cam.maps(some)
 
 
 def test_a_program_that_computes_something_else_is_found_out(monkeypatch):

@@ -246,6 +246,10 @@ class Branches(nn.Module):
         y = y.mean((2, 3))
         if self.how == "values":
             y = y * y.sum().item()
+        elif self.how == "array":
+            y = y * torch.from_numpy(y.detach().numpy().max(1, keepdims=True))
+        elif self.how == "list":
+            y = y * y.amax(1, keepdim=True).tolist()[0][0]
         elif self.how == "masks":
             y = y + y[y > 0].sum()
         elif self.how == "random":
@@ -263,6 +267,8 @@ class Branches(nn.Module):
 
 REASONS = {
     "values": "depends on the values",
+    "array": "takes values out of a tensor, by numpy",
+    "list": "takes values out of a tensor, by tolist",
     "masks": "depends on the values",
     "random": "is random",
     "training": "statistics of the batch",

@@ -21,8 +21,8 @@ Node = Any
 
 DIVISION, INVERSE, POWER = "DivBackward0", "ReciprocalBackward0", "PowBackward0"
 
-STATISTICS = ("LinalgVectorNormBackward0", "NormBackward1", "SqrtBackward0", "StdBackward0")
-"""What code of a model's own divides by to normalise."""
+STATISTICS = ("LinalgVectorNormBackward0", "NormBackward1", "SqrtBackward0", "StdBackward0", "StdMeanBackward0")
+"""What code of a model's own divides by to normalise. Of ``std_mean`` it is the first of the two."""
 
 SHAPING = (
     *("ExpandBackward0", "ClampBackward0", "ClampBackward1", "ClampMinBackward0", "AddBackward0", "AddBackward1"),
@@ -72,17 +72,19 @@ def _rule(node) -> Callable | None:
     name = node.name()
     if name in RULES:
         return RULES[name](node)
-    if name == DIVISION and _is_statistic(node.next_functions[1][0]):
+    if name == DIVISION and _is_statistic(*node.next_functions[1]):
         return _only_of_numerator
-    if name == INVERSE and _is_statistic(node.next_functions[0][0]):
+    if name == INVERSE and _is_statistic(*node.next_functions[0]):
         return _nothing
     return None
 
 
-def _is_statistic(node):
+def _is_statistic(node, number):
     while node is not None and node.name() in SHAPING:
-        node = node.next_functions[0][0]
-    return node is not None and (node.name() in STATISTICS or (node.name() == POWER and node._saved_exponent == 0.5))
+        node, number = node.next_functions[0]
+    if node is None or number:
+        return False
+    return node.name() in STATISTICS or (node.name() == POWER and node._saved_exponent == 0.5)
 
 
 def _nothing(*_):

@@ -105,6 +105,11 @@ NORMS = {
     "divided by a power": (lambda x: x / x.pow(2).sum(1, keepdim=True).pow(0.5), unit, 0, True),
     "times a power": (lambda x: x * (x.square().mean(-1, keepdim=True) + EPS) ** -0.5, rms, 0, True),
     "times an inverse": (lambda x: x * (1 / x.norm(dim=1, keepdim=True).clamp_min(EPS)), unit, 0, True),
+    "divided by the deviation of two": (
+        lambda x: x / (torch.std_mean(x, 1, keepdim=True)[0] + EPS),
+        lambda x: x / (x.std(1, keepdim=True) + EPS).detach(),
+        *(0, True),
+    ),
     "divided by a deviation": (
         lambda x: x / (x.std(1, keepdim=True) + EPS),
         lambda x: x / (x.std(1, keepdim=True) + EPS).detach(),
@@ -144,7 +149,7 @@ def test_what_is_no_normalisation_stays():
 
         def forward(self, images):
             features = self.batch(self.conv(images)).exp()
-            share = features / features.sum(1, keepdim=True)
+            share = features / features.sum(1, keepdim=True) + features / torch.std_mean(features, 1, keepdim=True)[1]
             return (share * features.sqrt()).mean((2, 3)) / 8**0.5 + features.norm(dim=(2, 3))
 
     torch.manual_seed(0)

@@ -837,6 +837,26 @@ def test_a_stream_is_the_calls_one_after_the_other(cam):
     ] == [5, 5]
 
 
+def test_a_stream_of_a_loader_that_fills_the_same_memory_again(cam):
+    pictures, labels = torch.rand(6, 3, 32, 32), torch.tensor([0, 3, 2, 1, 0, 3])
+    buffers = torch.empty(1, 3, 32, 32), torch.empty(1, dtype=torch.long)
+
+    def loader():
+        for index in range(len(pictures)):
+            for buffer, values in zip(buffers, (pictures, labels)):
+                buffer.copy_(values[index : index + 1])
+            yield buffers
+
+    stream = cam.stream(loader())
+    found = []
+    for each in stream:
+        time.sleep(0.02)  # the next ones are there before this one is explained
+        found.append(each)
+    assert torch.equal(torch.cat([each.targets for each in found]), labels)
+    for each, image, label in zip(found, pictures.split(1), labels.split(1)):
+        assert torch.equal(each.maps, cam.maps(image, label))
+
+
 def test_a_stream_of_named_inputs(cam):
     pictures, scale = torch.rand(2, 3, 32, 32), torch.tensor([1.0, 2.0])
     named = CFCAM(Named(cam.model), [cam.model[1]])

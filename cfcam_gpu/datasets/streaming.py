@@ -40,10 +40,13 @@ def stream(
 
     def prepared(batch):
         inputs, targets = parts_of(batch, cam.model)
-        # Pinned in the loader's thread: it takes as long as a copy.
-        pin = device.type == "cuda"
-        inputs = map_tensors(lambda tensor: tensor.pin_memory() if pin and not tensor.is_cuda else tensor, inputs)
+        # In the loader's thread, and of its own memory: a loader may fill the same again for the next batch.
+        inputs, targets = map_tensors(own, (inputs, targets))
         return batch, inputs, targets if use_targets and top is None else None
+
+    def own(tensor):
+        pin = device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned())
+        return tensor.pin_memory() if pin else tensor.clone()
 
     for batch, inputs, targets in prefetched(map(prepared, loader), prefetch):
         found = cam.explain(map_tensors(transfer.to_device, inputs), targets, top)

@@ -310,8 +310,9 @@ def _explain(cam, images, classes, n_classes):
     passed = cam._run(check_inputs(images), OwnRule(rule), None, stacklevel=0)
     if images.device.type == "cpu":  # elsewhere the host would wait in the middle, as in `CFCAM`
         captured = (*passed.capture.activations, *passed.capture.gradients)
-        n_others = sum((~each.isfinite()).sum() for each in captured)
-        _require_none(n_others, "activations and gradients must be finite")
+        # Logits of minus infinity are of classes that the model has ruled out.
+        n_others = sum((~each.isfinite()).sum() for each in captured) + (~(seen["logits"] < torch.inf)).sum()
+        _require_none(n_others, "logits, activations and gradients must be finite")
     return seen["logits"], cam._result(passed)[0], seen["classes"]
 
 

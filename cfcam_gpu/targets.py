@@ -45,7 +45,7 @@ def check_targets(targets, batch, several=False):
     if targets is None or isinstance(targets, OwnRule):
         return targets
     expected = f"({batch},) or ({batch}, K)" if several else f"({batch},)"
-    if isinstance(targets, np.ndarray) and targets.ndim > 1:
+    if isinstance(targets, np.ndarray) and targets.ndim != 1:
         if targets.dtype.kind not in "iu":
             raise TypeError(f"targets must be an integer array, got {targets.dtype}")
         targets = torch.from_numpy(targets.astype(np.int64))
@@ -56,6 +56,7 @@ def check_targets(targets, batch, several=False):
             raise ValueError(f"targets must have shape {expected}, got {tuple(targets.shape)}")
         if targets.ndim == 2 and not targets.shape[1]:
             raise ValueError(f"targets must hold at least one target per image, got shape {tuple(targets.shape)}")
+        _refuse_flags(targets)
         return targets.to(torch.int64, copy=True)  # a copy: autograd refuses a tensor made in inference mode
     if not isinstance(targets, (list, tuple, np.ndarray)):
         hint = "; for one image write [target]" if isinstance(targets, (Integral, Callable)) else ""
@@ -73,6 +74,17 @@ def check_targets(targets, batch, several=False):
     return torch.tensor(_indices(targets, "targets"))
 
 
+def _refuse_flags(targets):
+    """Refuse indices (B, K), K > 2, on the host that are zeros and ones: an image would be explained twice over."""
+    if targets.ndim < 2 or targets.device.type != "cpu" or targets.shape[1] < 3:
+        return
+    if ((targets == 0) | (targets == 1)).all() and (targets == 1).any():
+        raise ValueError(
+            f"targets must be class indices, got zeros and ones {tuple(targets.shape)}, as of labels that say of each"
+            " class whether it is there"
+        )
+
+
 def _check_several(targets):
     """K targets of each of B images, in B lists, as indices (B, K) or a tuple of B tuples of K callables."""
     for image, of_image in enumerate(targets):
@@ -87,7 +99,9 @@ def _check_several(targets):
         raise ValueError("targets must hold at least one target per image, got empty lists")
     if all(callable(target) for of_image in targets for target in of_image):
         return tuple(map(tuple, targets))
-    return torch.tensor([_indices(of_image, f"targets[{image}]") for image, of_image in enumerate(targets)])
+    found = torch.tensor([_indices(of_image, f"targets[{image}]") for image, of_image in enumerate(targets)])
+    _refuse_flags(found)
+    return found
 
 
 def _indices(targets, name):
@@ -123,12 +137,26 @@ def classes_on(device, classes, n_classes):
     return classes.to(device, non_blocking=True)
 
 
+def check_logits(logits):
+    """Refuse NaN and infinity among logits (B, n) on a CPU; minus infinity is of a class that the model has ruled out.
+
+    Their gradient may be finite all the same, and make a map of a class that means nothing.
+    """
+    if logits.device.type == "cpu" and not (is_number := logits < torch.inf).all():
+        image = (~is_number.all(1)).nonzero()[0].item()
+        raise ValueError(f"the model's logits must be finite, got NaN or infinity for image {image}")
+
+
 def chosen_classes(logits, targets, top=None):
     """The class indices that are explained, int64 (B,) or (B, K) on the device of the logits (B, n), without a graph.
 
     Args:
         targets: int64 indices, or None; top: as for `scores`.
+
+    Raises:
+        ValueError: as `check_logits`; a class is out of range, or there are more than the model has.
     """
+    check_logits(logits)
     if top is not None:
         if top > logits.shape[1]:
             raise ValueError(f"top must be at most the model's {logits.shape[1]} classes, got {top}")
@@ -237,7 +265,8 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     confused with; T is ``temperature`` standard deviations of the other classes' logits and counts as a constant. So
     the gradient is 1 at c and -softmax_{k != c}(z / T) elsewhere: the same when the logits are scaled or shifted, and
     uniform over the other classes where their logits are equal. The class itself has no part in the deviation: of few
-    classes, one that stands out would flatten the softmax over the others.
+    classes, one that stands out would flatten the softmax over the others. Nor have classes of minus infinity, which a
+    model has ruled out: it is the margin of the classes that are left.
 
     Args:
         logits: (B, n), n > 1, floating point.
@@ -249,14 +278,15 @@ def margin_cotangent(logits: torch.Tensor, classes: torch.Tensor, temperature: f
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = classes[:, None]
+    others = z.scatter(1, chosen, -torch.inf)
+    counts = others > -torch.inf
+    n_others = counts.sum(1, keepdim=True).clamp_min(1)
     # Counted from the largest of the others: equal logits are exactly 0 then, and the softmax uniform.
-    z = z - z.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
-    z = z.scatter(1, chosen, 0)
-    n_others = z.shape[1] - 1
-    deviations = (z - z.sum(1, keepdim=True) / n_others).scatter(1, chosen, 0)
+    z = torch.where(counts, z - others.amax(1, keepdim=True), 0)
+    deviations = torch.where(counts, z - z.sum(1, keepdim=True) / n_others, 0)
     scale = temperature * (deviations.square().sum(1, keepdim=True) / n_others).sqrt()
     z = torch.where(scale > 0, z / torch.where(scale > 0, scale, 1), 0)
-    others = z.scatter(1, chosen, -torch.inf).softmax(1)
+    others = torch.where(counts, torch.where(counts, z, -torch.inf).softmax(1), 0)  # of none the softmax is NaN
     return (-others).scatter(1, chosen, 1.0).to(logits.dtype)
 
 

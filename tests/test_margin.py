@@ -5,6 +5,7 @@ import torch
 from captured import margins
 from compare import assert_close
 
+from cfcam_gpu import CFCAM
 from cfcam_gpu.capture import HeadCapture
 from cfcam_gpu.targets import margin_cotangent
 
@@ -29,6 +30,30 @@ def test_shifted_and_scaled_logits(seed):
 def test_equal_logits(value):
     found = margin_cotangent(torch.full((1, 5), value), torch.tensor([2]), 1.5)
     assert_close(found, torch.tensor([[-0.25, -0.25, 1, -0.25, -0.25]]))
+
+
+def test_classes_that_are_ruled_out(seed):
+    """A model that has a logit of minus infinity for some classes has the margin of the others."""
+    logits = torch.randn(3, 12, dtype=torch.float64)
+    masked, left = logits.clone(), [1, 2, 5, 7, 8]
+    masked[:, [index for index in range(12) if index not in left]] = -torch.inf
+    found = margin_cotangent(masked, torch.tensor([5, 1, 8]), 1.35)
+    assert_close(found[:, left], margin_cotangent(logits[:, left], torch.tensor([2, 0, 4]), 1.35), torch.float64)
+    assert found.count_nonzero() == 3 * len(left)
+    alone = torch.full((1, 4), -torch.inf).index_fill(1, torch.tensor([2]), 1.0)
+    assert torch.equal(margin_cotangent(alone, torch.tensor([2]), 1.35), torch.tensor([[0.0, 0, 1, 0]]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("targets", [None, [0, 1], [[0, 2], [1, 2]]])
+def test_logits_that_are_no_numbers(value, targets):
+    class Broken(torch.nn.Sequential):
+        def forward(self, images):
+            return super().forward(images) + torch.tensor([[0.0, 0, 0], [0, 0, value]])
+
+    model = Broken(torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    with pytest.raises(ValueError, match="the model's logits must be finite, got NaN or infinity for image 1"):
+        CFCAM(model, [model[0]]).maps(torch.randn(2, 3, 8, 8), targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

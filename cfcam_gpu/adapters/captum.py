@@ -28,7 +28,7 @@ from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.frozen_norms import frozen_norms
 from cfcam_gpu.guides import AUTO
-from cfcam_gpu.targets import margin_cotangent
+from cfcam_gpu.targets import check_logits, margin_cotangent
 from cfcam_gpu.weights import weighted
 
 try:
@@ -366,6 +366,7 @@ def _score(outputs, target, margin_temperature, frozen, norms):
     if frozen and isinstance(outputs, torch.Tensor):
         norms.enter_context(frozen_norms([outputs]))
     if margin_temperature > 0 and target is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+        check_logits(outputs.detach())
         indices = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
         cotangent = margin_cotangent(outputs.detach(), _select_targets(indices, target), margin_temperature)
         return (outputs * cotangent).sum(1)

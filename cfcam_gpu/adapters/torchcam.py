@@ -50,7 +50,7 @@ from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.frozen_norms import frozen_norms
 from cfcam_gpu.perturbed import block_size
 from cfcam_gpu.random_states import random_state, restore_random_state, same_state
-from cfcam_gpu.targets import margin_cotangent
+from cfcam_gpu.targets import check_logits, margin_cotangent
 from cfcam_gpu.weights import exact_grad_cam_plus_plus
 
 try:
@@ -315,6 +315,7 @@ class CFCAM(Configured, GradCAM):
     def _backprop(self, scores, class_idx, *args, targets=None, **kwargs):
         temperature = self.config.margin_temperature
         if targets is None and temperature > 0 and scores.ndim == 2 and scores.shape[1] > 1:
+            check_logits(scores.detach())
             classes = torch.as_tensor(class_idx, device=scores.device).expand(len(scores))
             cotangent = margin_cotangent(scores.detach(), classes, temperature)
             with torch.inference_mode(False), torch.enable_grad():

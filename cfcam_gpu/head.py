@@ -440,8 +440,10 @@ HANDS_OUT = {getattr(torch.Tensor, name): name for name in ("numpy", "tolist", "
 
 
 class ValuesTaken(TorchFunctionMode):
-    """Calls ``tell`` with the reason where a model's own code takes values out of a tensor: what it makes of them torch's
-    dispatcher does not see, so that a replay would have them as constants. Of the model's weights and buffers they are.
+    """Calls ``tell`` with the reason where a model's own code takes values out of a tensor.
+
+    What it makes of them torch's dispatcher does not see, so that a replay would have them as constants; which those of
+    the model's weights and buffers are.
     """
 
     def __init__(self, model: nn.Module, tell: Callable[[str], None]) -> None:

@@ -96,9 +96,9 @@ def check_inputs(
             f"input_tensor must be a torch.Tensor, or a tuple or dict of a model's inputs, got {_type(input_tensor)}"
             f"{hint}"
         )
-    kwargs = {**named, **keywords}
+    args, kwargs = map_tensors(_plain, (args, {**named, **keywords}))
     if isinstance(input_tensor, torch.Tensor) and (not keywords or input_tensor.ndim > 2):
-        images = input_tensor
+        (images,) = args
     else:
         images = _find_images(args, kwargs)
     if images.ndim == 0 or images.shape[0] == 0:
@@ -106,6 +106,14 @@ def check_inputs(
     if 0 in images.shape:
         raise ValueError(f"input_tensor must not be empty, got {tuple(images.shape)}")
     return Inputs(args, kwargs, images)
+
+
+def _plain(tensor):
+    """Without a loader's class, such as MONAI's MetaTensor, which goes over to all that is computed of the tensor, and
+    which autograd does not have for its own. One that computes in its own way, such as a DTensor, is as it is."""
+    kind = type(tensor)
+    computes = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return tensor if kind is torch.Tensor or computes else tensor.as_subclass(torch.Tensor)
 
 
 def _find_images(args, kwargs):

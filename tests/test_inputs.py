@@ -53,6 +53,24 @@ def by_hand(model, ids, images, classes, **options):
     return kept[0].grad
 
 
+class Tagged(torch.Tensor):
+    """As loaders have them: all that is computed of it is of its class."""
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_loaders_own_class_of_tensors(problem, inplace):
+    model, ids, images = problem
+    model.body[1].inplace = inplace
+    cam = CFCAM(model, [model.body[0]])
+    expected = cam.explain((ids, images), [1, 3])
+    tagged = images.as_subclass(Tagged)
+    for given in ((ids, tagged), (ids.as_subclass(Tagged), tagged)):
+        found = cam.explain(given, [1, 3])
+        assert type(found.maps) is type(found.outputs) is torch.Tensor and type(given[1]) is Tagged
+        assert torch.equal(found.maps, expected.maps) and torch.equal(found.outputs, expected.outputs)
+    assert torch.equal(cam.maps(ids, pixel_values=tagged, targets=[1, 3]), expected.maps)
+
+
 def test_tuple_dict_and_keywords(problem):
     model, ids, images = problem
     mask = torch.rand(2, 6) > 0.3

@@ -17,7 +17,8 @@ from cfcam_gpu.capture import Capture, HeadCapture
 from cfcam_gpu.dry_run import image_size
 from cfcam_gpu.inputs import Inputs, ModelInput, check_inputs
 from cfcam_gpu.notices import Notices
-from cfcam_gpu.targets import Targets
+from cfcam_gpu.outputs import find_logits
+from cfcam_gpu.targets import Targets, check_logits
 
 if TYPE_CHECKING:
     from cfcam_gpu.datasets.streaming import StreamedExplanation
@@ -269,6 +270,7 @@ class Explainer:
         checked = check_inputs(input_tensor, inputs, self.model)
         seen = self._run(checked, targets, top, stacklevel=5)
         maps, labels, weights, captured = self._result(seen)
+        self._check_logits(seen)
         if not self._notices.of_one_cell(captured, stacklevel=4):
             self._notices.of_zero_maps(maps, captured, 4, len(seen.size))
         explained = targets if seen.capture.classes is None else seen.capture.classes
@@ -289,6 +291,7 @@ class Explainer:
         checked = check_inputs(input_tensor, inputs, self.model)
         seen = self._run(checked, targets, top, stacklevel=4)
         grids, captured = self._grids(seen)
+        self._check_logits(seen)
         maps = pipeline.grad_cam_maps(grids, seen.size, backend=self._choices["backend"]).float().cpu()
         self._notices.of_zero_maps(maps, captured, 3, len(seen.size))
         return maps.numpy()
@@ -307,6 +310,12 @@ class Explainer:
         capture = self._capture(inputs)(inputs, targets, several=True, top=top, pool=self._pool)
         self._latest.outputs, self._latest.classes = capture.outputs, capture.classes
         return Seen(inputs, targets, capture)
+
+    def _check_logits(self, seen):
+        """Last: what is wrong with a layer's values says more."""
+        if seen.capture.classes is not None:
+            logits = find_logits(seen.capture.outputs, seen.inputs.images.shape[0])
+            check_logits(logits, self._choices["check_finite"])
 
     def release(self) -> None:
         """Nothing: no call leaves anything on the model. For callers of the libraries that do."""

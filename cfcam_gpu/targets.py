@@ -137,12 +137,16 @@ def classes_on(device, classes, n_classes):
     return classes.to(device, non_blocking=True)
 
 
-def check_logits(logits):
-    """Refuse NaN and infinity among logits (B, n) on a CPU; minus infinity is of a class that the model has ruled out.
+def check_logits(logits, check_finite=None):
+    """Refuse NaN and infinity among logits (B, n); minus infinity is of a class that the model has ruled out.
 
     Their gradient may be finite all the same, and make a map of a class that means nothing.
+
+    Args:
+        check_finite: as for `cf_cam`.
     """
-    if logits.device.type == "cpu" and not (is_number := logits < torch.inf).all():
+    check = logits.device.type == "cpu" if check_finite is None else check_finite
+    if check and not (is_number := logits < torch.inf).all():
         image = (~is_number.all(1)).nonzero()[0].item()
         raise ValueError(f"the model's logits must be finite, got NaN or infinity for image {image}")
 
@@ -154,9 +158,8 @@ def chosen_classes(logits, targets, top=None):
         targets: int64 indices, or None; top: as for `scores`.
 
     Raises:
-        ValueError: as `check_logits`; a class is out of range, or there are more than the model has.
+        ValueError: a class is out of range, or more are asked for than the model has.
     """
-    check_logits(logits)
     if top is not None:
         if top > logits.shape[1]:
             raise ValueError(f"top must be at most the model's {logits.shape[1]} classes, got {top}")

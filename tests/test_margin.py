@@ -51,9 +51,17 @@ def test_logits_that_are_no_numbers(value, targets):
         def forward(self, images):
             return super().forward(images) + torch.tensor([[0.0, 0, 0], [0, 0, value]])
 
+    pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed (extra: grad-cam)")
+    from cfcam_gpu.adapters import pytorch_grad_cam as adapters
+
+    images = torch.randn(2, 3, 8, 8)
     model = Broken(torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
     with pytest.raises(ValueError, match="the model's logits must be finite, got NaN or infinity for image 1"):
-        CFCAM(model, [model[0]]).maps(torch.randn(2, 3, 8, 8), targets)
+        CFCAM(model, [model[0]]).maps(images, targets)
+    CFCAM(model, [model[0]], check_finite=False).maps(images, targets)
+    with pytest.raises(ValueError, match="logits must be finite"):
+        adapters.CFCAM(model, [model[0]])(images, targets)
+    CFCAM(model, [model[0]]).maps(images, [lambda output: output[0]] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

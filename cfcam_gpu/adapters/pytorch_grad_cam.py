@@ -25,7 +25,7 @@ from cfcam_gpu.capture import GuideLayer, HeadCapture
 from cfcam_gpu.checks import needs
 from cfcam_gpu.config import CFCAMConfig
 from cfcam_gpu.outputs import find_logits, image_part
-from cfcam_gpu.targets import OwnRule, check_targets
+from cfcam_gpu.targets import OwnRule, check_logits, check_targets
 
 try:
     import pytorch_grad_cam as original
@@ -467,7 +467,10 @@ class CFCAM(Configured, HeadOnlyCAM, BaseCAM):
         targets = _indices(_listed(targets, len(input_tensor), several=True), len(input_tensor))
         if isinstance(targets, tuple):
             targets = [_indices(of_image) for of_image in targets]
-        return super()._grids(input_tensor, targets, *args, **options)
+        grids = super()._grids(input_tensor, targets, *args, **options)
+        if not (isinstance(targets, (list, tuple)) and any(map(callable, chain(targets, *_lists(targets))))):
+            check_logits(find_logits(self.outputs, len(input_tensor)), self._choices["check_finite"])
+        return grids
 
     def _grid(self, activations, gradients, shape, guide, eigen_smooth):
         if isinstance(gradients, torch.Tensor) and gradients.ndim == 4:
@@ -587,6 +590,10 @@ def _indices(targets, most=None):
         if all(isinstance(category, Integral) and category >= 0 for category in categories):
             return categories
     return targets
+
+
+def _lists(targets):
+    return [each for each in targets if isinstance(each, (list, tuple))]
 
 
 def _computed(tensor):

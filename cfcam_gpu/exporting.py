@@ -50,6 +50,10 @@ TRACEABLE: dict[str, Any] = {"backend": "torch", "clustering": "batched", "check
 N_TRACED = 3
 """Images that are traced with. Not 1, which torch takes for a size of its own, and not a number of channels."""
 
+MANY_IMAGES, MANY_PIXELS = 17, 2**22
+"""Of the largest batch that is compared; fewer of large images, but more than are traced with. A model's code may have
+another branch for many."""
+
 SIDES = (0.5, 2.0)
 """A dynamic size's least and largest sides, in those of the example."""
 
@@ -373,7 +377,8 @@ def _compare(part, images, cam, sides=None):
     from cfcam_gpu.exported import load
 
     loaded, highest = load(part), 0.0
-    compared = [images, images[:1]]
+    many = max(N_TRACED + 1, min(MANY_IMAGES, MANY_PIXELS // images[0, 0].numel()))
+    compared = [images, images[:1], images.repeat(-(-many // len(images)), 1, 1, 1)[:many]]
     if sides is not None:
         (low, high), (left, right) = sides
         compared += [_resized(images[:2], size) for size in ((low, right), (high, left), (high - 1, right - 1))]

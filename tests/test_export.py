@@ -285,7 +285,8 @@ def test_maps_that_are_not_those_of_cfcam_are_refused(model, graph, metadata, tm
     monkeypatch.setattr(exported, "load", lambda path: exported.ExportedCFCAM(run, metadata))
     maps["of"] = lambda found: found
     exporting._compare(tmp_path / "model.pt2", images, cam)
-    for maps["of"] in (torch.zeros_like, lambda found: found.flip(0), lambda found: found + 0.001):
+    many = lambda found: found.flip(0) if len(found) > 3 else found
+    for maps["of"] in (torch.zeros_like, lambda found: found.flip(0), lambda found: found + 0.001, many):
         with pytest.raises(ValueError, match="the compiled maps differ by"):
             exporting._compare(tmp_path / "model.pt2", images, cam)
     monkeypatch.setattr(cam, "maps", lambda images, targets: torch.zeros(len(images), *SIZE[1:]))

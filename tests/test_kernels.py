@@ -401,7 +401,8 @@ def test_centred_features(shape, dtype, seed, poisoned):
         exact = guide.double()
         known = exact.masked_fill(~exact.isfinite(), 0)
         expected = exact - centring * known.mean((2, 3), keepdim=True)
-        assert torch.allclose(features.double(), expected, rtol=1e-6, atol=1e-6)
+        # A difference may nearly cancel: the error is measured against the terms.
+        assert torch.allclose(features.double(), expected, rtol=1e-6, atol=1e-6 * known.abs().max())
         if centring == 1 and shape[1] > 1:
             assert not features[:, 0].any()
 

@@ -14,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -511,52 +510,6 @@ def test_a_source_of_ones_own_may_raise_anything(photos):
     assert [record.error for record in summary.lost] == ["mine: KeyError: 'gone'"]
 
 
-# Parts of a batch, side by side
-
-
-class Odd(nn.Module):
-    """A network that cannot take pictures that are white, and notes who has run it."""
-
-    threads: ClassVar = set()
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        self.threads.add(threading.current_thread().name.rpartition("_")[0])
-        if (x.mean((1, 2, 3)) > 2).any():
-            raise RuntimeError("too bright")
-        return self.network(x)
-
-
-@pytest.mark.parametrize("bright", [(), (0, 5)])
-def test_parts_side_by_side(photos, monkeypatch, use_threads, bright):
-    """The maps of a run by one thread, also where the network fails on pictures."""
-    paths = sorted(photos.iterdir())
-    for index in bright:
-        Image.new("RGB", (90, 70), "white").save(paths[index])
-    loaded = models.load_model("small_net:build")
-    whole = models.LoadedModel(Odd(loaded.model).eval(), loaded.preprocess, loaded.class_names)
-    monkeypatch.setattr(models, "load_model", lambda *args: whole)
-    monkeypatch.setattr(Odd, "threads", set())
-    found = []
-    for rows, threads in ((4, 1), (2, 2)):
-        use_threads(threads)
-        monkeypatch.setattr(running, "ROWS_OF_PART", rows)
-        Odd.threads.clear()
-        options = running.Options(Path(f"out{threads}"), "small_net", write=["maps"], batch_size=4)
-        summary = datasets.explain(options, datasets.find_sources(["photos"]))
-        assert summary.explained == N_PHOTOS - len(bright)
-        assert [record.index for record in summary.lost] == list(bright)
-        assert all("too bright" in record.error for record in summary.lost)
-        assert ("cfcam-explain" in Odd.threads) == (threads == 2) and torch.get_num_threads() == threads
-        found.append(np.stack([np.load(path) for path in sorted(options.out.iterdir())]).astype(float))
-    assert np.abs(found[0] - found[1]).max() < 1e-3
-    kept = [path for index, path in enumerate(paths) if index not in bright]
-    assert np.abs(found[1] - expected_maps(kept)).max() < 1e-3
-
-
 # Going on
 
 
@@ -595,10 +548,8 @@ IN_ONE_FILE = {
 
 
 @pytest.mark.parametrize("kind", IN_ONE_FILE)
-@pytest.mark.parametrize("after, threads", [(1, 1), (2, 2)])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(run, photos, monkeypatch, use_threads, kind, after, threads):
-    use_threads(threads)
-    monkeypatch.setattr(running, "ROWS_OF_PART", 2)
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(run, photos, monkeypatch, kind, after):
     if kind != "npy":
         pytest.importorskip(kind.replace("parquet", "pyarrow"))
     (photos / "p01.jpg").write_bytes(b"no image")

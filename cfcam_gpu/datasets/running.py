@@ -330,7 +330,7 @@ def fingerprint(model: torch.nn.Module) -> str:
             values = values.detach().contiguous().view(integers[values.element_size()]).flatten()
             # By their places, because classes that have changed theirs have the same sum; of odd factors none drops
             # bits, and the sums wrap around alike everywhere.
-            places = torch.arange(1, 2 * PLACES, 2, device=values.device)
+            places = 1 + 2 * torch.arange(min(PLACES, len(values)), device=values.device)
             sums = [int((part * places[: len(part)]).sum()) for part in values.split(PLACES)]
             said += f" {sums}"
         found.update(said.encode())
@@ -441,8 +441,6 @@ class Explaining:
         self.options, self.loaded, self.earlier, self.fill = options, loaded, earlier, fill
         self.transfer = Transfer(options.where)
         self.cam: Any = None
-        self.knowing: Any = None
-        """One that has explained a batch, as ``cam`` or a copy of it: it knows where its guide is."""
         self.versus = False
         self._is_new = False
         """Whether the user has yet to be told where its guide is."""
@@ -454,8 +452,7 @@ class Explaining:
 
     def found_layers(self) -> dict[str, Any]:
         """The layers that are explained, once a batch has been."""
-        cam = self.knowing or self.cam
-        return {"layer": cam.target_names, "guide": getattr(cam, "guide_names", None)}
+        return {"layer": self.cam.target_names, "guide": getattr(self.cam, "guide_names", None)}
 
     def explained(self, batch: Batch, fail: Callable[[Picture, Exception], None]) -> Iterator[tuple[Any, Any, Any]]:
         """Parts of a batch: the pictures, their (classes, scores, maps), and the mark after which these may be read.
@@ -491,9 +488,7 @@ class Explaining:
             which = torch.arange(rows).clamp(max=n - 1)
             inputs = part.inputs if rows == n else part.inputs[which.to(part.inputs.device)]
             targets = [part.pictures[image].source.target for image in which.tolist()]
-            found = tuple(each[:n] for each in _explain_batch(self, cam, self.as_taken(inputs), targets))
-            self.knowing = self.knowing or cam
-            return found
+            return tuple(each[:n] for each in _explain_batch(self, cam, self.as_taken(inputs), targets))
         except Exception as error:
             return error
 
@@ -502,8 +497,8 @@ class Explaining:
     ) -> Iterator[tuple[Any, Any, Any]]:
         """What `explained` yields of a part; where it has failed, of each of its pictures on its own."""
         if not isinstance(found, Exception):
-            if self._is_new and self.knowing.guide_names != self.knowing.target_names:
-                self.note(f"guide layer: {self.knowing.guide_names[0]}")
+            if self._is_new and self.cam.guide_names != self.cam.target_names:
+                self.note(f"guide layer: {self.cam.guide_names[0]}")
             self._is_new = False
             yield part.pictures, found, self.transfer.mark()
         elif len(part.pictures) == 1:

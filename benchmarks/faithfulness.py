@@ -290,6 +290,7 @@ FIRST_DEFAULT = CFCAMConfig(
     guide_power=0.0,
     frozen_norms=False,
     affinity_centring=0.0,
+    affinity_range=math.inf,
 )
 """The default of version 0.1: one average over all alike cells of the target layer's own grid, the logit and its
 gradient."""
@@ -315,6 +316,7 @@ CONTROLS = {
     "CF-CAM, logit": from_config(dataclasses.replace(CFCAMConfig(), margin_temperature=0.0)),
     "CF-CAM, no average": from_config(dataclasses.replace(CFCAMConfig(), affinity_power=0.0)),
     "CF-CAM, without the guide's strength": from_config(dataclasses.replace(CFCAMConfig(), guide_power=0.0)),
+    "CF-CAM, no range": from_config(dataclasses.replace(CFCAMConfig(), affinity_range=math.inf)),
     "CF-CAM, features not centred": from_config(dataclasses.replace(CFCAMConfig(), affinity_centring=0.0)),
     "CF-CAM, own cells": from_config(CFCAMConfig(), guided=False),
     "Grad-CAM, margin": from_grid(from_weights(WEIGHTS["Grad-CAM"]), CFCAMConfig().margin_temperature),
@@ -328,7 +330,8 @@ relatives. On both halves."""
 CANDIDATES = {
     f"d {dominant:g}, p {power:g}, s {sigma:g}, t {steps}, tau {temperature:g}"
     + f", g {guide:g}" * (guide > 0)
-    + f", c {centring:g}" * (centring > 0): from_config(
+    + f", c {centring:g}" * (centring > 0)
+    + f", r {of_range:g}" * (not math.isinf(of_range)): from_config(
         CFCAMConfig(
             dominant_percentile=dominant,
             affinity_power=power,
@@ -337,33 +340,50 @@ CANDIDATES = {
             margin_temperature=temperature,
             guide_power=guide,
             affinity_centring=centring,
+            affinity_range=of_range,
         )
     )
-    for dominant, power, sigma, steps, temperature, guide, centring in (
-        (25.0, 2.0, 2.0, 2, 1.5, 0.0, 0.0),
-        (50.0, 2.0, 2.0, 2, 1.5, 0.0, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.2, 0.0, 0.0),
-        (25.0, 2.0, 2.0, 2, 2.0, 0.0, 0.0),
-        (25.0, 2.0, 1.5, 2, 1.5, 0.0, 0.0),
-        (25.0, 2.0, 2.0, 1, 1.5, 0.0, 0.0),
-        (25.0, 4.0, 1.0, 2, 1.5, 0.0, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.2, 0.5, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.3, 0.5, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.35, 0.5, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.4, 0.5, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.5, 0.5, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.2, 1.0, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.2, 2.0, 0.0),
-        (25.0, 2.0, 2.0, 2, 1.5, 1.0, 0.0),
-        (25.0, 3.0, 2.0, 2, 1.5, 0.5, 0.0),
-        (25.0, 3.0, 1.5, 2, 1.5, 0.5, 0.0),
-        (25.0, 1.0, 2.0, 2, 1.3, 0.5, 1.0),
-        (25.0, 1.5, 2.0, 2, 1.3, 0.5, 1.0),
-        (25.0, 1.5, 2.5, 2, 1.3, 0.5, 1.0),
-        (25.0, 1.5, 2.0, 2, 1.4, 0.5, 0.75),
-        (25.0, 1.5, 2.0, 2, 1.35, 0.5, 0.6),
-        (25.0, 1.5, 2.0, 2, 1.4, 0.5, 0.6),
-        (25.0, 2.0, 2.0, 2, 1.3, 0.5, 0.5),
+    for dominant, power, sigma, steps, temperature, guide, centring, of_range in (
+        (25.0, 2.0, 2.0, 2, 1.5, 0.0, 0.0, math.inf),
+        (50.0, 2.0, 2.0, 2, 1.5, 0.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.2, 0.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 2.0, 0.0, 0.0, math.inf),
+        (25.0, 2.0, 1.5, 2, 1.5, 0.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 1, 1.5, 0.0, 0.0, math.inf),
+        (25.0, 4.0, 1.0, 2, 1.5, 0.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.2, 0.5, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.3, 0.5, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.35, 0.5, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.4, 0.5, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.5, 0.5, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.2, 1.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.2, 2.0, 0.0, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.5, 1.0, 0.0, math.inf),
+        (25.0, 3.0, 2.0, 2, 1.5, 0.5, 0.0, math.inf),
+        (25.0, 3.0, 1.5, 2, 1.5, 0.5, 0.0, math.inf),
+        (25.0, 1.0, 2.0, 2, 1.3, 0.5, 1.0, math.inf),
+        (25.0, 1.5, 2.0, 2, 1.3, 0.5, 1.0, math.inf),
+        (25.0, 1.5, 2.5, 2, 1.3, 0.5, 1.0, math.inf),
+        (25.0, 1.5, 2.0, 2, 1.4, 0.5, 0.75, math.inf),
+        (25.0, 1.5, 2.0, 2, 1.35, 0.5, 0.6, math.inf),
+        (25.0, 1.5, 2.0, 2, 1.4, 0.5, 0.6, math.inf),
+        (25.0, 2.0, 2.0, 2, 1.3, 0.5, 0.5, math.inf),
+        (25.0, 1.5, 1.75, 2, 1.35, 0.5, 0.6, math.inf),
+        (25.0, 1.0, 1.75, 2, 1.35, 0.5, 0.6, math.inf),
+        (25.0, 1.0, 1.75, 2, 1.4, 0.5, 0.6, math.inf),
+        (25.0, 1.5, 1.75, 2, 1.35, 0.5, 0.5, math.inf),
+        (25.0, 1.0, 1.6, 2, 1.35, 0.5, 0.6, math.inf),
+        (25.0, 1.0, 1.6, 2, 1.3, 0.5, 0.6, math.inf),
+        (25.0, 1.0, 1.6, 2, 1.35, 0.5, 0.5, math.inf),
+        (25.0, 1.25, 1.6, 2, 1.35, 0.5, 0.5, math.inf),
+        (25.0, 1.0, 1.5, 2, 1.35, 0.5, 0.6, math.inf),
+        (25.0, 1.0, 1.5, 2, 1.35, 0.5, 0.4, math.inf),
+        (25.0, 1.0, 2.0, 2, 1.3, 0.5, 0.6, 2.0),
+        (25.0, 1.0, 2.0, 2, 1.3, 0.5, 0.6, 1.5),
+        (25.0, 1.0, 2.0, 2, 1.35, 0.5, 0.6, 1.5),
+        (25.0, 1.0, 2.0, 2, 1.4, 0.5, 0.6, 1.5),
+        (25.0, 1.0, 2.0, 2, 1.35, 0.5, 0.6, 1.75),
+        (25.0, 1.0, 2.25, 2, 1.35, 0.5, 0.6, 1.5),
     )
 }
 """Configurations that the default is chosen from, on the half "choose"; `affinity_steps` at most 2, each a launch."""

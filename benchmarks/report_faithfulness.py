@@ -1,5 +1,6 @@
 """The tables and the plot of faithfulness, for report.py: every method, the candidates under the rule, the variants."""
 
+import itertools
 import math
 
 import choice
@@ -24,9 +25,9 @@ MEASURES = {
 """{measure: its column's title}."""
 
 FAMILIES = ("resnet", "convnext", "vit")
-"""Of shapes.py, which the rule asks too, at so many classes:"""
+"""Of shapes.py, which the rule asks too, at each of these numbers of classes:"""
 
-DRAWN_CLASSES = 10
+DRAWN_CLASSES = (2, 10, 100)
 
 WITH_SSIM = ("class_sensitivity", "gradient_noise_10", "input_noise")
 
@@ -169,16 +170,19 @@ def number_rows(results):
 
 
 def drawn(results, name):
-    """{family: the measures in which a candidate is worse there}, of the families that it was measured on."""
+    """{(family, number of classes): the measures in which a candidate is worse there}, where it was measured."""
     by_family = {}
-    for (family, classes, _, method), row in results.shapes.items():
-        if classes == DRAWN_CLASSES:
-            by_family.setdefault(family, {}).setdefault(method, []).append(row)
+    for (*family, _, method), row in results.shapes.items():
+        by_family.setdefault(tuple(family), {}).setdefault(method, []).append(row)
     return {
         family: choice.lost_on(of_family[name], of_family.get(choice.RANDOM, []))
         for family, of_family in by_family.items()
         if name in of_family
     }
+
+
+def _of_drawn(family, classes):
+    return f"the drawn {family}s with {classes} classes"
 
 
 def chosen(results):
@@ -193,7 +197,8 @@ def chosen(results):
         lost[name] = {family: measures for family, measures in found.items() if measures}
         if not lost[name]:
             del lost[name]
-            missing = [f"{name} on drawn pictures of {family}" for family in FAMILIES if family not in found]
+            asked = itertools.product(FAMILIES, DRAWN_CLASSES)
+            missing = [f"{name} on {_of_drawn(*family)}" for family in asked if family not in found]
             return None if missing else name, missing, lost
         del left[name]
     return None, missing, lost
@@ -212,7 +217,7 @@ def candidates_table(results):
             continue
         worse = [MEASURES[measure] for measure in choice.NOT_WORSE if not choice.reaches_zero(row, measure)]
         worse += [
-            f"{SHAPES[measure]} on the drawn {family}s"
+            f"{SHAPES[measure]} on {_of_drawn(*family)}"
             for family, measures in lost.get(name, {}).items()
             for measure in measures
         ]

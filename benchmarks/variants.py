@@ -144,7 +144,8 @@ def largest(share):
 
 def everywhere(power):
     """One average over all alike cells, near and far."""
-    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1, guide_power=0.0)
+    plain = {"affinity_sigma": math.inf, "affinity_steps": 1, "guide_power": 0.0, "affinity_centring": 0.0}
+    return CFCAMConfig(affinity_power=power, affinity_range=math.inf, **plain)
 
 
 def centred_affinity(power):

@@ -183,7 +183,7 @@ LEFT_OUT = ("CF-CAM 0.1", choice.RANDOM, *shapes.FROZEN)
 
 METHODS = {
     **{name: method for name, method in shapes.METHODS.items() if name not in LEFT_OUT},
-    "CF-CAM, narrow": from_config(CFCAMConfig(affinity_sigma=1.0, affinity_power=4.0)),
+    "CF-CAM, narrow": from_config(CFCAMConfig(affinity_sigma=1.0, affinity_power=4.0, affinity_range=math.inf)),
     "CF-CAM, no average": CONTROLS["CF-CAM, no average"],
 }
 """The last two: of bodies of two or three cells, does it hang on the average's reach?"""

@@ -83,6 +83,10 @@ class CFCAMConfig:
         affinity_centring: the share of the features' mean over the guide's cells that is taken off them to give f, in
             [0, 1]. With 1, what all cells have in common makes none of them alike; with 0, f are the features
             themselves.
+        affinity_range: how far S_p and S_q may differ, each time the average is applied: k_pq is multiplied by
+            exp(-((S_p - S_q) / (affinity_range E))^2 / 2), E the mean of |S| over the cells of the target layer, each
+            counted as in the averages: the range kernel of a bilateral filter. What speaks for the class is not
+            averaged with what does not, where the guide does not tell them apart; in (0, inf], inf for no such factor.
         guide_power: the averaged sum is multiplied by |f_p|^guide_power, the length of f at each cell of the guide:
             where an earlier layer sees little of its own, little can have spoken for the class; in [0, 2], 0 for no
             such factor. Not published, and without the average it has no effect.
@@ -114,13 +118,14 @@ class CFCAMConfig:
     boundary: str = "constant"
     weighting: str = "signed"
     normalize: str = "minmax"
-    affinity_power: float = 1.5
+    affinity_power: float = 1.0
     affinity_sigma: float = 2.0
     affinity_steps: int = 2
     margin_temperature: float = 1.35
     guide_power: float = 0.5
     frozen_norms: bool = True
     affinity_centring: float = 0.6
+    affinity_range: float = 1.75
 
     def __post_init__(self) -> None:
         if isinstance(self.sigma, (tuple, list)):
@@ -136,6 +141,7 @@ class CFCAMConfig:
             ("margin_temperature", 0.0, MAX_MARGIN_TEMPERATURE),
             ("guide_power", 0.0, MAX_GUIDE_POWER),
             ("affinity_centring", 0.0, 1.0),
+            ("affinity_range", 0.0, math.inf),
         ):
             value: Any = getattr(self, name)
             kind: Any
@@ -145,7 +151,7 @@ class CFCAMConfig:
                     raise TypeError(f"{name} must be {described}, got {type(each).__name__}")
                 if not low <= each <= high:  # also refuses NaN
                     raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {each}")
-                if name in ("sigma", "affinity_sigma") and each <= 0:
+                if name in ("sigma", "affinity_sigma", "affinity_range") and each <= 0:
                     raise ValueError(f"{name} must be above 0, got {each}")
         if not isinstance(self.frozen_norms, bool):
             raise TypeError(f"frozen_norms must be a bool, got {type(self.frozen_norms).__name__}")
@@ -171,10 +177,10 @@ class CFCAMConfig:
     def stable(cls) -> "CFCAMConfig":
         """The stable end of the trade-off: maps that change less under noise, and less with the class.
 
-        One average more, and a score that spreads over more of the other classes. What it gains and loses is in
-        the pages on faithfulness, as "CF-CAM, stable".
+        The average is taken once more and has no range, and the score spreads over more of the other classes. What it
+        gains and loses is in the pages on faithfulness, as "CF-CAM, stable".
         """
-        return cls(affinity_steps=3, margin_temperature=1.5)
+        return cls(affinity_power=1.5, affinity_steps=3, margin_temperature=1.5, affinity_range=math.inf)
 
     @classmethod
     def volumes(cls) -> "CFCAMConfig":

@@ -15,7 +15,7 @@ CONFIG = (
     "float dominant_percentile, str descriptor, float eps_percentile, float min_samples_fraction, float[] sigma, "
     "str boundary, str weighting, str normalize, float affinity_power, float affinity_sigma, int affinity_steps, "
     "float margin_temperature, float guide_power, bool frozen_norms, "
-    "float affinity_centring"
+    "float affinity_centring, float affinity_range"
 )
 """The fields of `CFCAMConfig`; a sigma for all axes is a list of one."""
 
@@ -49,6 +49,7 @@ def plain_values(config: CFCAMConfig) -> tuple[Any, ...]:
         float(config.guide_power),
         config.frozen_norms,
         float(config.affinity_centring),
+        float(config.affinity_range),
     )
 
 

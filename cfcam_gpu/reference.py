@@ -7,6 +7,7 @@ number of axes.
 Source: arXiv 2504.00060; jerryp-hfut/CF-CAM@c227652 (cfcam.py).
 """
 
+import math
 from functools import reduce
 
 import numpy as np
@@ -156,26 +157,33 @@ def balance(grid, shape, config):
     """
     if not config.averages:
         return grid
-    of_axes = (coverage(old, new, config.affinity_sigma) for old, new in zip(grid.shape, shape))
-    weights = reduce(np.multiply.outer, of_axes)
+    weights = cell_weights(grid.shape, shape, config)
     evidence_for, evidence_against = (weights * np.maximum(grid, 0)).sum(), (weights * np.maximum(-grid, 0)).sum()
     if evidence_against > evidence_for > 0:
         grid = np.where(grid < 0, grid * (evidence_for / evidence_against), grid)
     return grid
 
 
-def average_alike_cells(grid, guide, config):
-    """The signed sum (h, w) on the guide's grid, averaged over the cells with alike features there: (hg, wg).
+def cell_weights(target_shape, shape, config):
+    """How much each cell of the target layer's grid counts in all averages together, were all cells alike: (h, w)."""
+    of_axes = (coverage(old, new, config.affinity_sigma) for old, new in zip(target_shape, shape))
+    return reduce(np.multiply.outer, of_axes)
+
+
+def average_alike_cells(grid, guide, config, whole=None):
+    """The balanced signed sum (h, w) on the guide's grid, averaged over the cells with alike features there: (hg, wg).
 
     It is more where the features are strong, by ``guide_power``, and next to nothing where there are none.
 
     Args:
         guide: (Cg, hg, wg), the features. Without an average (`CFCAMConfig.averages`), grid comes back as it is.
+        whole: (h, w), the sum that grid is a part of, whose cells are compared in grid's place (``affinity_range``).
     """
     if not config.averages:
         return grid
     shape = guide.shape[1:]
-    values = resize(grid, shape).ravel()
+    whole = grid if whole is None else whole
+    values, compared = resize(grid, shape).ravel(), resize(whole, shape).ravel()
     features = guide.reshape(len(guide), -1).T
     if config.affinity_centring > 0:
         common = config.affinity_centring * np.where(np.isfinite(features), features, 0).mean(0)
@@ -185,12 +193,17 @@ def average_alike_cells(grid, guide, config):
     has_features = (norms > 0) & np.isfinite(norms)
     features = np.where(has_features[:, None], features / np.where(has_features, norms, 1)[:, None], 0)
     near = window(grid.shape, shape, config.affinity_sigma)
+    evidence = np.average(abs(whole), weights=cell_weights(grid.shape, shape, config))
     for _ in range(config.affinity_steps):
-        averaged = values.copy()  # a cell without features keeps its own
+        averaged, of_whole = values.copy(), compared.copy()  # a cell without features keeps its own
         for cell in np.flatnonzero(has_features):
             affinity = likeness(features @ features[cell], config) * near[cell]
+            if not math.isinf(config.affinity_range) and evidence > 0:
+                difference = (compared - compared[cell]) / (config.affinity_range * evidence)
+                affinity *= np.exp(-(difference**2) / 2)
             averaged[cell] = affinity @ values / affinity.sum()
-        values = averaged
+            of_whole[cell] = affinity @ compared / affinity.sum()
+        values, compared = averaged, of_whole
     if config.guide_power > 0:
         squares = np.where(has_features, norms, 0) ** 2
         values = values * np.maximum(squares, WITHOUT_FEATURES) ** (config.guide_power / 2)

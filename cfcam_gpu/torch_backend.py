@@ -225,26 +225,34 @@ def balance(grids, shape, config):
 
 def evidence_factors(grids, shape, config):
     """What `balance` multiplies each cell by: 1, or less where the cell speaks against the class; as grids."""
-    axes = range(-len(shape), 0)
-    of_axes = (
-        constant(coverage, (grids.shape[axis], shape[axis], config.affinity_sigma), grids.device, grids.dtype)
-        for axis in axes
-    )
-    weighted = grids * reduce(lambda first, last: first[..., None] * last, of_axes)
-    evidence_for, evidence_against = (each.clamp_min(0).sum(tuple(axes), True) for each in (weighted, -weighted))
+    axes = tuple(range(-len(shape), 0))
+    weighted = grids * cell_weights(grids, shape, config)
+    evidence_for, evidence_against = (each.clamp_min(0).sum(axes, True) for each in (weighted, -weighted))
     outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
     share = torch.where(outweighed, evidence_for / evidence_against, 1)
     return torch.where(grids < 0, share, 1)
 
 
-def average_alike_cells(grids, guide, config):
+def cell_weights(grids, shape, config):
+    """How much each cell of the grids (..., h, w) counts in all averages on a guide of this shape together, were all
+    cells alike: (h, w)."""
+    of_axes = (
+        constant(coverage, (grids.shape[axis], shape[axis], config.affinity_sigma), grids.device, grids.dtype)
+        for axis in range(-len(shape), 0)
+    )
+    return reduce(lambda first, last: first[..., None] * last, of_axes)
+
+
+def average_alike_cells(grids, guide, config, whole=None):
     """Signed sums on the guide's grid, each cell averaged over the cells with alike features there, and multiplied by
     the power of its features' length.
 
     Args:
-        grids: (B, h, w), or (B, K, h, w) for several of an image.
+        grids: (B, h, w), or (B, K, h, w) for several of an image; balanced (`balance`).
         guide: (B, Cg, hg, wg), the features; any strides and floating dtype.
         config: `CFCAMConfig`; without an average in it, ``grids`` come back as they are.
+        whole: (B, h, w), the sums that ``grids`` (B, K, h, w) are the parts of: whether two cells differ too much
+            (``affinity_range``) is then for these to say, so that the averages are the parts of theirs.
 
     Returns:
         (B, hg, wg) or (B, K, hg, wg).
@@ -254,8 +262,15 @@ def average_alike_cells(grids, guide, config):
     batch, shape = grids.shape[0], tuple(guide.shape[2:])
     target_shape = tuple(grids.shape[-len(shape) :])
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
-    values = resize(grids.to(dtype).reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
-    values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
+    of_image = grids.to(dtype).reshape(batch, -1, *target_shape)
+    if whole is not None:
+        of_image = torch.cat([of_image, whole.to(dtype)[:, None]], dim=1)
+    values = resize(of_image.reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
+    has_range = not math.isinf(config.affinity_range)
+    if has_range:
+        scale = _range_scale(of_image if whole is None else of_image[:, -1:], shape, config)
+    else:
+        values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
     # On a CPU image by image, as in `row_products`.
     rows, columns, n_others = _block_of_cells(target_shape, shape, config.affinity_sigma, values)
     n_bytes = values.shape[2] * n_others * values.element_size()
@@ -268,21 +283,70 @@ def average_alike_cells(grids, guide, config):
         arguments = cells, shape, target_shape, config, rows, columns
         kept = list(affinities(*arguments)) if keep else None
         for _ in range(config.affinity_steps):
-            sums = torch.zeros_like(values[chunk])
-            for start, affinity in kept or affinities(*arguments):
-                stop, end = start + affinity.shape[1], start + affinity.shape[2]
-                sums[:, :, start:stop] += row_products(values[chunk, :, start:end], affinity.transpose(1, 2))
-                if stop < end:  # the cells behind are as alike to these as these to them
-                    behind = affinity[:, :, stop - start :]
-                    sums[:, :, stop:end] += row_products(values[chunk, :, start:stop], behind)
-            mass = sums[:, -1:]
+            blocks = kept or affinities(*arguments)
+            if has_range:
+                sums, mass = _sums_within_range(values[chunk], scale[chunk], blocks)
+            else:
+                sums = _sums(values[chunk], blocks)
+                mass = sums[:, -1:]
             # 0 for a cell without features, which keeps its own value.
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
         if config.guide_power > 0:
             values[chunk] *= strengths(cells, config.guide_power)[:, None]
-    values = values[:, :-1]
-    values = values.unflatten(2, shape)
+    values = values[:, : math.prod(grids.shape[1 : -len(shape)])].unflatten(2, shape)
     return values if grids.ndim == values.ndim else values[:, 0]
+
+
+def _sums(values, blocks):
+    """The values (B, K, N) of all cells, weighted by how much they count for each: (B, K, N)."""
+    sums = torch.zeros_like(values)
+    for start, affinity in blocks:
+        stop, end = start + affinity.shape[1], start + affinity.shape[2]
+        sums[:, :, start:stop] += row_products(values[:, :, start:end], affinity.transpose(1, 2))
+        if stop < end:  # the cells behind are as alike to these as these to them
+            sums[:, :, stop:end] += row_products(values[:, :, start:stop], affinity[:, :, stop - start :])
+    return sums
+
+
+def _sums_within_range(values, scale, blocks):
+    """`_sums` where less counts what differs more, and the mass: (B, K, N), and (B, K or 1, N).
+
+    Args:
+        values: (B, K, N).
+        scale: (B, K, 1), or (B, 1, 1) where the last of the values says how far all of them differ.
+    """
+    sums, mass = torch.zeros_like(values), torch.zeros_like(values[:, -scale.shape[1] :])
+    scaled = values[:, -scale.shape[1] :] * scale
+    of_all = values.shape[1] > scale.shape[1]
+
+    def add(part, others, near):
+        """Of the cells of a part, from others that count so much, (B, K or 1, others, cells of the part)."""
+        mass[:, :, part] += near.sum(2)
+        if of_all:
+            sums[:, :, part] += row_products(values[:, :, others], near[:, 0])
+        else:
+            sums[:, :, part] += (near * values[:, :, others, None]).sum(2)
+
+    for start, affinity in blocks:
+        n_cells = affinity.shape[1]
+        cells, reached = slice(start, start + n_cells), slice(start, start + affinity.shape[2])
+        behind = slice(cells.stop, reached.stop)
+        difference = scaled[:, :, cells, None] - scaled[:, :, None, reached]
+        near = difference.mul_(difference).neg_().exp_().mul_(affinity[:, None])
+        add(cells, reached, near.transpose(2, 3))
+        if behind.start < behind.stop:
+            add(behind, cells, near[..., n_cells:])
+    return sums, mass
+
+
+def _range_scale(grids, shape, config):
+    """What grids (B, K, h, w) are multiplied by, so that exp(-x^2) of a difference is how much it counts: (B, K, 1).
+
+    0 of a grid of zeros, whose cells do not differ.
+    """
+    weights = cell_weights(grids, shape, config)
+    evidence = (grids.abs() * weights).flatten(2).sum(2, keepdim=True) / weights.sum()
+    return torch.where(evidence > 0, 1 / (math.sqrt(2) * config.affinity_range * evidence), 0)
 
 
 def features_of_cells(guide, config, dtype):

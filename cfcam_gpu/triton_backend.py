@@ -202,8 +202,7 @@ def _averaged(grid, guide, relu, config, products=None):
         grid = torch_backend.balance(grid, guide.shape[2:], config)
         grid = torch_backend.average_alike_cells(grid, guide, config)
         return grid.relu_() if relu else grid
-    power, sigma, steps = config.affinity_power, config.affinity_sigma, config.affinity_steps
-    return affinity_sum(grid, guide, power, sigma, steps, relu, products, config.guide_power)
+    return affinity_sum(grid, guide, config, relu, products)
 
 
 def _features(guide, config):

@@ -17,7 +17,11 @@ does it, together with the norms in one pass over the channels.
 The matrix units multiply float32 in TF32, with eleven significant bits, so each factor is split into two such parts and
 three of their products are added: close to float32's accuracy. Triton's own tf32x3 does the same, but not for AMD.
 
-Of K classes an image, sixteen share a program and its affinities, which are multiplied by their S in the same way.
+With a range, k_pq is multiplied by exp(-((S_p - S_q) / (range * E))^2 / 2) too, E the mean of |S| over the target
+layer's cells, which each program adds up for itself, as it does what it balances by.
+
+Of K classes an image, sixteen share a program and its affinities, which are multiplied by their S in the same way; with
+a range, where the affinities are each class's own, a program has one.
 
 Floor: C * hg * wg reads and (hg * wg)^2 writes, once; C operations for each pair of cells. A step reads what was
 written and does 2 * K operations for each pair within reach. To balance, each program of the first step reads all of S:
@@ -81,7 +85,7 @@ def share_of_evidence(
 ):
     """What the negative cells of classes k are multiplied by: the positive ones' total over theirs.
 
-    At most 1, and 1 without any. (BLOCK_K,), or a scalar of one class.
+    At most 1, and 1 without any; and the total of both after that. (BLOCK_K,), or a scalar of one class.
     """
     speaks_for = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     speaks_against = tl.zeros([BLOCK, BLOCK_K], tl.float32)
@@ -104,7 +108,8 @@ def share_of_evidence(
         evidence_for = tl.sum(speaks_for, axis=0)
         evidence_against = tl.sum(speaks_against, axis=0)
     outweighed = (evidence_against > evidence_for) & (evidence_for > 0)
-    return tl.where(outweighed, evidence_for / tl.where(outweighed, evidence_against, 1.0), 1.0)
+    share = tl.where(outweighed, evidence_for / tl.where(outweighed, evidence_against, 1.0), 1.0)
+    return share, evidence_for + share * evidence_against
 
 
 @triton.jit
@@ -220,6 +225,7 @@ def affinity_sum_kernel(
     f_ptr,
     products_ptr,
     grid_ptr,
+    sum_ptr,
     rows_ptr,
     columns_ptr,
     averaged_ptr,
@@ -229,6 +235,8 @@ def affinity_sum_kernel(
     width,
     grid_height,
     grid_width,
+    sum_height,
+    sum_width,
     scale_y,
     scale_x,
     reach_y,
@@ -236,6 +244,7 @@ def affinity_sum_kernel(
     decay_y,
     decay_x,
     power,
+    range_scale,
     half_guide_power,
     least_square,
     f_stride_b,
@@ -246,6 +255,7 @@ def affinity_sum_kernel(
     STRENGTH: tl.constexpr,
     RESIZE: tl.constexpr,
     BALANCE: tl.constexpr,
+    RANGE: tl.constexpr,
     SHARES: tl.constexpr,
     N_STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -258,7 +268,8 @@ def affinity_sum_kernel(
     blocks_of_classes = tl.cdiv(n_classes, BLOCK_K)
     block = tl.program_id(0) // blocks_of_cells
     image = (block // blocks_of_classes).to(tl.int64)
-    k = ((block % blocks_of_classes) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    block_of_classes = (block % blocks_of_classes).to(tl.int64)
+    k = block_of_classes * BLOCK_K + tl.arange(0, BLOCK_K)
     in_classes = k < n_classes
     start = (tl.program_id(0) % blocks_of_cells) * BLOCK_P
     cell = start + tl.arange(0, BLOCK_P)
@@ -274,16 +285,21 @@ def affinity_sum_kernel(
     grid_ptr += image * n_classes * grid_height * grid_width
     averaged_ptr += image * n_classes * n_cells
     share = 1.0
-    if BALANCE:
-        share = share_of_evidence(
-            grid_ptr, k, in_classes, rows_ptr, columns_ptr, grid_height, grid_width, BLOCK_Q, BLOCK_K
+    range_unit = 0.0
+    if BALANCE or RANGE:
+        sum_ptr += image * n_classes * sum_height * sum_width
+        share, evidence = share_of_evidence(
+            sum_ptr, k, in_classes, rows_ptr, columns_ptr, sum_height, sum_width, BLOCK_Q, BLOCK_K
         )
+        if RANGE:  # of one class a program
+            range_unit = tl.where(evidence > 0, range_scale / tl.where(evidence > 0, evidence, 1.0), 0.0)
     # Of one class a program, cells are one-dimensional; of several, (cells, classes).
     if BLOCK_K == 1:
         total = tl.zeros([BLOCK_P], tl.float32)
         own_cell = cell
         own_inside = in_cells
-        grids = grid_ptr
+        grids = grid_ptr + block_of_classes * (grid_height * grid_width)
+        averaged_ptr += block_of_classes * n_cells
     else:
         total = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
         own_cell = cell[:, None]
@@ -292,6 +308,10 @@ def affinity_sum_kernel(
         if BALANCE:
             share = share[None, :]
     of_p = y.to(tl.int64) * f_stride_y + x.to(tl.int64) * f_stride_x
+    if RANGE:
+        value_of_p = grid_value(
+            grids, own_cell, own_inside, grid_height, grid_width, width, scale_y, scale_x, share, RESIZE, BALANCE
+        )
 
     mass = tl.zeros([BLOCK_P], tl.float32)
     first = tl.maximum(start // width - reach_y, 0) * width
@@ -331,7 +351,6 @@ def affinity_sum_kernel(
         apart_x = tl.abs(x[:, None] - other_x[None, :])
         near = (apart_y <= reach_y) & (apart_x <= reach_x)
         exponent -= decay_y * (apart_y * apart_y).to(tl.float32) + decay_x * (apart_x * apart_x).to(tl.float32)
-        affinity = tl.where(alike & near, tl.exp2(exponent), 0.0)
         if BLOCK_K == 1:
             other_cell = other
             other_inside = in_others
@@ -351,6 +370,10 @@ def affinity_sum_kernel(
             RESIZE,
             BALANCE,
         )
+        if RANGE:
+            difference = (value_of_p[:, None] - value[None, :]) * range_unit
+            exponent -= difference * difference
+        affinity = tl.where(alike & near, tl.exp2(exponent), 0.0)
         if BLOCK_K == 1:
             total += tl.sum(affinity * value[None, :], axis=1)
         else:
@@ -378,7 +401,7 @@ def affinity_sum_kernel(
     tl.store(averaged_ptr + out, averaged, mask=own_inside)
 
 
-def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=None, guide_power=0.0):
+def affinity_sum(grid, guide, config, relu=True, products=None):
     """The signed sum balanced and averaged over alike cells, by default its positive part.
 
     A launch for the products of the cells, where they are stored and not there yet, and one a step; float32
@@ -386,22 +409,20 @@ def affinity_sum(grid, guide, power, sigma_cells, steps, relu=True, products=Non
 
     Args:
         grid: float32 (B, h, w), or of K classes an image (B, K, h, w); contiguous.
-        guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides.
-        power, sigma_cells: as in `CFCAMConfig`, the power above 0.
-        steps: how often, at least 1.
+        guide: (B, C, hg, wg), float16, bfloat16 or float32, any strides; centred, where that is wanted.
+        config: `CFCAMConfig`, with an average in it.
         products: those of the guide's cells, where another launch has made them.
-        guide_power: as in `CFCAMConfig`.
     """
     batch, _, height, width = guide.shape
     n_cells = height * width
     if products is not None or n_cells > STORED_CELLS:
-        return _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power)
+        return _averaged(grid, guide, products, config, relu)
     at_once = max(1, STORED_BYTES // (4 * _shares(guide.shape) * n_cells**2))
     parts = []
     for first in range(0, batch, at_once):
         part = slice(first, first + at_once)
         products = cell_products(guide[part], _shares(guide.shape))
-        parts.append(_averaged(grid[part], guide[part], products, power, sigma_cells, steps, relu, guide_power))
+        parts.append(_averaged(grid[part], guide[part], products, config, relu))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -454,50 +475,59 @@ def product_launch(guide, products):
     return batch * n_shares * columns * (columns + 1) // 2, arguments, options
 
 
-def _averaged(grid, guide, products, power, sigma_cells, steps, relu, guide_power):
+def _averaged(grid, guide, products, config, relu):
     batch, n_channels, *shape = guide.shape
     n_cells = shape[0] * shape[1]
     classes, target_shape = grid.shape[1:-2], grid.shape[-2:]
+    sigma_cells, steps, has_range = config.affinity_sigma, config.affinity_steps, not math.isinf(config.affinity_range)
     reach = [window_reach(size, target, sigma_cells) for size, target in zip(shape, target_shape)]
     decay = [window_decay(size, target, sigma_cells) * math.log2(math.e) for size, target in zip(shape, target_shape)]
     weights = [
         constant(coverage, (target, size, float(sigma_cells)), guide.device, torch.float32)
         for target, size in zip(target_shape, shape)
     ]
-    n_classes, block_k, block_c = math.prod(classes), 16 if classes else 1, 16
+    # exp(-((S_p - S_q) / (range E))^2 / 2) as a power of 2, E the total evidence over the sum of the cells' weights.
+    counted = math.prod(coverage(*axis, sigma_cells).sum() for axis in zip(target_shape, shape))
+    range_scale = math.sqrt(math.log2(math.e) / 2) * counted / config.affinity_range
+    n_classes, block_k, block_c = math.prod(classes), 16 if classes and not has_range else 1, 16
     # The matrix units take at least 16 cells. No supported version of the compiler spills registers for these blocks;
     # of 32 x 64 and 16 x 128 cells some do.
     longest = next_power_of_2(n_cells)
-    if products is not None and not classes:
+    if products is not None and block_k == 1:
         block_p, block_q = STORED_CELLS_AT_ONCE, min(longest, 256)
         num_warps = max(1, block_q // 64)
     else:
-        block_p, block_q = 16, 256 if n_cells > 128 and not classes else max(16, min(longest, 64))
-        num_warps = 8 if block_q == 256 or classes else 4
+        block_p, block_q = 16, 256 if n_cells > 128 and block_k == 1 else max(16, min(longest, 64))
+        num_warps = 8 if block_q == 256 or block_k > 1 else 4
+    sums = grid
     for step in range(steps):
         averaged = torch.empty(batch, *classes, *shape, dtype=torch.float32, device=guide.device)
         affinity_sum_kernel[(batch * cdiv(n_classes, block_k) * cdiv(n_cells, block_p),)](
             guide,
             guide if products is None else products,
             grid,
+            sums,
             *weights,
             averaged,
             n_classes,
             n_channels,
             *shape,
             *grid.shape[-2:],
+            *target_shape,
             grid.shape[-2] / shape[0],
             grid.shape[-1] / shape[1],
             *reach,
             *decay,
-            float(power),
-            guide_power / 2,
+            float(config.affinity_power),
+            range_scale,
+            config.guide_power / 2,
             WITHOUT_FEATURES,
             *guide.stride(),
             RELU=relu and step == steps - 1,
-            STRENGTH=guide_power > 0 and step == steps - 1,
+            STRENGTH=config.guide_power > 0 and step == steps - 1,
             RESIZE=tuple(grid.shape[-2:]) != tuple(shape),
             BALANCE=step == 0,
+            RANGE=has_range,
             SHARES=0 if products is None else products.shape[1],
             N_STEPS=0 if products is not None else cdiv(n_channels, block_c),
             BLOCK_K=block_k,

@@ -142,7 +142,9 @@ def launches(configurations):
 
 
 CONFIGURATIONS = [
-    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), (1, 1024, 14, 14)),  # a first, a middle and a last step
+    # A first, a middle and a last step; without a range, and with one.
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig.stable(), (1, 1024, 14, 14)),
+    ((1, 2048, 7, 7), torch.float32, CFCAMConfig(affinity_steps=3), (1, 1024, 14, 14)),
     (
         (2, 512, 14, 14),
         torch.bfloat16,

@@ -421,11 +421,14 @@ def test_cf_cam(resnet18, images, config):
     # The channels are scaled as their sum is, so that they add up to it.
     total = terms.sum(1)
     balanced = [reference.balance(grid.numpy(), guide.shape[2:], config) for grid in total]
-    factors = torch.where(total < 0, torch.from_numpy(np.stack(balanced)) / total, 1)
+    balanced = torch.from_numpy(np.stack(balanced))
+    factors = torch.where(total < 0, balanced / total, 1)
     for channel in (0, 100):
         expected = [
-            reference.average_alike_cells((of_image[channel] * factor).numpy(), features.numpy(), config)
-            for of_image, factor, features in zip(terms, factors, guide)
+            reference.average_alike_cells(
+                (of_image[channel] * factor).numpy(), features.numpy(), config, whole=whole.numpy()
+            )
+            for of_image, factor, features, whole in zip(terms, factors, guide, balanced)
         ]
         assert_close(each[:, channel], np.stack(expected))
     assert attribution.interpolate(signed, (64, 96), "bilinear").shape == (2, 1, 64, 96)

@@ -354,21 +354,29 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(
-    "shape, fine, power, sigma, steps, centring",
+    "shape, fine, power, sigma, steps, centring, of_range",
     [
-        *((*grids, 2, 2, 2, 0.75) for grids in GRIDS),
-        (*GRIDS[2], 0.5, 0.7, 1, 0),
-        (*GRIDS[1], 4, math.inf, 1, 0),
-        (*GRIDS[3], 1, 1e-20, 3, 1),
+        *((*grids, 2, 2, 2, 0.75, 1.5) for grids in GRIDS),
+        (*GRIDS[2], 0.5, 0.7, 1, 0, math.inf),
+        (*GRIDS[1], 4, math.inf, 1, 0, math.inf),
+        (*GRIDS[3], 1, 1e-20, 3, 1, math.inf),
     ],
 )
 @pytest.mark.parametrize("stored", [True, False])
-def test_affinity_sum_equals_the_torch_backend(shape, fine, power, sigma, steps, centring, stored, seed, monkeypatch):
+def test_affinity_sum_equals_the_torch_backend(
+    shape, fine, power, sigma, steps, centring, of_range, stored, seed, monkeypatch
+):
     """With the products of cells stored, in chunks of one image; and computed in every step, as for large guides."""
     monkeypatch.setattr(f"cfcam_gpu.kernels.affinity_sum.STORED_{'BYTES' if stored else 'CELLS'}", 1)
     if shape == GRIDS[0][0]:
         monkeypatch.setattr("cfcam_gpu.kernels.affinity_sum.STORED_CELLS_AT_ONCE", 2)
-    config = CFCAMConfig(affinity_power=power, affinity_sigma=sigma, affinity_steps=steps, affinity_centring=centring)
+    config = CFCAMConfig(
+        affinity_power=power,
+        affinity_sigma=sigma,
+        affinity_steps=steps,
+        affinity_centring=centring,
+        affinity_range=of_range,
+    )
     activations = torch.randn(shape).relu()
     guide = fine and torch.randn(shape[0], *fine).relu()
     features = activations if guide is None else guide

@@ -1,5 +1,6 @@
 """The public functions: what they refuse and in which words, what they choose, and arrays of other libraries."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,7 @@ def test_cluster_channels_checks_too(activations, message):
         ({"sigma": 0}, ValueError, "sigma must be above 0, got 0"),
         ({"affinity_power": 17}, ValueError, r"affinity_power must be in \[0, 16\], got 17"),
         ({"affinity_sigma": 0.0}, ValueError, "affinity_sigma must be above 0, got 0.0"),
+        ({"affinity_range": 0.0}, ValueError, "affinity_range must be above 0, got 0.0"),
         ({"affinity_sigma": float("nan")}, ValueError, r"affinity_sigma must be in \[0, inf\], got nan"),
         ({"affinity_steps": 17}, ValueError, r"affinity_steps must be in \[0, 16\], got 17"),
         ({"affinity_steps": -1}, ValueError, r"affinity_steps must be in \[0, 16\], got -1"),
@@ -118,8 +120,10 @@ def test_configuration():
     published, ours = ("raw", 25.0, 0.05, 1.0, "constant", "softmax", "max"), ("raw", 25.0, 0.05, 1.0, "constant")
     without = {"affinity_power": 0.0, "margin_temperature": 0.0, "frozen_norms": False}
     assert CFCAMConfig.paper() == CFCAMConfig(75.0, *published, **without)
-    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 1.5, 2.0, 2, 1.35, 0.5, True, 0.6)
-    assert CFCAMConfig.stable() == CFCAMConfig(25.0, *ours, "signed", "minmax", 1.5, 2.0, 3, 1.5)
+    assert CFCAMConfig() == CFCAMConfig(25.0, *ours, "signed", "minmax", 1.0, 2.0, 2, 1.35, 0.5, True, 0.6, 1.75)
+    assert CFCAMConfig.stable() == CFCAMConfig(
+        25.0, *ours, "signed", "minmax", 1.5, 2.0, 3, 1.5, affinity_range=math.inf
+    )
     assert CFCAMConfig().averages
     for off in ({"affinity_power": 0}, {"affinity_steps": 0}):
         assert not CFCAMConfig(**off).averages

@@ -1,5 +1,6 @@
 """benchmarks/report.py: pages that are what the rows give, nothing typed by hand, and the rule for the default."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -302,10 +303,10 @@ def test_every_row_finds_its_table(report, faithful, tmp_path):
     assert "| demo | `_swish` | Score-CAM, first 20 | **0.600 ± 0.04 +** | **0.300 ± 0.04 −** |" in tables["score-cam"]
 
 
-def drawn_row(choice, method, family="resnet", seed=0, spread=0.01, **differences):
+def drawn_row(choice, method, family="resnet", classes=10, seed=0, spread=0.01, **differences):
     """A row of a network that differs from Grad-CAM by so much, each difference's interval as wide to both sides."""
     row = {**faithfulness_row(method, spread=spread, **{name: 1.0 for name in choice.ASKED} | differences)}
-    return {**row, "network": family, "classes": 10, "seed": seed, "accuracy": [1.0, 1.0], "zero_maps": 0}
+    return {**row, "network": family, "classes": classes, "seed": seed, "accuracy": [1.0, 1.0], "zero_maps": 0}
 
 
 def test_worse_on_a_family_is_worse_over_its_networks(choice):
@@ -322,9 +323,10 @@ def test_worse_on_a_family_is_worse_over_its_networks(choice):
 
 def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, choice, tmp_path):
     first, second, third, fourth, *_ = faithful.CANDIDATES
-    drawn = [drawn_row(choice, second, family) for family in faithful.FAMILIES]
+    asked = itertools.product(faithful.FAMILIES, faithful.DRAWN_CLASSES)
+    drawn = [drawn_row(choice, second, *family) for family in asked]
     worse = {measure: 1.1 * asked for measure, asked in choice.ASKED.items()}
-    list(rows.append(tmp_path / "shapes.jsonl", [*drawn[:2], drawn_row(choice, fourth, energy=-0.02)]))
+    list(rows.append(tmp_path / "shapes.jsonl", [*drawn[:-1], drawn_row(choice, fourth, classes=2, energy=-0.02)]))
     special = {
         fourth: {**worse, "average_drop": -0.01},
         first: {"insertion_minus_deletion": 0.05, "class_sensitivity": -0.08},
@@ -333,15 +335,15 @@ def test_the_candidates_table_marks_what_the_rule_picks(report, faithful, choice
     }
     write_every_method(tmp_path, faithful, **special)
     lines = faithful.TABLES["candidates"](report.Results(tmp_path)).splitlines()
-    assert f"The rule picks nothing yet; not measured: {second} on drawn pictures of vit." in lines
-    list(rows.append(tmp_path / "shapes.jsonl", drawn[2:]))
+    assert f"The rule picks nothing yet; not measured: {second} on the drawn vits with 100 classes." in lines
+    list(rows.append(tmp_path / "shapes.jsonl", drawn[-1:]))
     lines = faithful.TABLES["candidates"](report.Results(tmp_path)).splitlines()
     assert f"The rule picks as the default: {second}." in lines
     ends = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1] for line in lines if line.startswith("| ")}
     assert ends[first] == "worse: class sensitivity (1 - SSIM) |"
     assert ends[second] == "**default** |"
     assert ends[third] == "worse: average drop, energy in the right cell |"
-    assert ends[fourth] == "worse: energy in the mask on the drawn resnets |"
+    assert ends[fourth] == "worse: energy in the mask on the drawn resnets with 2 classes |"
     assert faithful.CANDIDATES.keys() <= ends.keys()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compare import assert_close, stretch_of_map
 from problems import activations_like, equal_labels
 from scipy.ndimage import correlate1d, gaussian_filter
-from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.metrics.pairwise import cosine_similarity, rbf_kernel
 
 from cfcam_gpu import CFCAMConfig, cf_cam, cluster_channels, reference, torch_backend
 from cfcam_gpu.clustering import batched
@@ -78,21 +78,24 @@ def by_reference(grids, guide, config):
 
 def everywhere(power):
     """One average over all alike cells, near and far."""
-    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1)
+    return CFCAMConfig(affinity_power=power, affinity_sigma=math.inf, affinity_steps=1, affinity_range=math.inf)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 4.0, 16.0])
 @pytest.mark.parametrize("shape", [(2, 40, 7, 7), (2, 16, 9, 14), (1, 5, 1, 2)])
-@pytest.mark.parametrize("centring", [1, 0.3, 0])
-def test_average_of_alike_cells_equals_scikit_learn(shape, power, centring, seed):
+@pytest.mark.parametrize("centring, of_range", [(1, math.inf), (0.3, math.inf), (0, math.inf), (0.3, 1.5)])
+def test_average_of_alike_cells_equals_scikit_learn(shape, power, centring, of_range, seed):
     activations, grids, config = torch.randn(shape).relu(), torch.randn(shape[0], *shape[2:]), everywhere(power)
-    config = dataclasses.replace(config, guide_power=0, affinity_centring=centring)
+    config = dataclasses.replace(config, guide_power=0, affinity_centring=centring, affinity_range=of_range)
     activations[0, :, 0, 0] = 0  # a cell without features: it keeps its value
     average = torch_backend.average_alike_cells(grids.double(), activations.double(), config)
     for image in range(shape[0]):
         features = activations[image].flatten(1).T.double()
         affinity = cosine_similarity(features - centring * features.mean(0)).clip(0) ** power
-        mass, values = affinity.sum(1), grids[image].double().flatten().numpy()
+        values = grids[image].double().flatten().numpy()
+        if not math.isinf(of_range):
+            affinity *= rbf_kernel(values[:, None], gamma=1 / (2 * (of_range * abs(values).mean()) ** 2))
+        mass = affinity.sum(1)
         expected = np.where(mass > 0, affinity @ values / np.maximum(mass, 1e-30), values)
         assert_close(average[image].flatten(), expected, torch.float64)
     if power <= 4:  # the power multiplies the rounding of the cosine
@@ -117,19 +120,22 @@ GUIDES = [
 
 @pytest.mark.parametrize("grid, fine", GUIDES)
 @pytest.mark.parametrize(
-    "power, sigma, steps, guide_power, centring",
+    "power, sigma, steps, guide_power, centring, of_range",
     [
-        *((2, 2, 2, 0.5, centring) for centring in (1, 0.75, 0)),
-        *((0.5, 0.7, 1, 0, 0), (3, math.inf, 3, 2, 1), (1, 1e-20, 2, 1, 0), (2, 1.4, 0, 1, 1)),
+        *((2, 2, 2, 0.5, *others) for others in ((1, 1.5), (0.75, 0.3), (0, math.inf))),
+        *((0.5, 0.7, 1, 0, 0, 3), (3, math.inf, 3, 2, 1, 1), (1, 1e-20, 2, 1, 0, 1), (2, 1.4, 0, 1, 1, 1)),
     ],
 )
-def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps, guide_power, centring, seed):
+def test_average_on_a_guide_equals_the_reference(
+    grid, fine, power, sigma, steps, guide_power, centring, of_range, seed
+):
     config = CFCAMConfig(
         affinity_power=power,
         affinity_sigma=sigma,
         affinity_steps=steps,
         guide_power=guide_power,
         affinity_centring=centring,
+        affinity_range=of_range,
     )
     guide = torch.randn(4, 13, *fine).relu()
     guide[0, :, 0, 0] = 0  # without features
@@ -161,7 +167,9 @@ def test_average_on_a_guide_equals_the_reference(grid, fine, power, sigma, steps
 @pytest.mark.parametrize("sigma", [0.4, 1.5, 2.0])
 def test_the_average_of_cells_all_alike_is_a_gaussian_filter(sigma, rng):
     grids, guide = rng.normal(size=(1, 6, 9)), torch.ones(1, 3, 12, 27).double()
-    config = CFCAMConfig(affinity_sigma=sigma, affinity_steps=1, guide_power=0, affinity_centring=0)
+    config = CFCAMConfig(
+        affinity_sigma=sigma, affinity_steps=1, guide_power=0, affinity_centring=0, affinity_range=math.inf
+    )
 
     def filtered(image):  # truncated at three sigma of the grid's cells, each two or three of the guide's
         for axis, finer in ((0, 2), (1, 3)):

@@ -213,10 +213,10 @@ class CFCAM(Configured, LayerAttribution, GradientAttribution):
                     features = activations if guide is None else guide
                     config = self.config.of(activations.ndim - 2)
                     if config.averages:
-                        # As the sum of the channels is balanced, so that they still add up to it.
+                        # As the sum of the channels is, so that they still add up to it.
                         factors = torch_backend.evidence_factors(result.sum(1), features.shape[2:], config)
                         result = result * factors[:, None]
-                    result = torch_backend.average_alike_cells(result, features, config)
+                        result = torch_backend.average_alike_cells(result, features, config, whole=result.sum(1))
             maps.append(result.to(activations.dtype))
         return _finished(maps, relu_attributions)
 

@@ -45,8 +45,8 @@ def stream(
         return batch, inputs, targets if use_targets and top is None else None
 
     def own(tensor):
-        pin = device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned())
-        return tensor.pin_memory() if pin else tensor.clone()
+        pinned = device.type == "cuda" and not tensor.is_cuda  # only from there is the copy to the device not awaited
+        return torch.empty_like(tensor, pin_memory=True).copy_(tensor) if pinned else tensor.clone()
 
     for batch, inputs, targets in prefetched(map(prepared, loader), prefetch):
         found = cam.explain(map_tensors(transfer.to_device, inputs), targets, top)

@@ -111,3 +111,30 @@ def test_what_is_left_to_the_original(resnet18, images):
 class Values(nn.Module):
     def forward(self, x):
         return x.relu() if x.sum().item() > -1e30 else x
+
+
+class OwnLayer(AblationLayer):
+    """An ablation layer of the user's own."""
+
+
+def state(model):
+    """All that a call may not leave changed."""
+    return [(name, id(each), list(vars(each)), dict(each._forward_hooks)) for name, each in model.named_modules()]
+
+
+@pytest.mark.parametrize("at", [1, 5])  # before the layer is replaced, and while it is
+def test_the_model_after_an_error_in_the_originals_code(at, images):
+    calls = []
+
+    def failing(output):
+        calls.append(output)
+        if len(calls) == at:
+            raise RuntimeError("the target's own")
+        return output[2]
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    model[0].register_forward_hook(lambda *_: None)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="the target's own"):
+        AblationCAM(model, [model[0]], ablation_layer=OwnLayer(), batch_size=4)(images, [failing, failing])
+    assert state(model) == before

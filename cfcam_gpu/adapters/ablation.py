@@ -5,6 +5,7 @@ import pytorch_grad_cam as original
 import torch
 import tqdm
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
+from pytorch_grad_cam.utils.find_layers import replace_layer_recursive
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from cfcam_gpu.adapters.hooked import Hooked
@@ -28,10 +29,10 @@ class AblationCAM(Hooked, original.AblationCAM):
         """The weights as NumPy float32 (B, C): what the score loses without a channel, as a part of it."""
         channels_last = type(self.ablation_layer) is AblationLayerVit
         if not channels_last and type(self.ablation_layer) is not AblationLayer:
-            return super().get_cam_weights(input_tensor, target_layer, targets, activations, grads)
+            return self._by_the_original(input_tensor, target_layer, targets, activations, grads)
         head = self._head_of(target_layer, input_tensor)
         if head.reason is not None:
-            return super().get_cam_weights(input_tensor, target_layer, targets, activations, grads)
+            return self._by_the_original(input_tensor, target_layer, targets, activations, grads)
         self.activations = head.activations
         original_scores = np.float32([target(output).cpu().item() for target, output in zip(targets, head.outputs)])
         weights = []
@@ -44,6 +45,16 @@ class AblationCAM(Hooked, original.AblationCAM):
                 weights += self.assemble_ablation_scores(scores, original_scores[image], channels, activations.shape[1])
         weights = np.float32(weights).reshape(activations.shape[:2])
         return (original_scores[:, None] - weights) / original_scores[:, None]
+
+    def _by_the_original(self, input_tensor, target_layer, targets, activations, grads):
+        try:
+            return super().get_cam_weights(input_tensor, target_layer, targets, activations, grads)
+        except BaseException:  # after which the original leaves its layer and its hook on the model
+            replace_layer_recursive(self.model, self.ablation_layer, target_layer)
+            hooks = target_layer._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook == self.save_activation]:
+                del hooks[key]
+            raise
 
     def _head_of(self, layer, input_tensor):
         """The head behind the layer, with the activations and outputs of these images."""

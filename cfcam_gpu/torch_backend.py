@@ -262,13 +262,13 @@ def average_alike_cells(grids, guide, config, whole=None):
     batch, shape = grids.shape[0], tuple(guide.shape[2:])
     target_shape = tuple(grids.shape[-len(shape) :])
     dtype = torch.float64 if grids.dtype == torch.float64 else torch.float32
-    of_image = grids.to(dtype).reshape(batch, -1, *target_shape)
+    values = resize(grids.to(dtype).reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
+    n_grids = values.shape[1]
     if whole is not None:
-        of_image = torch.cat([of_image, whole.to(dtype)[:, None]], dim=1)
-    values = resize(of_image.reshape(-1, *target_shape), shape).view(batch, -1, math.prod(shape))
+        values = torch.cat([values, resize(whole.to(dtype), shape).flatten(1)[:, None]], dim=1)
     has_range = not math.isinf(config.affinity_range)
     if has_range:
-        scale = _range_scale(of_image if whole is None else of_image[:, -1:], shape, config)
+        scale = _range_scale((grids if whole is None else whole).to(dtype), shape, config)
     else:
         values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)  # whose sum is the mass
     # On a CPU image by image, as in `row_products`.
@@ -293,7 +293,7 @@ def average_alike_cells(grids, guide, config, whole=None):
             values[chunk] = torch.where(mass > 0, sums / mass, values[chunk])
         if config.guide_power > 0:
             values[chunk] *= strengths(cells, config.guide_power)[:, None]
-    values = values[:, : math.prod(grids.shape[1 : -len(shape)])].unflatten(2, shape)
+    values = values[:, :n_grids].unflatten(2, shape)
     return values if grids.ndim == values.ndim else values[:, 0]
 
 
@@ -340,13 +340,13 @@ def _sums_within_range(values, scale, blocks):
 
 
 def _range_scale(grids, shape, config):
-    """What grids (B, K, h, w) are multiplied by, so that exp(-x^2) of a difference is how much it counts: (B, K, 1).
-
-    0 of a grid of zeros, whose cells do not differ.
+    """What grids (B, h, w) or (B, K, h, w) are multiplied by, so that exp(-x^2) of a difference is how much it counts:
+    (B, 1 or K, 1). 0 of a grid of zeros, whose cells do not differ.
     """
     weights = cell_weights(grids, shape, config)
-    evidence = (grids.abs() * weights).flatten(2).sum(2, keepdim=True) / weights.sum()
-    return torch.where(evidence > 0, 1 / (math.sqrt(2) * config.affinity_range * evidence), 0)
+    evidence = (grids.abs() * weights).sum(tuple(range(-len(shape), 0))) / weights.sum()
+    scale = torch.where(evidence > 0, 1 / (math.sqrt(2) * config.affinity_range * evidence), 0)
+    return scale[..., None] if scale.ndim == 2 else scale[:, None, None]
 
 
 def features_of_cells(guide, config, dtype):

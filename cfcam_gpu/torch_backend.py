@@ -315,28 +315,37 @@ def _sums_within_range(values, scale, blocks):
         values: (B, K, N).
         scale: (B, K, 1), or (B, 1, 1) where the last of the values says how far all of them differ.
     """
-    sums, mass = torch.zeros_like(values), torch.zeros_like(values[:, -scale.shape[1] :])
-    scaled = values[:, -scale.shape[1] :] * scale
-    of_all = values.shape[1] > scale.shape[1]
+    n_ranges = scale.shape[1]
+    sums, mass = torch.zeros_like(values), torch.zeros_like(values[:, -n_ranges:])
+    scaled = values[:, -n_ranges:] * scale
 
-    def add(part, others, near):
-        """Of the cells of a part, from others that count so much, (B, K or 1, others, cells of the part)."""
-        mass[:, :, part] += near.sum(2)
-        if of_all:
+    def add(of, part, others, near):
+        """Of the cells of a part, from others that count so much, (B, sums, others, cells of the part)."""
+        mass[:, of, part] += near.sum(2)
+        if values.shape[1] > n_ranges:
             sums[:, :, part] += row_products(values[:, :, others], near[:, 0])
         else:
-            sums[:, :, part] += (near * values[:, :, others, None]).sum(2)
+            sums[:, of, part] += (near * values[:, of, others, None]).sum(2)
 
     for start, affinity in blocks:
         n_cells = affinity.shape[1]
         cells, reached = slice(start, start + n_cells), slice(start, start + affinity.shape[2])
         behind = slice(cells.stop, reached.stop)
-        difference = scaled[:, :, cells, None] - scaled[:, :, None, reached]
-        near = difference.mul_(difference).neg_().exp_().mul_(affinity[:, None])
-        add(cells, reached, near.transpose(2, 3))
-        if behind.start < behind.stop:
-            add(behind, cells, near[..., n_cells:])
+        for of in _sums_at_once(n_ranges, affinity):
+            difference = scaled[:, of, cells, None] - scaled[:, of, None, reached]
+            near = difference.mul_(difference).neg_().exp_().mul_(affinity[:, None])
+            add(of, cells, reached, near.transpose(2, 3))
+            if behind.start < behind.stop:
+                add(of, behind, cells, near[..., n_cells:])
     return sums, mass
+
+
+def _sums_at_once(n_sums, affinity):
+    """Slices of the sums of an image whose affinities, each as large as these, are in memory together."""
+    if has_symbols((n_sums, *affinity.shape)):
+        return [slice(None)]
+    n = max(1, AFFINITY_BYTES // max(1, affinity.numel() * affinity.element_size()))
+    return [slice(first, first + n) for first in range(0, n_sums, n)]
 
 
 def _range_scale(grids, shape, config):

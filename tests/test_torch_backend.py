@@ -231,7 +231,7 @@ def test_average_of_alike_cells_in_blocks(block_bytes, sigma, seed, monkeypatch)
     whole = torch_backend.average_alike_cells(grids, guide, config)
     assert_close(whole[:, 0], by_reference(grids[:, 0], guide, config))
     monkeypatch.setattr(torch_backend, "AFFINITY_BYTES_ON_CPU", block_bytes)
-    for kept in (torch_backend.AFFINITY_BYTES, 1):
+    for kept in (torch_backend.AFFINITY_BYTES, 1):  # then one class at a time, too
         monkeypatch.setattr(torch_backend, "AFFINITY_BYTES", kept)
         assert_close(torch_backend.average_alike_cells(grids, guide, config), whole)
 

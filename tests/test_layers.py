@@ -489,9 +489,10 @@ def test_a_guess_is_said(seed):
 
 def storages():
     gc.collect()
-    # Of plain tensors: other tests of the process may have left fake ones, which have no memory.
+    # Of plain tensors: other tests of the process may have left fake and opaque ones, which have no memory to be seen.
     plain = (each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter))
-    tensors = [each.untyped_storage() for each in plain if each.device.type == "cpu"]
+    plain = (each for each in plain if each.device.type == "cpu" and each.layout == torch.strided)
+    tensors = [each.untyped_storage() for each in plain]
     return {storage.data_ptr(): storage.nbytes() for storage in tensors}
 
 

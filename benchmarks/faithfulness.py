@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -462,6 +463,25 @@ def row_of(values, zero, grad_cam):
     return row
 
 
+CURVES = tuple(itertools.product(("blurred", "mean", "zero"), (STEPS, 2 * STEPS)))
+"""What a pixel is where the image is not, appearing and disappearing, and the steps."""
+
+
+def curves(subject):
+    """Rows of insertion and deletion by other baselines and steps."""
+    for baseline, steps in CURVES:
+        grad_cam = None
+        for name in ("Grad-CAM", "CF-CAM"):
+            maps = subject.of(METHODS[name])["top"].maps(METHODS[name], subject.images.shape[2:])
+            arguments = subject.answering, subject.images, maps, subject.classes[:, 0]
+            options = {"insertion_baseline": baseline, "deletion_baseline": baseline, "batch_size": BATCH}
+            found = metrics.insertion_deletion(*arguments, steps=steps, **options)
+            values = {"insertion": found.insertion, "deletion": found.deletion}
+            values["insertion_minus_deletion"] = found.insertion - found.deletion
+            grad_cam = values if grad_cam is None else grad_cam
+            yield {"method": name, "baseline": baseline, "steps": steps, **row_of(values, {}, grad_cam)}
+
+
 def score_cam(subject, model, layer, n):
     """Score-CAM and Grad-CAM on the first n photographs: a forward pass a channel is too dear for more."""
     import pytorch_grad_cam
@@ -560,6 +580,9 @@ def main(argv=None):
     parser.add_argument("--only", nargs="*", help="only the methods with these names")
     parser.add_argument("--score-cam", type=int, default=0, metavar="N", help="also Score-CAM, on N photographs")
     parser.add_argument("--randomization", type=int, default=0, metavar="N", help="only that check, on N photographs")
+    parser.add_argument(
+        "--curves", action="store_true", help="only insertion and deletion, by other baselines and steps"
+    )
     parser.add_argument("--again", action="store_true", help="make rows that are there already")
     parser.add_argument("--picture", type=Path, help="draw the maps of eight photographs instead, into this file")
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
@@ -595,6 +618,10 @@ def main(argv=None):
             if args.picture:
                 names = [file.stem.split("_", 2)[-1].replace("_", " ") for file in files[chosen]]
                 return picture(subject, names, args.picture)
+            if args.curves:
+                for row in curves(subject):
+                    rows.write("curves", [{**point, "half": half, **row, **here}], args.out)
+                continue
             if args.randomization:
                 for method, row in randomization(subject, layer_name, args.randomization):
                     rows.write("randomization", [{**point, "half": half, "method": method, **row, **here}], args.out)

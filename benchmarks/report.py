@@ -72,6 +72,7 @@ class Results:
         self.gates = rows.latest(rows.read(folder / "gates.jsonl"), "op")
         point = ("network", "layer", "half", "method")
         self.faithfulness = rows.latest(rows.read(folder / "faithfulness.jsonl"), *point)
+        self.curves = rows.latest(rows.read(folder / "curves.jsonl"), *point, "baseline", "steps")
         self.randomization = rows.latest(rows.read(folder / "randomization.jsonl"), *point)
         self.outsiders = rows.latest(rows.read(folder / "outsiders.jsonl"), *point)
         self.architectures = rows.latest(rows.read(folder / "architectures.jsonl"), "model")
@@ -587,6 +588,7 @@ PAGES = {
         *(
             "candidates",
             "parts",
+            "curves",
             "tradeoff.svg",
             "variants",
             "choose",

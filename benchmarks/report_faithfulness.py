@@ -283,6 +283,17 @@ def randomization_table(results):
     return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
 
 
+def curves_table(results):
+    """CF-CAM's differences from Grad-CAM on "confirm", by what a pixel is where the image is not and by the steps."""
+    found = {key: row for key, row in results.curves.items() if key[:4] == (*MAIN, "confirm", "CF-CAM")}
+    if not found:
+        return NOT_MEASURED
+    measures = ("insertion", "deletion", "insertion_minus_deletion")
+    body = [[*map(str, key[4:]), *(difference(row, measure) for measure in measures)] for key, row in found.items()]
+    header = ["baseline", "steps", *(f"{title(measure)}, minus Grad-CAM's" for measure in measures)]
+    return f"{markdown(header, body)}\n\n{about(list(found.values()))}"
+
+
 def outsiders_table(results):
     """The methods under other libraries' measures, on "confirm"."""
     found = {key[3]: row for key, row in results.outsiders.items() if key[:3] == (*MAIN, "confirm")}
@@ -366,6 +377,7 @@ TABLES = {
     "faithfulness": lambda results: methods_table(results, METHODS, "confirm"),
     "candidates": candidates_table,
     "parts": lambda results: differences_table(results, ["CF-CAM", *CONTROLS]),
+    "curves": curves_table,
     "variants": lambda results: methods_table(results, ["Grad-CAM", *VARIANTS], "choose"),
     "choose": lambda results: methods_table(results, METHODS, "choose"),
     "elsewhere": elsewhere_table,

@@ -241,7 +241,9 @@ def problem(seed):
 
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize(
-    "config, guided", [(CFCAMConfig(), True), (CFCAMConfig(), False), (CFCAMConfig.paper(), False)]
+    "config, guided",
+    # The default's average has a range, and a program one class; that of stable() has none, and a program sixteen.
+    [(CFCAMConfig(), True), (CFCAMConfig.stable(), True), (CFCAMConfig(), False), (CFCAMConfig.paper(), False)],
 )
 def test_of_gradients(problem, backend, config, guided):
     if backend == "triton":

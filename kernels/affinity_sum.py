@@ -24,8 +24,8 @@ Of K classes an image, sixteen share a program and its affinities, which are mul
 a range, where the affinities are each class's own, a program has one.
 
 Floor: C * hg * wg reads and (hg * wg)^2 writes, once; C operations for each pair of cells. A step reads what was
-written and does 2 * K operations for each pair within reach. To balance, each program of the first step, and for E of every
-step, reads all of S: K * h * w values, which stay in the cache.
+written and does 2 * K operations for each pair within reach. To balance, each program of the first step, and for E
+of every step, reads all of S: K * h * w values, which stay in the cache.
 """
 
 import math

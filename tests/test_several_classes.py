@@ -1,6 +1,7 @@
 """K classes an image in one pass: each as if it were alone, whatever the model, the backend and the configuration."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -242,8 +243,13 @@ def problem(seed):
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize(
     "config, guided",
-    # The default's average has a range, and a program one class; that of stable() has none, and a program sixteen.
-    [(CFCAMConfig(), True), (CFCAMConfig.stable(), True), (CFCAMConfig(), False), (CFCAMConfig.paper(), False)],
+    # With a range, as by default, a program has one class; without, sixteen.
+    [
+        (CFCAMConfig(), True),
+        (CFCAMConfig(affinity_range=math.inf), True),
+        (CFCAMConfig(), False),
+        (CFCAMConfig.paper(), False),
+    ],
 )
 def test_of_gradients(problem, backend, config, guided):
     if backend == "triton":
